@@ -1,0 +1,93 @@
+"""The `qwen3emb` application: which commands there are, and how the process ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from qwen3emb_launch import __version__
+from qwen3emb_launch.console import Console
+from qwen3emb_launch.errors import Exit, InterruptedByUser, InvalidInputError, LaunchError
+
+# One module a command (or group), in the order of `--help`. Each has `register(app)`.
+COMMANDS: tuple[str, ...] = ()
+
+EPILOG = "Start here: qwen3emb up --profile demo (no GPU needed), or qwen3emb up (the profile that fits your GPU)."
+
+
+def _version(value: bool) -> None:
+    if value:
+        Console("version").raw(f"qwen3emb {__version__}")
+        raise typer.Exit
+
+
+def build() -> typer.Typer:
+    """The application with every command registered."""
+    app = typer.Typer(
+        name="qwen3emb",
+        help="One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed.",
+        epilog=EPILOG,
+        no_args_is_help=True,
+        pretty_exceptions_show_locals=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        """One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed."""
+
+    for name in COMMANDS:
+        import_module(f"qwen3emb_launch.cli.{name}").register(app)
+    return app
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status. Usage errors take the same form as every other error."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    console = Console(_command_of(args), json="--json" in args)
+    try:
+        status = build()(args=args, prog_name="qwen3emb", standalone_mode=False)
+        return int(status or 0)
+    except typer.Exit as leave:
+        return int(leave.exit_code)
+    except TyperException as usage:
+        message = usage.format_message()
+        if message:  # empty when bare `qwen3emb` has just printed its help
+            console.failure(
+                InvalidInputError("usage", message, f"qwen3emb {_command_of(args)} --help".replace("  ", " "))
+            )
+        return int(Exit.INVALID)
+    except LaunchError as error:
+        console.failure(error, error.result)
+        return int(error.exit)
+    except (KeyboardInterrupt, typer.Abort):
+        console.failure(InterruptedByUser())
+        return int(Exit.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(Exit.FAILED)
+
+
+def _command_of(args: Sequence[str]) -> str:
+    """The command's words, for the envelope: `engine install`."""
+    words = []
+    for arg in args:
+        if arg.startswith("-"):
+            break
+        words.append(arg)
+        if len(words) == 2 or words[0] not in GROUPS:
+            break
+    return " ".join(words)
+
+
+GROUPS = frozenset({"engine", "models", "profiles", "systemd", "bench", "deploy"})

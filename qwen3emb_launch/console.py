@@ -1,0 +1,221 @@
+"""The only printer. stdout is data (a result, for people or as one JSON envelope), stderr is talk.
+
+A command returns its result and says how people should see it; nothing else in the package writes to a terminal.
+Colour and live displays follow the terminal: none in a pipe, none with NO_COLOR or TERM=dumb.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qwen3emb_launch import results
+from qwen3emb_launch.errors import LaunchError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+Human = Callable[["Console"], None]
+
+
+class Progress(Protocol):
+    """What adapters report long work to; they never know whether anybody sees it."""
+
+    def step(self, text: str) -> None:
+        """A new stage began."""
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """The stage's amount done so far, in its own unit (bytes)."""
+
+
+class SilentProgress:
+    """Progress that nobody watches: `--json`, tests."""
+
+    def step(self, text: str) -> None:
+        """Nothing to show."""
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Nothing to show."""
+
+
+class Console:
+    """Prints for one command. `json` is the user's `--json`."""
+
+    def __init__(self, command: str, json: bool = False) -> None:
+        self.command = command
+        self.json = json
+        self._out: RichConsole | None = None
+        self._err: RichConsole | None = None
+
+    @property
+    def out(self) -> RichConsole:
+        """stdout, for data."""
+        if self._out is None:
+            self._out = _rich(stderr=False)
+        return self._out
+
+    @property
+    def err(self) -> RichConsole:
+        """stderr, for talk."""
+        if self._err is None:
+            self._err = _rich(stderr=True)
+        return self._err
+
+    @property
+    def live(self) -> bool:
+        """Whether a live display on stderr makes sense."""
+        return not self.json and sys.stderr.isatty() and self.err.is_terminal and not self.err.is_dumb_terminal
+
+    def result(self, value: Any, human: Human) -> None:
+        """The command's result: one envelope with `--json`, else whatever `human` prints."""
+        if self.json:
+            self.raw(results.success(self.command, value))
+        else:
+            human(self)
+
+    def failure(self, error: LaunchError, result: Any = None) -> None:
+        """The command's failure: an envelope on stdout with `--json`, else what happened and what to do next."""
+        if self.json:
+            self.raw(results.failure(self.command, error, result))
+            return
+        self.err.print(f"error: {error.message}", style="bold red", markup=False)
+        if error.hint:
+            self.err.print(f"  -> {error.hint}", markup=False)
+
+    def raw(self, line: str) -> None:
+        """One line of data, untouched: JSON lines, log lines, an argv to paste."""
+        try:
+            sys.stdout.write(line + "\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _abandon_stdout()
+
+    def say(self, text: str) -> None:
+        """A line of talk. Silent with `--json`."""
+        if not self.json:
+            self.err.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """A warning; shown with `--json` too, since it goes to stderr."""
+        self.err.print(f"warning: {text}", style="yellow", markup=False)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str | None = None) -> None:
+        """A table on stdout. Wide cells wrap, nothing is cut off; in a pipe the rows are tab-separated."""
+        if not self.out.is_terminal:
+            self.raw("\t".join(columns))
+            for row in rows:
+                self.raw("\t".join(_cell(c) for c in row))
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(_cell(c)) for c in row))
+        self.out.print(table)
+
+    def fields(self, pairs: Iterable[tuple[str, Any]]) -> None:
+        """Aligned `name  value` lines on stdout."""
+        rows = [(k, _cell(v)) for k, v in pairs]
+        width = max((len(k) for k, _ in rows), default=0)
+        for key, value in rows:
+            self.out.print(f"{key.ljust(width)}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+    def text(self, text: str) -> None:
+        """Plain text on stdout, never wrapped or marked up."""
+        self.out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[Progress]:
+        """Progress of something that takes over a second: a live line on a terminal, plain lines elsewhere."""
+        if self.json:
+            yield SilentProgress()
+        elif self.live:
+            with _live_progress(self.err, title) as shown:
+                yield shown
+        else:
+            yield _PlainProgress(self, title)
+
+
+class _PlainProgress:
+    """A line a stage, and one at each tenth of a known total."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._text = title
+        self._tenth = -1
+
+    def step(self, text: str) -> None:
+        self._text, self._tenth = text, -1
+        self._console.say(f"{self._title}: {text}" if text != self._title else text)
+
+    def update(self, done: int, total: int | None = None) -> None:
+        if not total:
+            return
+        tenth = 10 * done // total
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self._console.say(f"{self._title}: {self._text}: {10 * tenth}% of {size(total)}")
+
+
+@contextmanager
+def _live_progress(err: RichConsole, title: str) -> Iterator[Progress]:
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    bars = Bars(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        console=err,
+        transient=True,
+    )
+    task = bars.add_task(title, total=None)
+
+    class Live:
+        def step(self, text: str) -> None:
+            bars.update(task, description=f"{title}: {text}" if text != title else text, completed=0, total=None)
+
+        def update(self, done: int, total: int | None = None) -> None:
+            bars.update(task, completed=done, total=total)
+
+    with bars:
+        yield Live()
+
+
+def size(count: int) -> str:
+    """Bytes for people, in powers of 1024: `7.49 GiB`."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _rich(*, stderr: bool) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    return RichConsole(stderr=stderr, highlight=False, soft_wrap=not (sys.stderr if stderr else sys.stdout).isatty())
+
+
+def _abandon_stdout() -> None:
+    """`qwen3emb … | head` closed the pipe: go on quietly, and let the interpreter's last flush succeed."""
+    import os
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
