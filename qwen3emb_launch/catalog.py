@@ -43,7 +43,7 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters inside the layers' matrix products: what a token's forward pass multiplies by, and what fp8 halves."""
+        """Parameters of the layers' matrix products: what each token is multiplied by, and what fp8 halves."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden_size * self.mlp_size)
 
@@ -52,7 +52,7 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * bytes_per_value
 
     def flops_per_token(self, length: int) -> float:
-        """Floating-point operations a token in a text of `length` tokens, causal attention counted exactly once."""
+        """Floating-point operations a token of a text of `length` tokens, causal attention counted exactly once."""
         return 2.0 * self.linear_parameters + 2.0 * self.layers * self.heads * self.head_dim * length
 
 

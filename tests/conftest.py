@@ -1,0 +1,137 @@
+"""Fixtures every test may use. The real engine is started once a session and shared: it takes 20 to 40 s on 2 cores."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qwen3emb_launch.demo_model import DemoShape, make_demo_model
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A real SGLang server on the CPU, without the supervisor: `base_url` as the OpenAI client takes it."""
+
+    base_url: str
+    model: Path
+    pid: int
+    context_length: int
+
+
+def free_port() -> int:
+    """A free port below 32768: SGLang claims `port + 10000` for gRPC too and dies where that passes 65535."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees the user's state, config, tokens or proxies. The data folder (engine environments) is shared."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("QWEN3EMB_STATE_DIR", str(home / "state"))
+    monkeypatch.setenv("QWEN3EMB_CONFIG_DIR", str(home / "config"))
+    monkeypatch.setenv("QWEN3EMB_CACHE_DIR", str(home / "cache"))
+    for name in (
+        "HF_TOKEN",
+        "HF_ENDPOINT",
+        "OPENAI_API_KEY",
+        "OPENAI_BASE_URL",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+    ):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    return home
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> Path:
+    """The python of the cpu engine environment; the test fails, not skips, when there is none."""
+    given = os.environ.get("QWEN3EMB_TEST_ENGINE_PYTHON")
+    if given:
+        return Path(given)
+    from qwen3emb_launch import engines
+
+    return engines.find("cpu").python
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_demo_model(tmp_path_factory.mktemp("models") / "demo")
+
+
+@pytest.fixture(scope="session")
+def demo_endpoint(
+    engine_python: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    """The real engine serving the demo model in bfloat16, context 8192."""
+    with start_engine(engine_python, demo_model, tmp_path_factory.mktemp("engine") / "log") as endpoint:
+        yield endpoint
+
+
+class start_engine:  # noqa: N801 - used as `with start_engine(...)`
+    """A bare SGLang for a test: started, awaited by a real embedding, killed with all its workers."""
+
+    def __init__(self, python: Path, model: Path, log: Path, *extra: str, context_length: int = 8192) -> None:
+        self.log = log
+        self.port = free_port()
+        self.context_length = context_length
+        self.model = model
+        self.argv = [
+            str(python), "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--is-embedding",
+            "--json-model-override-args", '{"is_matryoshka": true}', "--context-length", str(context_length),
+            "--max-total-tokens", str(4 * context_length), "--host", "127.0.0.1", "--port", str(self.port), *extra,
+        ]  # fmt: skip
+
+    def __enter__(self) -> Endpoint:
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self.argv,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"},
+            )
+        deadline = time.monotonic() + 300
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise AssertionError(f"the engine did not start:\n{self.log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.2)
+        return Endpoint(f"http://127.0.0.1:{self.port}/v1", self.model, self.process.pid, self.context_length)
+
+    def _answers(self) -> bool:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/embeddings",
+            data=b'{"model": "demo", "input": "ready?"}',
+            headers={"content-type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+
+
+__all__ = ["DemoShape", "Endpoint", "free_port", "start_engine"]
