@@ -9,35 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch import results
 from qwen3emb_launch.errors import LaunchError
+from qwen3emb_launch.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
 Human = Callable[["Console"], None]
-
-
-class Progress(Protocol):
-    """What adapters report long work to; they never know whether anybody sees it."""
-
-    def step(self, text: str) -> None:
-        """A new stage began."""
-
-    def update(self, done: int, total: int | None = None) -> None:
-        """The stage's amount done so far, in its own unit (bytes)."""
-
-
-class SilentProgress:
-    """Progress that nobody watches: `--json`, tests."""
-
-    def step(self, text: str) -> None:
-        """Nothing to show."""
-
-    def update(self, done: int, total: int | None = None) -> None:
-        """Nothing to show."""
 
 
 class Console:

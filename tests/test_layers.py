@@ -14,7 +14,7 @@ NAME = "qwen3emb_launch"
 LAYERS = {
     part: layer
     for layer, parts in {
-        0: "__init__ errors lifecycle catalog facts paths results instructions profile",
+        0: "__init__ errors lifecycle catalog facts paths results instructions profile progress",
         1: "planning argv vectors statistics cost",
         2: "engines engine_process hub gpu probe notify state demo_model files",
         3: "up verify bench tune gateway embed doctor systemd deploy",
