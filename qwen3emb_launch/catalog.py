@@ -7,11 +7,12 @@ confirmed by the published file sizes (two bytes a parameter plus about 40 kB of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, nearest
 
+SCORES_SOURCE = "README.md of github.com/QwenLM/Qwen3-Embedding, not measured here"
 MIN_DIMS = 32  # the smallest Matryoshka slice the models were trained for
 
 
@@ -58,7 +59,10 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class CatalogModel:
-    """One official checkpoint. `file_bytes` is the published size of its safetensors."""
+    """One official checkpoint. `file_bytes` is the published size of its safetensors.
+
+    `scores` are the authors' own, benchmark -> (mean over tasks, mean over task types), from SCORES_SOURCE.
+    """
 
     key: str
     hub_id: str
@@ -68,28 +72,46 @@ class CatalogModel:
     files: int
     eos_token_id: int = 151643  # <|endoftext|>, appended by the tokenizer and pooled; not the config's eos (151645)
     licence: str = "Apache-2.0"
+    scores: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def _shape(hidden: int, layers: int, heads: int, mlp: int, vocab: int, positions: int, tied: bool) -> ModelShape:
     return ModelShape(hidden, layers, heads, 8, 128, mlp, vocab, positions, tied)
 
 
+def _scores(*pairs: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    return dict(zip(("MTEB multilingual", "MTEB English v2", "C-MTEB"), pairs, strict=True))
+
+
 CATALOG: dict[str, CatalogModel] = {
     m.key: m
     for m in (
         CatalogModel(
-            "0.6b",
-            "Qwen/Qwen3-Embedding-0.6B",
-            _shape(1024, 28, 16, 3072, 151669, 32768, True),
-            32768,
-            1_191_586_416,
-            1,
+            key="0.6b",
+            hub_id="Qwen/Qwen3-Embedding-0.6B",
+            shape=_shape(1024, 28, 16, 3072, 151669, 32768, True),
+            card_context=32768,
+            file_bytes=1_191_586_416,
+            files=1,
+            scores=_scores((64.33, 56.00), (70.70, 64.88), (66.33, 67.45)),
         ),
         CatalogModel(
-            "4b", "Qwen/Qwen3-Embedding-4B", _shape(2560, 36, 32, 9728, 151665, 40960, True), 32768, 8_043_592_088, 2
+            key="4b",
+            hub_id="Qwen/Qwen3-Embedding-4B",
+            shape=_shape(2560, 36, 32, 9728, 151665, 40960, True),
+            card_context=32768,
+            file_bytes=8_043_592_088,
+            files=2,
+            scores=_scores((69.45, 60.86), (74.60, 68.10), (72.27, 73.51)),
         ),
         CatalogModel(
-            "8b", "Qwen/Qwen3-Embedding-8B", _shape(4096, 36, 32, 12288, 151665, 40960, False), 32768, 15_134_634_568, 4
+            key="8b",
+            hub_id="Qwen/Qwen3-Embedding-8B",
+            shape=_shape(4096, 36, 32, 12288, 151665, 40960, False),
+            card_context=32768,
+            file_bytes=15_134_634_568,
+            files=4,
+            scores=_scores((70.58, 61.69), (75.22, 68.71), (73.84, 75.00)),
         ),
     )
 }

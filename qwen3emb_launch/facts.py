@@ -78,7 +78,8 @@ class ModelFacts:
     """A checkpoint on disk, complete enough to serve. `revision` is the hub's commit, or None for a plain folder.
 
     `eos_token_id` is the token that the tokenizer appends and the model pools; None when the tokenizer appends none.
-    `source` says where it came from: huggingface, modelscope, folder, demo.
+    `source` says where it came from: huggingface, modelscope, folder, demo. `warnings` are sentences for people: what
+    will be served differently than the checkpoint's author meant it.
     """
 
     name: str
@@ -89,6 +90,7 @@ class ModelFacts:
     weight_bytes: int
     eos_token_id: int | None
     catalog_key: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

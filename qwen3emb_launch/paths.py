@@ -40,6 +40,11 @@ class Paths:
         return self.data / "demo-models"
 
     @property
+    def models(self) -> Path:
+        """Models from ModelScope, and a record of every download, wherever its files are."""
+        return self.data / "models"
+
+    @property
     def instances(self) -> Path:
         """One folder an instance: plan, record, events, lock, logs."""
         return self.state / "instances"

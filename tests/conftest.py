@@ -46,8 +46,15 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mo
     monkeypatch.setenv("QWEN3EMB_STATE_DIR", str(home / "state"))
     monkeypatch.setenv("QWEN3EMB_CONFIG_DIR", str(home / "config"))
     monkeypatch.setenv("QWEN3EMB_CACHE_DIR", str(home / "cache"))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("MODELSCOPE_HOME", str(home / "modelscope"))
     for name in (
         "HF_TOKEN",
+        "HF_HUB_CACHE",
+        "HUGGINGFACE_HUB_CACHE",
+        "HF_HUB_OFFLINE",
+        "MODELSCOPE_API_TOKEN",
+        "MODELSCOPE_ENDPOINT",
         "HF_ENDPOINT",
         "OPENAI_API_KEY",
         "OPENAI_BASE_URL",
