@@ -1,7 +1,8 @@
 """Sends a load from worker processes and gathers what happened.
 
 Also a command for hosts without the launcher: `python -m qwen3emb_launch.bench.load spec.json > result.json`, where the
-spec is `LoadSpec` as JSON and the result has raw latencies. Standard library only.
+spec is `LoadSpec` as JSON (calibrated on the endpoint first unless it brings a vocabulary or a corpus) and the result
+has raw latencies. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from qwen3emb_launch.bench.calibrate import vocabulary_of
 from qwen3emb_launch.bench.spec import LoadSpec
-from qwen3emb_launch.errors import CheckFailedError, InvalidInputError
+from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, LaunchError
 
 READY_WITHIN = 60.0  # seconds for the workers' start, texts built
 START_AFTER = 0.1  # seconds from `ready` to the common start
@@ -282,8 +284,11 @@ def main() -> None:
         raise SystemExit("usage: python -m qwen3emb_launch.bench.load SPEC.json|-")
     text = sys.stdin.read() if sys.argv[1] == "-" else Path(sys.argv[1]).read_text(encoding="utf-8")
     try:
-        result = run(LoadSpec.from_dict(json.loads(text)))
-    except (InvalidInputError, CheckFailedError, ValueError, TypeError) as exc:
+        spec = LoadSpec.from_dict(json.loads(text))
+        if spec.vocabulary is None and spec.corpus is None:
+            spec = replace(spec, vocabulary=vocabulary_of(spec))
+        result = run(spec)
+    except (LaunchError, ValueError, TypeError, OSError) as exc:
         raise SystemExit(f"error: {exc}") from None
     sys.stdout.write(json.dumps(result.to_dict()) + "\n")
 
