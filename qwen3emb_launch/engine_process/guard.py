@@ -1,0 +1,338 @@
+"""The guard: a tiny process between the supervisor and an engine, so that no engine process outlives its supervisor.
+
+Run as `python -I -S guard.py`, standard library only (under 12 MB). It starts the engine in a session of its own,
+adopts every descendant that loses its parent (PR_SET_CHILD_SUBREAPER), copies the engine's output into a rotated log
+file with secrets blanked, and obeys its standard input:
+
+    first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets
+    {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
+    {"do": "kill"}     SIGKILL to the engine and everything descended from it
+    end of file        the supervisor is gone, in whatever way: kill everything
+
+It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), exited (status: exit code, or
+minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is left; the guard ends). When the engine's
+main process ends, for whatever reason, everything it left behind is killed before `gone`.
+
+When the guard itself is killed, the kernel kills the engine (PR_SET_PDEATHSIG), SGLang's workers follow their parent,
+and whatever else was descended from it falls to the supervisor, a subreaper too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+PIPE_BYTES = 1 << 20  # the most an unprivileged pipe may hold: the engine writes on while the disk is slow
+LINE_LIMIT = 1 << 16  # a longer line is written in pieces
+IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
+KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
+STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
+
+Order = dict[str, Any]
+
+
+def parents() -> dict[int, int]:
+    """Every process's parent, from /proc. Processes that end meanwhile are left out."""
+    found = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - pathlib would double this process's memory
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as file:  # noqa: PTH123
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            found[int(entry)] = int(fields[1])
+    return found
+
+
+def descendants(root: int) -> list[int]:
+    """All living descendants of `root`, zombies included, nearest first."""
+    below: dict[int, list[int]] = {}
+    for pid, parent in parents().items():
+        below.setdefault(parent, []).append(pid)
+    found, queue = [], [root]
+    while queue:
+        for child in below.get(queue.pop(0), []):
+            found.append(child)
+            queue.append(child)
+    return found
+
+
+def become_subreaper() -> None:
+    """From now on, orphaned descendants become children of this process. Raises OSError."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent() -> None:
+    """The kernel kills this process when its parent ends. Raises OSError."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Log:
+    """The engine's output on disk: rotated by size, secrets blanked. A full disk loses lines, never the engine."""
+
+    def __init__(self, path: str, rotate_bytes: int, keep: int, secrets: list[str]) -> None:
+        self.path, self.rotate_bytes, self.keep = path, rotate_bytes, keep
+        self.secrets = [s.encode() for s in secrets if s]
+        self.overlap = max((len(s) for s in self.secrets), default=1) - 1
+        self.rest = b""
+        self.lost = 0
+        self.size = 0
+        self.fd = -1
+
+    def feed(self, data: bytes) -> None:
+        """Take output as it comes; whole lines go to the file at once."""
+        self.rest += data
+        cut = self.rest.rfind(b"\n") + 1
+        if not cut and len(self.rest) > LINE_LIMIT:
+            cut = len(self.rest) - self.overlap
+        if cut:
+            self._write(self.rest[:cut])
+            self.rest = self.rest[cut:]
+
+    def close(self) -> None:
+        """Write the unfinished last line."""
+        if self.rest:
+            self._write(self.rest + b"\n")
+            self.rest = b""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _write(self, text: bytes) -> None:
+        for secret in self.secrets:
+            text = text.replace(secret, b"[redacted]")
+        if self.lost:
+            text = b"[%d bytes of output are lost: the log could not be written]\n" % self.lost + text
+        try:
+            if self.fd < 0 or self.size > self.rotate_bytes:
+                self._open()
+            view = memoryview(text)
+            while view:
+                written = os.write(self.fd, view)
+                self.size += written
+                view = view[written:]
+            self.lost = 0
+        except OSError:
+            self.lost += len(text)
+
+    def _open(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            for number in range(self.keep - 1, 0, -1):
+                older = f"{self.path}.{number}"
+                if os.path.exists(older):  # noqa: PTH110
+                    os.replace(older, f"{self.path}.{number + 1}")  # noqa: PTH105
+            if self.keep:
+                os.replace(self.path, f"{self.path}.1")  # noqa: PTH105
+            else:
+                os.truncate(self.path, 0)
+        self.fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self.size = os.fstat(self.fd).st_size
+
+
+class Guard:
+    """One engine's guard: a poll loop over the order pipe, the engine's output and the deaths of children."""
+
+    def __init__(self) -> None:
+        self.engine = 0  # pid, 0 when none runs
+        self.killing_since: float | None = None
+        self.stuck_reported = False
+        self.control = b""
+        self.output = -1
+        self.log: Log | None = None
+
+    def run(self) -> None:
+        """Take the order, start the engine, serve until nothing is left."""
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_IGN)  # only the order pipe decides
+        wake_read, wake_write = os.pipe()
+        for end in (wake_read, wake_write, 0):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        become_subreaper()
+
+        poll = select.poll()
+        poll.register(0, select.POLLIN)
+        poll.register(wake_read, select.POLLIN)
+        ordered = False
+        while True:
+            ready = dict(poll.poll(1000 * KILL_EVERY if self.killing_since is not None else None))
+            if wake_read in ready:
+                _read(wake_read)
+            if self.output in ready and not self._copy_output():
+                poll.unregister(self.output)
+                os.close(self.output)
+                self.output = -1
+            if 0 in ready:
+                data = _read(0)
+                if data == b"":
+                    poll.unregister(0)
+                    self._kill()
+                for line in self._lines(data or b""):
+                    if ordered:
+                        self._obey(json.loads(line)["do"])
+                    else:
+                        ordered = True
+                        self._start(json.loads(line))
+                        if self.output >= 0:
+                            poll.register(self.output, select.POLLIN)
+            self._reap()
+            if self.killing_since is not None and self._finish_killing():
+                return
+
+    def _lines(self, data: bytes) -> list[bytes]:
+        *whole, self.control = (self.control + data).split(b"\n")
+        return whole
+
+    def _obey(self, what: str) -> None:
+        if what == "kill":
+            self._kill()
+        elif what == "term" and self.engine:
+            os.kill(self.engine, signal.SIGTERM)
+
+    def _start(self, order: Order) -> None:
+        self.log = Log(order["log"], order["rotate_bytes"], order["rotate_keep"], order["secrets"])
+        output, engine_end = os.pipe()
+        failed, failing = os.pipe()
+        _grow(output)
+        me = os.getpid()
+        self.engine = os.fork()
+        if self.engine == 0:
+            _become_engine(order, me, engine_end, failing)
+        os.close(engine_end)
+        os.close(failing)
+        os.set_blocking(output, False)
+        self.output = output
+        error = os.read(failed, 4096)
+        os.close(failed)
+        if error:
+            tell(event="spawn_failed", error=error.decode(errors="replace"))
+            self._kill()
+        else:
+            tell(event="spawned", pid=self.engine)
+
+    def _copy_output(self) -> bool:
+        """Move what the pipe holds into the log. False at its end."""
+        data = _read(self.output)
+        if data and self.log:
+            self.log.feed(data)
+        return data != b""
+
+    def _reap(self) -> None:
+        """Collect every dead child, the adopted ones too. The engine's own death is news."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.engine:
+                self.engine = 0
+                tell(event="exited", status=os.waitstatus_to_exitcode(status))
+                self._kill()
+
+    def _kill(self) -> None:
+        if self.killing_since is None:
+            self.killing_since = time.monotonic()
+
+    def _finish_killing(self) -> bool:
+        """One round of killing all descendants. True when none was left and the last output is written."""
+        left = descendants(os.getpid())
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._reap()
+        if left:
+            since = self.killing_since or 0.0
+            if not self.stuck_reported and time.monotonic() - since > STUCK_AFTER:
+                self.stuck_reported = True
+                tell(event="stuck", pids=left)
+            return False
+        while self.output >= 0 and _read_into(self.log, self.output):
+            pass
+        if self.log:
+            self.log.close()
+        tell(event="gone")
+        return True
+
+
+def _become_engine(order: Order, guard: int, output: int, failing: int) -> None:
+    """In the forked child: become the engine, or write the reason into `failing` and end."""
+    try:
+        os.setsid()
+        die_with_parent()
+        if os.getppid() != guard:
+            os._exit(1)
+        for number in IGNORED:
+            signal.signal(number, signal.SIG_DFL)  # an ignored signal would stay ignored in the engine
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(order["cwd"])
+        os.execvpe(order["argv"][0], order["argv"], order["env"])  # noqa: S606
+    except OSError as error:
+        os.write(failing, f"{error.strerror}: {error.filename or order['argv'][0]}".encode())
+    finally:
+        os._exit(127)
+
+
+def _read(fd: int) -> bytes | None:
+    """What a non-blocking descriptor holds: bytes, b"" at its end, None when it holds nothing now."""
+    try:
+        return os.read(fd, LINE_LIMIT)
+    except BlockingIOError:
+        return None
+
+
+def _read_into(log: Log | None, fd: int) -> bool:
+    data = _read(fd)
+    if data and log:
+        log.feed(data)
+    return bool(data)
+
+
+def _grow(pipe: int) -> None:
+    import fcntl
+
+    try:
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+    except OSError:
+        return  # the user's pipe budget is spent: the default 64 KiB serves too
+
+
+def tell(**event: Any) -> None:
+    """One event line to the supervisor. Nobody listening is no error: the end of stdin says the same."""
+    try:
+        os.write(1, json.dumps(event).encode() + b"\n")
+    except OSError:
+        return
+
+
+if __name__ == "__main__":
+    try:
+        Guard().run()
+    except BaseException as problem:  # noqa: BLE001 - the last words of a process that nobody else can hear
+        tell(event="guard_error", error=f"{type(problem).__name__}: {problem}")
+        sys.exit(1)

@@ -1,0 +1,98 @@
+"""Is an address free to listen on, and if not, who holds it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from qwen3emb_launch.errors import InvalidInputError, UnfitError
+
+HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise unless this user can listen on host:port now.
+
+    InvalidInputError `bad_port`, `bad_host`; UnfitError `port_in_use` (names the holder), `port_privileged`.
+    """
+    if not 1 <= port <= 65535:
+        raise InvalidInputError("bad_port", f"port {port} is not in 1..65535", "qwen3emb up --port 30000")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise InvalidInputError(
+            "bad_host", f"host {host!r} is not an address of this machine: {error}", "qwen3emb up --host 127.0.0.1"
+        ) from error
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: TIME_WAIT is no holder
+        try:
+            probe.bind(address)
+            probe.listen(1)
+        except PermissionError as error:
+            raise UnfitError(
+                "port_privileged",
+                f"port {port} needs rights this user does not have (ports below 1024)",
+                f"qwen3emb up --port {free_port(host, 30000)}",
+            ) from error
+        except OSError as error:
+            raise _taken(host, port, error) from error
+
+
+def _taken(host: str, port: int, error: OSError) -> UnfitError | InvalidInputError:
+    if error.errno != errno.EADDRINUSE:
+        return InvalidInputError(
+            "bad_host", f"cannot listen on {host}:{port}: {error.strerror}", "qwen3emb up --host 127.0.0.1"
+        )
+    pid, name = holder(port)
+    who = f"pid {pid} ({name})" if pid else "a process of another user"
+    return UnfitError(
+        "port_in_use",
+        f"port {port} is in use by {who}",
+        f"stop it, or: qwen3emb up --port {free_port(host, port + 1)}",
+        {"port": port, "pid": pid, "process": name},
+    )
+
+
+def holder(port: int) -> tuple[int | None, str | None]:
+    """Pid and name of the process that listens on a TCP port; None where this user may not know."""
+    import psutil
+
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.Error:
+        return None, None
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
+            if connection.pid is None:
+                continue
+            try:
+                return connection.pid, psutil.Process(connection.pid).name()
+            except psutil.Error:
+                return connection.pid, None
+    return None, None
+
+
+def free_port(host: str, first: int) -> int:
+    """The first port at or above `first` that an engine can listen on, its port + 10000 free as well.
+
+    Raises UnfitError `no_free_port` when there is none up to 55535.
+    """
+    for port in range(max(first, 1024), HIGHEST_ENGINE_PORT + 1):
+        if _binds(host, port) and _binds(host, port + 10000):
+            return port
+    raise UnfitError("no_free_port", f"no free port from {first} to {HIGHEST_ENGINE_PORT}", "qwen3emb status")
+
+
+def _binds(host: str, port: int) -> bool:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,3 @@
+"""`up`: the supervisor. `machine` decides, `supervisor` acts, the rest are their parts."""
+
+from __future__ import annotations

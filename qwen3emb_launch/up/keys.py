@@ -1,0 +1,48 @@
+"""The engine's keys: made anew for each start, handed over in a private file, never in a command line.
+
+SGLang's routes for weight updates, cache flushes and memory release are open to everyone who reaches its port unless an
+admin key is set. `--config FILE` merges a YAML file into its flags; JSON is YAML.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SECRET_FLAGS = ("--api-key", "--admin-api-key")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """`api` is asked of every request (None: open), `admin` of the admin routes."""
+
+    admin: str
+    api: str | None = None
+
+    def config(self) -> str:
+        """The text of the file that `--config` names."""
+        values = {"admin-api-key": self.admin} | ({"api-key": self.api} if self.api else {})
+        return json.dumps(values) + "\n"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not appear in a log."""
+        return tuple(k for k in (self.admin, self.api) if k)
+
+
+def take_keys(argv: Sequence[str]) -> tuple[tuple[str, ...], Keys]:
+    """The argv without the keys a profile put there, and the keys: those, or fresh ones for the admin routes."""
+    rest: list[str] = []
+    found: dict[str, str] = {}
+    items = iter(argv)
+    for item in items:
+        flag, equals, value = item.partition("=")
+        if flag in SECRET_FLAGS:
+            found[flag] = value if equals else next(items, "")
+        else:
+            rest.append(item)
+    # Hex: a value that begins with '-' would be taken for a flag.
+    admin = found.get("--admin-api-key") or secrets.token_hex(24)
+    return tuple(rest), Keys(admin, found.get("--api-key") or None)

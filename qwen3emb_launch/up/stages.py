@@ -1,0 +1,44 @@
+"""What a starting engine is busy with, read from its log, so that a long start says what it waits for."""
+
+from __future__ import annotations
+
+import re
+
+# SGLang's lines in the order they come; each is the sign that a stage began.
+STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), text)
+    for pattern, text in (
+        (r"server_args=ServerArgs\(", "starting workers"),
+        (r"Init torch distributed begin", "preparing the device"),
+        (r"Load weight begin", "loading weights"),
+        (r"Load weight end", "weights loaded, reserving memory"),
+        (r"KV Cache is allocated|Memory pool end", "memory reserved"),
+        (r"[Cc]apture (?:piecewise |prefill |cuda |breakable )*(?:CUDA |cuda )?graph", "capturing CUDA graphs"),
+        (r"[Cc]ompil(?:e|ing)\b.*(?:kernel|graph|torch)|JIT", "compiling kernels"),
+        (r"Uvicorn running on", "warming up"),
+        (r"fired up and ready to roll", "engine is up"),
+    )
+)
+SHARDS = re.compile(r"(?:loading|Loading) .*shards:\s*(\d+)%")
+CAPTURE = re.compile(r"Capturing .*?(\d+)%")
+# A line of these means that the engine computed something for somebody.
+WORK = re.compile(r'Prefill batch|"POST /v1/embeddings HTTP/[\d.]+" 200')
+
+
+def stage(line: str) -> str | None:
+    """The stage that a log line announces, or None."""
+    shards = SHARDS.search(line)
+    if shards:
+        return f"loading weights, {shards.group(1)}%"
+    capture = CAPTURE.search(line)
+    if capture:
+        return f"capturing CUDA graphs, {capture.group(1)}%"
+    for pattern, text in STAGES:
+        if pattern.search(line):
+            return text
+    return None
+
+
+def works(line: str) -> bool:
+    """Whether a log line shows the engine at work on requests."""
+    return WORK.search(line) is not None

@@ -1,0 +1,136 @@
+"""Helpers for tests of the supervisor: a hand-made plan for the fake engine, and waiting for a condition."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qwen3emb_launch import state
+from qwen3emb_launch.catalog import ModelShape
+from qwen3emb_launch.facts import Deadlines, EngineFacts, LaunchPlan, ModelFacts, RestartPolicy
+from qwen3emb_launch.lifecycle import State, Transition
+from qwen3emb_launch.state import InstanceRecord
+from qwen3emb_launch.up.supervisor import Outcome, Supervisor
+from conftest import free_port
+
+FAKE = Path(__file__).with_name("fake_engine.py")
+QUICK = Deadlines(start=20, probe=0.3, probe_every=0.1, probe_failures=2, drain=5, reap=5)
+EAGER = RestartPolicy(first=0.05, factor=1.0, longest=0.1, limit=3, window=600)
+
+
+def until(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+    """The condition's first true value; an assertion error after `timeout` seconds without one."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.01)
+    raise AssertionError(f"not within {timeout} s: {what}")
+
+
+def fake_plan(behaviour: dict[str, Any] | None = None, **changes: Any) -> LaunchPlan:
+    """A plan that starts the fake engine with the given faults."""
+    import json
+
+    port = free_port()
+    width = 64
+    shape = ModelShape(width, 1, 1, 1, 64, 64, 264, 1024, True)
+    plan = LaunchPlan(
+        name="fake",
+        profile="fake",
+        profile_hash="0",
+        model=ModelFacts("fake", Path("/nowhere"), "folder", None, shape, 0, 256),
+        engine=EngineFacts("fake", "cpu", "0.5.15.post1", Path(sys.executable), True, {}),
+        gpu=None,
+        served_model_name="fake",
+        host="127.0.0.1",
+        port=port,
+        engine_host="127.0.0.1",
+        engine_port=port,
+        context_length=512,
+        max_dims=width,
+        argv=(sys.executable, str(FAKE), "--host", "127.0.0.1", "--port", str(port), "--is-embedding"),
+        env={"FAKE_ENGINE": json.dumps({"width": width, **(behaviour or {})})},
+        settings=(),
+        memory=None,
+        deadlines=QUICK,
+        restart=EAGER,
+    )
+    return replace(plan, **changes)
+
+
+class Watcher:
+    """A listener that remembers everything."""
+
+    def __init__(self) -> None:
+        self.transitions: list[Transition] = []
+        self.notes: list[str] = []
+        self.stages: list[str] = []
+
+    @property
+    def states(self) -> list[State]:
+        return [t.after for t in self.transitions]
+
+    def moved(self, transition: Transition, record: InstanceRecord) -> None:
+        self.transitions.append(transition)
+
+    def said(self, text: str) -> None:
+        self.notes.append(text)
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+
+class Supervised:
+    """A supervisor in a thread: `with Supervised(plan) as s`. Leaving stops it and waits for its end."""
+
+    def __init__(self, plan: LaunchPlan, check_argv: tuple[str, ...] | None = None) -> None:
+        self.plan = plan
+        self.watcher = Watcher()
+        self.claim = state.claim(plan.name)
+        self.supervisor = Supervisor(plan, self.claim, check_argv=check_argv, listeners=[self.watcher])
+        self.outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        self.outcome = self.supervisor.run()
+
+    def __enter__(self) -> Supervised:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.supervisor.stop("test")
+        self.wait()
+        self.claim.release()
+
+    def wait(self, timeout: float = 30) -> Outcome:
+        self._thread.join(timeout)
+        assert self.outcome is not None, "the supervisor did not end"
+        return self.outcome
+
+    def reach(self, wanted: State, times: int = 1) -> None:
+        until(lambda: self.watcher.states.count(wanted) >= times, f"{wanted} (seen: {self.watcher.states})")
+
+    @property
+    def engine_pid(self) -> int:
+        return until(lambda: self.supervisor.record.engines, "an engine pid")[0].pid
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended; zombies count as ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def engine_lives(pid: int) -> bool:
+    return not gone(pid) and os.path.exists(f"/proc/{pid}")
