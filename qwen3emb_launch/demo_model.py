@@ -18,6 +18,9 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from qwen3emb_launch.disk import disk_error
+
+DEMO_NAME = "Qwen3-Embedding-demo"  # engines before 0.5.9 load weights only where the path says "Embedding"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EOS_ID = 256  # <|endoftext|>, right behind the 256 byte tokens
 VOCAB = 264  # 256 bytes, three special tokens, padded to a multiple of eight
@@ -38,12 +41,27 @@ class DemoShape:
 
 
 def make_demo_model(folder: Path, shape: DemoShape | None = None) -> Path:
-    """Write the checkpoint into `folder` unless it is there already; a half-written one is never left behind."""
+    """Write the checkpoint into `folder` unless it is there already; a half-written one is never left behind.
+
+    Raises UnfitError (`disk_full`, `folder_unwritable`) when the disk refuses.
+    """
     shape = shape or DemoShape()
     stamp = json.dumps(_config(shape), sort_keys=True)
+    try:
+        if not _is_made(folder, stamp):
+            _make(folder, shape, stamp)
+    except OSError as error:
+        if not _is_made(folder, stamp):  # else another process was faster, and its folder is as good
+            raise disk_error(error, folder) from error
+    return folder
+
+
+def _is_made(folder: Path, stamp: str) -> bool:
     marker = folder / "demo.json"
-    if marker.is_file() and marker.read_text(encoding="utf-8") == stamp:
-        return folder
+    return marker.is_file() and marker.read_text(encoding="utf-8") == stamp
+
+
+def _make(folder: Path, shape: DemoShape, stamp: str) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
@@ -59,7 +77,6 @@ def make_demo_model(folder: Path, shape: DemoShape | None = None) -> Path:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
 
 
 def _write_json(path: Path, value: Any) -> None:

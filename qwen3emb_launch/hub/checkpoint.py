@@ -90,12 +90,13 @@ def _weight_files(folder: Path) -> list[Path]:
 def _weight_file(path: Path) -> int:
     """The file's size in bytes, once its header agrees with it."""
     size = path.stat().st_size
+    said: int | None
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length <= min(size, _LONGEST_HEADER) else None
+            header = json.loads(file.read(length)) if length <= min(size, _LONGEST_HEADER) else {}
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        said = 8 + length + max(ends, default=0)
+        said = 8 + length + max(ends)
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError):
         said = None
     if said != size:

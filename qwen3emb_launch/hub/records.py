@@ -19,6 +19,7 @@ from qwen3emb_launch.hub.listing import RemoteFile
 from qwen3emb_launch.paths import paths
 
 SCHEMA = 1
+_SHORTEST = 7  # digits that still name one commit
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,12 @@ class Record:
     def total_bytes(self) -> int:
         """Bytes of all files."""
         return sum(f.size for f in self.files)
+
+    def named(self, revision: str | None) -> bool:
+        """Whether `revision` means this download: a branch or tag as asked for then, or a commit's first digits."""
+        if revision is None or revision in (self.revision, self.commit):
+            return True
+        return len(revision) >= _SHORTEST and self.pin.startswith(revision)
 
     def complete(self) -> bool:
         """Whether every file is still there in its size. Reads no content."""
