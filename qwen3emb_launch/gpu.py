@@ -33,6 +33,16 @@ class Holder:
     bytes: int | None
 
 
+@dataclass(frozen=True)
+class GpuSample:
+    """One reading. `busy` is 0 to 1, `joules` a counter since the driver was loaded; None where the card does not say."""
+
+    busy: float | None
+    memory_bytes: int | None
+    watts: float | None
+    joules: float | None
+
+
 def inventory(environ: Mapping[str, str] | None = None) -> list[GpuFacts]:
     """The GPUs that a process started now may use: all, or those that CUDA_VISIBLE_DEVICES names."""
     return list(survey(environ).gpus)
@@ -66,6 +76,29 @@ def holders(index: int) -> list[Holder]:
                 held[process.pid] = process.usedGpuMemory
         found = [Holder(pid, _process_name(pid), size) for pid, size in held.items()]
         return sorted(found, key=lambda h: -(h.bytes or 0))
+
+
+@contextmanager
+def sampler(index: int) -> Iterator[Callable[[], GpuSample | None]]:
+    """A function that reads the GPU with this NVML index, in about a millisecond; it gives None without one."""
+    with _nvml([]) as nvml:
+        handle = None if nvml is None else _ask(nvml, nvml.nvmlDeviceGetHandleByIndex, index)
+
+        def sample() -> GpuSample | None:
+            if nvml is None or handle is None:
+                return None
+            rates = _ask(nvml, nvml.nvmlDeviceGetUtilizationRates, handle)
+            memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+            milliwatts = _ask(nvml, nvml.nvmlDeviceGetPowerUsage, handle)
+            millijoules = _ask(nvml, nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
+            return GpuSample(
+                busy=None if rates is None else rates.gpu / 100,
+                memory_bytes=None if memory is None else int(memory.used),
+                watts=None if milliwatts is None else milliwatts / 1000,
+                joules=None if millijoules is None else millijoules / 1000,
+            )
+
+        yield sample
 
 
 @contextmanager
