@@ -7,6 +7,7 @@ straight to the endpoint.
 from __future__ import annotations
 
 import json
+import re
 import ssl
 import urllib.error
 import urllib.request
@@ -134,3 +135,23 @@ def _refusal(spec: LoadSpec, status: int, kind: str, detail: str, answer: bytes)
             "text_refused", f"{spec.url} refuses a text of this load: {said}", "shorten it with --tokens"
         )
     return NetworkError("endpoint_error", f"{spec.url} answered {status}: {said}", "see the endpoint's log")
+
+
+# Seconds that requests waited in the engine's queue: SGLang's and vLLM's Prometheus histograms.
+_QUEUE = re.compile(
+    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds)_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.M
+)
+
+
+def queue_seconds(spec: LoadSpec) -> tuple[float, float] | None:
+    """(sum, count) of the engine's queue times so far; None where it does not tell."""
+    root = spec.url.removesuffix("/v1")
+    try:
+        status, body = ask(replace(spec, url=root, timeout=5.0), "/metrics")
+    except LaunchError:
+        return None
+    totals = {b"sum": 0.0, b"count": 0.0}
+    found = _QUEUE.findall(body) if status == 200 else []
+    for name, value in found:
+        totals[name] += float(value)
+    return (totals[b"sum"], totals[b"count"]) if found else None

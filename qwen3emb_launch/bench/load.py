@@ -90,6 +90,7 @@ class LoadResult:
 
     spec: LoadSpec
     started_at: float  # seconds since the epoch
+    start: float  # the same moment on the monotonic clock
     batch: Batch
     phases: list[PhaseTimes]
     sent: int
@@ -246,6 +247,7 @@ def _gather(
     return LoadResult(
         spec=spec,
         started_at=started_at,
+        start=start,
         batch=batch,
         phases=list(phases.values()),
         sent=sum(e["sent"] for e in ends),

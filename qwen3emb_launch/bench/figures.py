@@ -1,0 +1,203 @@
+"""From finished requests to figures: throughput, latency, errors, goodput, and whether the client was the limit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3emb_launch.bench.histogram import LatencyHistogram
+from qwen3emb_launch.bench.load import Batch, LoadResult, PhaseTimes
+from qwen3emb_launch.statistics import Slo, percentile
+
+BUSY_CLIENT = 0.85  # share of a core above which the client may be what was measured
+LATE_SHARE = 0.05  # of p50: open-loop sends later than this make the client visible in the latency
+TIMELINE_BUCKETS = 120
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds, of right answers; None when there was none. From the scheduled send time in an open loop."""
+
+    mean: float | None
+    p50: float | None
+    p90: float | None
+    p95: float | None
+    p99: float | None
+    max: float | None
+
+
+@dataclass(frozen=True)
+class ClientLoad:
+    """What the load generator itself was busy with. `cpu` is the busiest process's share of one core.
+
+    `late_ms` is the 99th percentile of scheduled to sent: above zero only in an open loop.
+    """
+
+    cpu: float
+    late_ms: float
+    lag_ms: float
+    peak_rss: int
+    processes: int
+    limited: bool
+
+
+@dataclass(frozen=True)
+class GpuFigures:
+    """NVML over one phase. Each is None where NVML did not say. Energy is per million prompt tokens, in watt hours."""
+
+    busy: float | None
+    memory_bytes: int | None
+    watts: float | None
+    watt_hours_per_million_tokens: float | None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One measured phase of one load on one endpoint.
+
+    Rates count right answers only; a request across the phase's edge counts by the part inside. `failed` is by kind.
+    `timeline` is (second, requests/s, p50 ms, p95 ms). `histogram` is HdrHistogram's own text form.
+    """
+
+    seconds: float
+    requests: int
+    failed: Mapping[str, int]
+    requests_per_s: float
+    texts_per_s: float
+    tokens_per_s: float | None
+    tokens_per_text: float | None
+    error_rate: float
+    latency: Latency
+    goodput_per_s: float | None
+    slo_misses: tuple[str, ...]
+    queue_ms: float | None
+    client: ClientLoad
+    gpu: GpuFigures | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+    timeline: tuple[tuple[float, float, float | None, float | None], ...] = ()
+    histogram: str = ""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Figures:
+        """The inverse of `results.plain`."""
+        values = dict(data)
+        values["latency"] = Latency(**values["latency"])
+        values["client"] = ClientLoad(**values["client"])
+        values["gpu"] = GpuFigures(**values["gpu"]) if values.get("gpu") else None
+        values["slo_misses"] = tuple(values["slo_misses"])
+        values["timeline"] = tuple((r[0], r[1], r[2], r[3]) for r in values["timeline"])
+        return cls(**values)
+
+
+def window(result: LoadResult, phase: PhaseTimes) -> tuple[float, float]:
+    """The phase's span in seconds since the start; a load of N requests lasts until its last answer."""
+    if result.spec.requests is None or not len(result.batch):
+        return phase.began, phase.ended
+    return phase.began, max(phase.began + 1e-9, max(result.batch.done))
+
+
+def figures_of(result: LoadResult, phase: PhaseTimes, slo: Slo | None, queue_ms: float | None = None) -> Figures:
+    """The figures of one phase. Requests belong to the phase in which they were scheduled."""
+    spec = result.spec
+    began, ended = window(result, phase)
+    failed: Counter[str] = Counter()
+    latencies: list[float] = []
+    late: list[float] = []
+    inside = token_share = 0.0
+    counted = tokens = 0
+    limit = slo.strictest if slo else None
+    good = 0.0
+    for scheduled, sent, done, used, kind in result.batch.rows():
+        begins = scheduled >= began and (scheduled < ended or spec.requests is not None)
+        if kind:
+            failed[kind] += begins
+            continue
+        latency = done - scheduled
+        share = _overlap(sent, done, began, ended)
+        inside += share
+        if limit is not None and latency <= limit:
+            good += share
+        if used >= 0:
+            token_share += share * used
+        if begins:
+            latencies.append(latency)
+            late.append(sent - scheduled)
+            if used >= 0:
+                tokens += used
+                counted += 1
+    if result.unfinished and phase is _last_measured(result):
+        failed["unfinished"] += result.unfinished
+    failed = +failed
+    seconds = max(ended - began, 1e-9)
+    histogram = LatencyHistogram()
+    histogram.record_all(latencies)
+    wrong = sum(failed.values())
+    error_rate = wrong / (wrong + len(latencies)) if wrong else 0.0
+    percentiles = {at: seen for at in (slo.limits if slo else ()) if (seen := histogram.at(at)) is not None}
+    late_p99 = percentile(late, 99) if late else 0.0
+    middle = histogram.at(50)
+    return Figures(
+        seconds=seconds,
+        requests=len(latencies),
+        failed=dict(failed),
+        requests_per_s=inside / seconds,
+        texts_per_s=inside * spec.batch / seconds,
+        tokens_per_s=token_share / seconds if counted else None,
+        tokens_per_text=tokens / counted / spec.batch if counted else None,
+        error_rate=error_rate,
+        latency=Latency(*(_ms(v) for v in (histogram.mean(), middle, *(histogram.at(p) for p in (90, 95, 99, 100))))),
+        goodput_per_s=good / seconds if limit is not None else None,
+        slo_misses=tuple(slo.misses(percentiles, error_rate)) if slo else (),
+        queue_ms=queue_ms,
+        client=ClientLoad(
+            cpu=phase.cpu,
+            late_ms=late_p99 * 1000,
+            lag_ms=result.lag * 1000,
+            peak_rss=result.peak_rss,
+            processes=spec.processes,
+            limited=phase.cpu > BUSY_CLIENT or (middle is not None and late_p99 > max(0.001, LATE_SHARE * middle)),
+        ),
+        details={k: v for k, v in result.details.items() if k in failed},
+        timeline=_timeline(result.batch, began, ended),
+        histogram=histogram.encode() if latencies else "",
+    )
+
+
+def _overlap(sent: float, done: float, began: float, ended: float) -> float:
+    """The part of a request's life inside the window: 1 for one wholly inside. Takes the edges' chance out of rates."""
+    if sent >= began and done <= ended:
+        return 1.0
+    inside = min(done, ended) - max(sent, began)
+    return max(0.0, inside / (done - sent)) if done > sent else 0.0
+
+
+def _last_measured(result: LoadResult) -> PhaseTimes | None:
+    return next((p for p in reversed(result.phases) if p.measured), None)
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1000
+
+
+def _timeline(batch: Batch, began: float, ended: float) -> tuple[tuple[float, float, float | None, float | None], ...]:
+    """Completions and latencies by second, or by as many seconds as keep it to 120 points."""
+    width = max(1.0, (ended - began) / TIMELINE_BUCKETS)
+    count = int((ended - began) / width)
+    if count < 2:
+        return ()
+    buckets: list[list[float]] = [[] for _ in range(count)]
+    for scheduled, _, done, _, kind in batch.rows():
+        number = int((done - began) // width)
+        if not kind and 0 <= number < count:
+            buckets[number].append(done - scheduled)
+    return tuple(
+        (
+            round(number * width, 3),
+            len(bucket) / width,
+            _ms(percentile(bucket, 50)) if bucket else None,
+            _ms(percentile(bucket, 95)) if bucket else None,
+        )
+        for number, bucket in enumerate(buckets)
+    )
