@@ -1,0 +1,140 @@
+"""Engine servers under measurement: started in a session of their own, awaited by a real embedding, weighed by NVML."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+
+@dataclass
+class Server:
+    """One running server. Seconds and bytes; `gpu_bytes` is what its processes hold once it answers."""
+
+    name: str
+    pid: int
+    port: int
+    argv: list[str]
+    ready_s: float
+    gpu_bytes: int | None
+    log: str
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+
+class StartError(RuntimeError):
+    """The server died or did not answer in time; the message ends with its last log lines."""
+
+
+def expand(values: Mapping[str, str]) -> dict[str, str]:
+    """`${NAME}` in a configuration's environment, from this process's."""
+    return {k: Template(str(v)).substitute(os.environ) for k, v in values.items()}
+
+
+def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path, deadline_s: float = 420) -> Server:
+    """Start the server that `spec` describes (`argv` with {model}, {port}; `env`) and wait for an embedding."""
+    log = out / f"{name}.log"
+    places = {"model": str(model), "port": str(port)}
+    argv = [str(part).format(**places) for part in spec["argv"]]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **expand(spec.get("env", {}))}
+    before = time.monotonic()
+    with log.open("wb") as sink:
+        process = subprocess.Popen(argv, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+    while not answers(port, str(spec.get("model_name", model))):
+        if process.poll() is not None or time.monotonic() - before > deadline_s:
+            stop_group(process.pid)
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+            raise StartError(f"{name}: no embedding within {time.monotonic() - before:.0f} s\n{tail}")
+        time.sleep(0.25)
+    ready = time.monotonic() - before
+    return Server(name, process.pid, port, argv, round(ready, 1), gpu_bytes(process.pid), str(log))
+
+
+def answers(port: int, model: str) -> bool:
+    """Whether a real embedding comes back."""
+    body = json.dumps({"model": model, "input": "ready?"}).encode()
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/embeddings", data=body, headers={"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status == 200 and bool(json.load(answer)["data"][0]["embedding"])
+    except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError):
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """The process and everything below it, in any session."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            text = stat.read_text()
+        except OSError:
+            continue
+        child, parent = int(text.split()[0]), int(text.rsplit(")", 1)[1].split()[1])
+        parents.setdefault(parent, []).append(child)
+    found, todo = {pid}, [pid]
+    while todo:
+        for child in parents.get(todo.pop(), []):
+            if child not in found:
+                found.add(child)
+                todo.append(child)
+    return found
+
+
+def gpu_bytes(pid: int) -> int | None:
+    """GPU memory the server's processes hold, by NVML; None where NVML does not tell processes apart."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        family = descendants(pid)
+        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid in family]
+    except pynvml.NVMLError:
+        return None
+    return sum(held) if held and all(h is not None for h in held) else None
+
+
+def device_used_bytes() -> int:
+    """Memory in use on the whole GPU, 0 without one: for the difference around a start where processes look alike."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
+
+
+def stop_group(pid: int) -> None:
+    """KILL the server and everything below it, and wait until it is gone."""
+    for member in descendants(pid):
+        try:
+            os.kill(member, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    with contextlib.suppress(ChildProcessError):  # started by an earlier command
+        os.waitpid(pid, 0)
+
+
+def save(servers: list[Server], path: Path) -> None:
+    """Remember running servers, so that a later command can load or stop them."""
+    path.write_text(json.dumps([asdict(s) for s in servers], indent=1))
+
+
+def load(path: Path) -> list[Server]:
+    """The servers an earlier command left running."""
+    return [Server(**s) for s in json.loads(path.read_text())] if path.exists() else []
