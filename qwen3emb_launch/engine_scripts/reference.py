@@ -1,0 +1,165 @@
+"""Embeddings by transformers alone, for `qwen3emb verify` to compare an endpoint with. Runs in the engine environment.
+
+stdin: {"model": folder, "texts": [...], "dtypes": ["float32", "bfloat16"], "device": "cpu", "alternatives": bool}
+stdout, last line: {"width", "layers", "eos", "appends_eos", "ids": [[...]], "vectors": {dtype: [base64 float32]},
+"alternatives": {name: [base64 or null]}, "skipped": {dtype: reason}, "versions"}
+
+Each text runs alone, unpadded: tokens, <|endoftext|> at the end, hidden state of the last token, length 1.
+`alternatives` are the known wrong ways, for naming a fault: computed in the first dtype.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+EOS = "<|endoftext|>"
+TEMPLATE = re.compile(r"\AInstruct: .*?\nQuery:", re.DOTALL)
+
+
+def main() -> int:
+    """Answer one request."""
+    request = json.load(sys.stdin)
+    import torch
+    import transformers
+    from transformers import AutoModel, AutoTokenizer
+
+    torch.set_grad_enabled(False)
+    transformers.logging.set_verbosity_error()
+    folder = request["model"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    eos = tokenizer.convert_tokens_to_ids(EOS)
+    out: dict[str, Any] = {"vectors": {}, "alternatives": {}, "skipped": {}, "eos": eos}
+    ids = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in request["texts"]]
+    own = tokenizer("a")["input_ids"]
+    out["appends_eos"] = bool(own) and own[-1] == eos
+    out["ids"] = [[*i, eos] for i in ids]
+    device = request.get("device", "cpu")
+    for dtype in request["dtypes"]:
+        reason = no_room(folder, dtype, device, torch)
+        if reason:
+            out["skipped"][dtype] = reason
+            continue
+        model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+        runner = Runner(torch, model, device, eos, tokenizer)
+        out["width"], out["layers"] = model.config.hidden_size, model.config.num_hidden_layers
+        out["vectors"][dtype] = [encode(torch, runner.pooled([*i, eos])) for i in ids]
+        if request.get("alternatives") and not out["alternatives"]:
+            out["alternatives"] = runner.alternatives(request["texts"], ids)
+        del model, runner
+        if device != "cpu":
+            torch.cuda.empty_cache()
+    out["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(out))
+    return 0
+
+
+def no_room(folder: str, dtype: str, device: str, torch: Any) -> str | None:
+    """Why this format does not fit into memory, or None."""
+    size = sum(e.stat().st_size for e in os.scandir(folder) if e.name.endswith(".safetensors"))
+    needed = size * (2 if dtype == "float32" else 1) * 1.2 + 5e8
+    if device == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):  # page cache counts as free
+                free = int(line.split()[1]) * 1024
+    else:
+        free = torch.cuda.mem_get_info()[0]
+    if needed > free:
+        return f"needs {needed / 1e9:.1f} GB of {device} memory, {free / 1e9:.1f} GB are free"
+    return None
+
+
+def encode(torch: Any, vector: Any) -> str:
+    return base64.b64encode(vector.to(torch.float32).cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+class Runner:
+    """One loaded model. Vectors are float32 tensors of length 1."""
+
+    def __init__(self, torch: Any, model: Any, device: str, eos: int, tokenizer: Any) -> None:
+        self.torch, self.model, self.device, self.eos, self.tokenizer = torch, model, device, eos, tokenizer
+
+    def hidden(self, ids: list[int], mask: list[int] | None = None) -> Any:
+        """Last hidden states of one sequence, shape (tokens, width), in the model's dtype."""
+        torch = self.torch
+        tensor = torch.tensor([ids], device=self.device)
+        attention = None if mask is None else torch.tensor([mask], device=self.device)
+        return self.model(input_ids=tensor, attention_mask=attention, use_cache=False).last_hidden_state[0]
+
+    def unit(self, vector: Any) -> Any:
+        return self.torch.nn.functional.normalize(vector.float(), dim=-1)
+
+    def pooled(self, ids: list[int]) -> Any:
+        return self.unit(self.hidden(ids)[-1])
+
+    def alternatives(self, texts: list[str], ids: list[list[int]]) -> dict[str, list[str | None]]:
+        """Each known wrong way, for each text; None where it does not apply (no instruction to strip)."""
+        rows: dict[str, list[str | None]] = {}
+        for text, tokens in zip(texts, ids, strict=True):
+            for name, vector in self.wrong_ways(text, tokens).items():
+                rows.setdefault(name, []).append(None if vector is None else encode(self.torch, vector))
+        return rows
+
+    def wrong_ways(self, text: str, ids: list[int]) -> dict[str, Any]:
+        """Each known wrong way of embedding one text, or None; `ids` are its tokens without <|endoftext|>."""
+        eos = self.eos
+        whole = [*ids, eos]
+        states = self.hidden(whole)
+        bare: Any = self.hidden(ids) if ids else None
+        end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        found = {
+            "mean_pooling": self.unit(states.float().mean(0)),
+            "first_token": self.unit(states[0]),
+            "max_pooling": self.unit(states.float().amax(0)),
+            "no_eos": self.unit(bare[-1]) if ids else None,
+            "mean_pooling_no_eos": self.unit(bare.float().mean(0)) if ids else None,
+            "second_last_token": self.unit(states[-2]) if ids else None,
+            "double_eos": self.pooled([*whole, eos]),
+            "im_end": self.pooled([*ids, end]) if isinstance(end, int) and end != eos else None,
+        }
+        for pad in (1, 8, 32):
+            padded = whole + [eos] * pad
+            found[f"right_padding_{pad}"] = self.unit(self.hidden(padded, [1] * len(whole) + [0] * pad)[-1])
+        for length in (64, 128, 256, 512):
+            pad = length - len(whole)
+            fits = pad > 0
+            mask = [1] * len(whole) + [0] * pad
+            found[f"right_padding_to_{length}"] = (
+                self.unit(self.hidden(whole + [eos] * pad, mask)[-1]) if fits else None
+            )
+            found[f"left_padding_unmasked_{length}"] = self.unit(self.hidden([eos] * pad + whole)[-1]) if fits else None
+        for length in (128, 256, 512):
+            found[f"truncated_{length}"] = self.pooled([*ids[: length - 1], eos]) if len(whole) > length else None
+            found[f"truncated_no_eos_{length}"] = self.pooled(ids[:length]) if len(ids) > length else None
+        for name, other in rewritten(text).items():
+            same = other == text or not other
+            found[name] = (
+                None if same else self.pooled([*self.tokenizer(other, add_special_tokens=False)["input_ids"], eos])
+            )
+        return {name: None if v is None else v.to(self.torch.float32) for name, v in found.items()}
+
+
+def rewritten(text: str) -> dict[str, str]:
+    """What careless servers make of a text."""
+    return {
+        "instruction_stripped": TEMPLATE.sub("", text),
+        "space_after_query": TEMPLATE.sub(lambda m: m.group() + " ", text),
+        "lower_cased": text.lower(),
+        "white_space_stripped": text.strip(),
+        "white_space_collapsed": " ".join(text.split()),
+        "line_breaks_replaced": text.replace("\n", " "),
+        "ascii_only": text.encode("ascii", "ignore").decode(),
+        "instruction_added": text
+        if TEMPLATE.match(text)
+        else "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:" + text,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

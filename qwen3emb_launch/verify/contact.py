@@ -1,0 +1,282 @@
+"""The endpoint under test over HTTP, and what it says of itself. The only file here that talks to it.
+
+Nothing is retried: a request that fails one time in five is what a verification looks for. Every well-formed
+request is counted with its outcome.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
+from qwen3emb_launch.vectors import from_base64
+
+if TYPE_CHECKING:
+    import httpx
+
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
+
+
+class Misanswer(CheckFailedError):  # noqa: N818 - what the endpoint did, not an error of ours
+    """A well-formed request that was not answered as the API says. `cause` names the likely fault."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__("misanswer", message)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One HTTP answer. `data` is its JSON (NaN allowed, as Python reads it) or None; `seconds` until the last byte."""
+
+    status: int
+    data: Any
+    text: str
+    headers: Mapping[str, str]
+    seconds: float
+
+    @property
+    def message(self) -> str:
+        """The error's own words, in OpenAI's nested form or flat, else the start of the body."""
+        body = self.data if isinstance(self.data, dict) else {}
+        nested = body.get("error")
+        found = nested.get("message") if isinstance(nested, dict) else nested or body.get("message")
+        return str(found or self.text).strip().replace("\n", " ")[:200]
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A well-formed answer: one vector an input, in the order of the answer; a null component is NaN."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    indices: tuple[Any, ...]
+    tokens: int | None
+    seconds: float
+    base64: bool
+    headers: Mapping[str, str]
+
+
+@dataclass
+class Tally:
+    """Well-formed requests asked so far, and those that were not answered with status 200."""
+
+    asked: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the URL names this machine, which proxies must never be asked for."""
+    host = urlsplit(url).hostname or ""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def normalised_url(url: str) -> str:
+    """The base URL as the OpenAI client takes it, without a trailing slash.
+
+    Raises InvalidInputError (`bad_url`) for what is no http(s) address.
+    """
+    url = url.strip().rstrip("/")
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInputError(
+            "bad_url", f"{url!r} is no http(s) address", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
+        )
+    return url.removesuffix("/embeddings")
+
+
+class Contact:
+    """An OpenAI-compatible endpoint. Safe to use from several threads."""
+
+    def __init__(self, base_url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
+        import httpx
+
+        self.base_url = normalised_url(base_url)
+        self.timeout = timeout
+        self.tally = Tally()
+        self.model = ""
+        self._lock = threading.Lock()
+        self._key = api_key
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(
+            headers=headers,
+            timeout=httpx.Timeout(timeout, connect=min(timeout, 10.0)),
+            trust_env=not is_loopback(self.base_url),
+            limits=httpx.Limits(max_connections=64, max_keepalive_connections=64),
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    @property
+    def root(self) -> str:
+        """The server's own address, where SGLang's and vLLM's information routes are."""
+        return self.base_url.removesuffix("/v1")
+
+    def get(self, url: str) -> Reply:
+        """A GET of an absolute URL. Raises NetworkError when there is no HTTP answer."""
+        return self._send("GET", url, None, None)
+
+    def post(self, route: str, body: Any, timeout: float | None = None) -> Reply:
+        """A POST below the base URL: `body` as JSON, or bytes sent as they are."""
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._send("POST", f"{self.base_url}/{route}", raw, timeout)
+
+    def tokenize(self, text: str) -> Reply:
+        """The token ids of a text by SGLang's or vLLM's own route, beside the base URL."""
+        raw = json.dumps({"model": self.model, "prompt": text}).encode()
+        return self._send("POST", f"{self.root}/tokenize", raw, None)
+
+    def _send(self, method: str, url: str, body: bytes | None, timeout: float | None) -> Reply:
+        import httpx
+
+        headers = {"content-type": "application/json"} if body is not None else {}
+        limit: Any = timeout if timeout is not None else httpx.USE_CLIENT_DEFAULT
+        began = time.perf_counter()
+        try:
+            answer = self._client.request(method, url, content=body, headers=headers, timeout=limit)
+        except httpx.TimeoutException as exc:
+            waited = time.perf_counter() - began
+            raise NetworkError(
+                "endpoint_timeout",
+                f"{url} did not answer within {waited:.1f} s ({type(exc).__name__})",
+                "is the engine loaded and idle? `qwen3emb status`; --timeout gives it longer",
+            ) from exc
+        except (httpx.HTTPError, httpx.InvalidURL) as exc:
+            raise NetworkError(
+                "endpoint_unreachable",
+                f"{url} does not answer: {exc}",
+                "is the address right and the engine up? `qwen3emb status`, `qwen3emb up`",
+            ) from exc
+        seconds = time.perf_counter() - began
+        return Reply(answer.status_code, _json(answer), answer.text[:2000], dict(answer.headers), seconds)
+
+    def embed(
+        self,
+        inputs: Inputs,
+        *,
+        dims: int | None = None,
+        encoding: str | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """A well-formed embedding request. Raises Misanswer when it is not answered as the API says."""
+        body: dict[str, Any] = {"model": self.model, "input": inputs}
+        if dims is not None:
+            body["dimensions"] = dims
+        if encoding is not None:
+            body["encoding_format"] = encoding
+        many = not isinstance(inputs, str) and bool(inputs) and not isinstance(inputs[0], int)
+        count = len(inputs) if many else 1
+        try:
+            reply = self.post("embeddings", body, timeout)
+        except NetworkError as exc:
+            self._count(f"{exc.code}: {exc.message}")
+            raise Misanswer(exc.message, _no_answer(exc)) from exc
+        self._count(f"{reply.status}: {reply.message}" if reply.status != 200 else None)
+        if reply.status != 200:
+            raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply))
+        return _parsed(reply, count)
+
+    def _count(self, failure: str | None) -> None:
+        with self._lock:
+            self.tally.asked += 1
+            if failure:
+                self.tally.failures.append(failure)
+
+    def openai_vector(self, text: str) -> list[float]:
+        """One vector through the official client with its own defaults (it asks for base64)."""
+        import httpx2
+        import openai
+
+        with openai.OpenAI(
+            base_url=self.base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.timeout,
+            http_client=httpx2.Client(trust_env=not is_loopback(self.base_url)),
+        ) as client:
+            try:
+                answer = client.embeddings.create(model=self.model, input=text)
+            except openai.OpenAIError as exc:
+                self._count(f"through openai: {exc}")
+                raise Misanswer(f"the OpenAI client raises {type(exc).__name__}: {exc}", "not OpenAI's form") from exc
+            self._count(None)
+            return list(answer.data[0].embedding) if answer.data else []
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return json.loads(answer.content)
+    except ValueError:
+        return None
+
+
+def _no_answer(exc: NetworkError) -> str:
+    if exc.code == "endpoint_timeout":
+        return "the request was queued for ever or the engine hangs: an input longer than the KV pool does that"
+    return "the server closed the connection or is gone: it may have died on an earlier request"
+
+
+def _refusal(reply: Reply) -> str:
+    words = reply.message.lower()
+    if reply.status in (401, 403):
+        return "the endpoint wants another API key: --api-key-file FILE or OPENAI_API_KEY"
+    if "matryoshka" in words or "dimensions" in words:
+        override = "--json-model-override-args '{\"is_matryoshka\": true}'"
+        return f"the engine was started without the matryoshka override: {override}"
+    if reply.status == 400 and "embedding" in words:
+        return "the engine does not serve this checkpoint as an embedding model: start it with --is-embedding"
+    if "not json compliant" in words or "out of range float" in words:
+        return "the vector holds NaN or infinities, which JSON cannot carry"
+    if reply.status == 429 or reply.status == 503:
+        return "the endpoint sheds load; ask again when it is idle"
+    return "the endpoint fails well-formed requests" if reply.status >= 500 else "the endpoint refuses a right request"
+
+
+def _parsed(reply: Reply, count: int) -> Embeddings:
+    body = reply.data
+    if not isinstance(body, dict) or not isinstance(body.get("data"), list):
+        raise Misanswer(f"200 without a data list: {reply.text[:120]}", "this is no OpenAI-compatible embeddings route")
+    items = body["data"]
+    if len(items) != count:
+        cause = "items of a batch are dropped" if len(items) < count else "more vectors than inputs are answered"
+        raise Misanswer(f"{len(items)} vectors for {count} inputs", cause)
+    vectors, coded = [], False
+    for item in items:
+        value = item.get("embedding") if isinstance(item, dict) else None
+        if isinstance(value, str):
+            coded = True
+            try:
+                vectors.append(tuple(from_base64(value)))
+            except ValueError as exc:
+                raise Misanswer(f"an embedding is a string that is {exc}", "broken base64") from exc
+        elif isinstance(value, list) and value and all(_is_number(x) for x in value):
+            vectors.append(tuple(float("nan") if x is None else float(x) for x in value))
+        else:
+            raise Misanswer(f"an embedding is {str(value)[:60]!r}", "an embedding must be a list of numbers or base64")
+    usage = body.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    return Embeddings(
+        vectors=tuple(vectors),
+        indices=tuple(item.get("index") for item in items),
+        tokens=tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None,
+        seconds=reply.seconds,
+        base64=coded,
+        headers=reply.headers,
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))

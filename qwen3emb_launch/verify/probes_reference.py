@@ -1,0 +1,196 @@
+"""Comparison with vectors computed elsewhere, and the fault's name when they differ."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from qwen3emb_launch.vectors import distance, finite, normalised
+from qwen3emb_launch.verify.reference import ReferenceSet, Transformers
+from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
+from qwen3emb_launch.verify.session import Probe, Session, Vector
+from qwen3emb_launch.verify.tolerance import Precision
+
+DIAGNOSED = 6  # so many texts are computed the wrong ways, to name a fault
+
+# The wrong ways of the reference script, in words.
+CAUSES = {
+    "mean_pooling": "mean pooling instead of the last token",
+    "mean_pooling_no_eos": "mean pooling instead of the last token, and <|endoftext|> is not appended",
+    "first_token": "the first token is pooled (CLS) instead of the last",
+    "max_pooling": "max pooling instead of the last token",
+    "no_eos": "the server does not append <|endoftext|>: the last word is pooled instead",
+    "second_last_token": "the token before <|endoftext|> is pooled instead of <|endoftext|>",
+    "double_eos": "<|endoftext|> is appended twice",
+    "im_end": "<|im_end|> is appended instead of <|endoftext|> (the config's eos is not the pooled token)",
+    "right_padding": "padding on the wrong side: the pooled position is a padding token",
+    "left_padding_unmasked": "padding is not masked: the text attends to padding tokens",
+    "truncated": "long texts are truncated",
+    "truncated_no_eos": "long texts are truncated and lose their <|endoftext|>",
+    "instruction_stripped": "the instruction is stripped from queries",
+    "space_after_query": "the query template is rewritten with a space after `Query:`",
+    "lower_cased": "texts are lower-cased",
+    "white_space_stripped": "white space around texts is stripped",
+    "white_space_collapsed": "runs of white space are collapsed",
+    "line_breaks_replaced": "line breaks are replaced by spaces",
+    "ascii_only": "characters outside ASCII are dropped",
+    "instruction_added": "an instruction is added to documents",
+}
+
+Alternatives = Callable[[Sequence[str]], Mapping[str, Mapping[str, Vector]]]
+
+
+def allowed_distance(precision: Precision, own_error: float | None) -> float:
+    """1 - cosine allowed to the float32 reference.
+
+    The derived bound, widened where the checkpoint's own bfloat16 error (its bfloat16 vectors against its float32
+    ones) says that it amplifies rounding: four times that, and never above 0.01.
+    """
+    measured = 4 * own_error if own_error is not None and precision.dtype != "float32" else 0.0
+    return max(precision.distance, min(measured, 0.01))
+
+
+def compare(
+    session: Session,
+    reference: ReferenceSet,
+    allowed: float,
+    alternatives: Alternatives | None = None,
+    figures: Mapping[str, float] | None = None,
+) -> Outcome:
+    """The endpoint's vectors, each text asked alone, against a set."""
+    expected = f"1 - cosine ≤ {allowed:.1e} to {reference.origin} ({reference.dtype})"
+    texts = list(reference.vectors)
+    seen = dict(zip(texts, session.vectors(texts), strict=True))
+    if reference.width != session.width:
+        return broken(
+            expected,
+            f"{session.width} dims, the reference has {reference.width}",
+            "another model, or vectors cut by default",
+        )
+    apart = {t: distance(v, reference.vectors[t]) for t, v in seen.items()}
+    worst = max(apart.values())
+    numbers: dict[str, Any] = {
+        **(figures or {}),
+        "texts": len(texts),
+        "min_cosine": 1 - worst,
+        "mean_cosine": 1 - fmean(apart.values()),
+        "allowed": allowed,
+    }
+    if worst <= allowed:
+        return held(
+            expected,
+            f"cosine {1 - worst:.6f} at least, {numbers['mean_cosine']:.6f} on average, {len(texts)} texts",
+            **numbers,
+        )
+    wrong = [t for t in texts if apart[t] > allowed]
+    said = f"{len(wrong)} of {len(texts)} texts differ, cosine down to {1 - worst:.4f}"
+    return broken(expected, said, _cause(seen, reference, wrong, allowed, alternatives), **numbers)
+
+
+def _cause(
+    seen: Mapping[str, Vector],
+    reference: ReferenceSet,
+    wrong: Sequence[str],
+    allowed: float,
+    alternatives: Alternatives | None,
+) -> str:
+    """The fault's name: what all (or most) of the wrong vectors are instead."""
+    if not all(finite(seen[t]) for t in wrong):
+        return "not finite on some texts: overflow, float16 instead of bfloat16"
+    others = [
+        t for t in wrong if any(distance(seen[t], v) <= allowed for o, v in reference.vectors.items() if o != t)
+    ]  # fmt: skip
+    if len(others) == len(wrong) and len(wrong) > 1:
+        return "these are vectors of other texts of the set: texts are mixed up"
+    named = diagnose(seen, wrong, allowed, alternatives(sample(wrong)) if alternatives else {})
+    if named:
+        return named
+    far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
+    if far < 0.02 and len(wrong) > len(seen) // 2:
+        return "noise or a coarser number format: close to the right vectors, further than the precision explains"
+    if len(wrong) == len(seen):
+        return "another checkpoint, or a pooling, EOS or padding that none of the known faults explains"
+    return f"{len(wrong)} texts are embedded as something else: truncated, rewritten or padded"
+
+
+def sample(wrong: Sequence[str]) -> list[str]:
+    """The texts to compute the wrong ways: the shortest few and the longest."""
+    by_length = sorted(wrong, key=len)
+    return by_length if len(by_length) <= DIAGNOSED else [*by_length[: DIAGNOSED - 1], by_length[-1]]
+
+
+def diagnose(
+    seen: Mapping[str, Vector],
+    wrong: Sequence[str],
+    allowed: float,
+    alternatives: Mapping[str, Mapping[str, Vector]],
+) -> str:
+    """The wrong way whose vectors the endpoint's are, by vote over the texts; empty when none matches half of them."""
+    votes: Counter[str] = Counter()
+    for text in sample(wrong):
+        near = {
+            name: distance(seen[text], normalised(vectors[text]))
+            for name, vectors in alternatives.items()
+            if text in vectors
+        }
+        if not near:
+            continue
+        best = min(near.values())
+        if best <= allowed:
+            votes.update({_family(name) for name, d in near.items() if d <= max(2 * best, allowed / 4)})
+    if not votes:
+        return ""
+    family, count = max(votes.items(), key=lambda item: (item[1], -list(CAUSES).index(item[0])))
+    return CAUSES[family] if 2 * count >= len(sample(wrong)) else ""
+
+
+def _family(name: str) -> str:
+    """`right_padding_to_128` -> `right_padding`."""
+    return name.rstrip("0123456789").removesuffix("_").removesuffix("_to")
+
+
+def saved_probe(reference: ReferenceSet) -> Probe:
+    """The check against a saved set. Both sides may be off by the precision."""
+
+    def run(session: Session) -> Outcome:
+        return compare(session, reference, 2 * session.precision.distance)
+
+    return Probe("saved_reference", "saved reference set", run)
+
+
+def shipped_probe(reference: ReferenceSet) -> Probe:
+    """The check of the demo checkpoint against its shipped float32 vectors."""
+
+    def run(session: Session) -> Outcome:
+        return compare(session, reference, session.precision.distance)
+
+    return Probe("demo_reference", "demo checkpoint's vectors", run)
+
+
+def transformers_probe(compute: Callable[[Sequence[str], bool], Transformers], texts: Sequence[str]) -> Probe:
+    """The check against transformers in the engine environment. `compute(texts, alternatives)` runs the script."""
+
+    def run(session: Session) -> Outcome:
+        main = compute(texts, False)
+        exact, rounded = main.sets.get("float32"), main.sets.get("bfloat16")
+        judged = exact or rounded
+        if judged is None:
+            return skipped("; ".join(f"{k}: {v}" for k, v in main.skipped.items()))
+        figures: dict[str, float] = {}
+        own = None
+        if exact and rounded:
+            own = max(distance(exact.vectors[t], rounded.vectors[t]) for t in texts)
+            figures["bfloat16_reference_min_cosine"] = 1 - own
+            figures["min_cosine_to_bfloat16"] = 1 - max(
+                distance(v, rounded.vectors[t]) for t, v in zip(texts, session.vectors(texts), strict=True)
+            )
+        allowed = allowed_distance(session.precision, own) * (1 if exact else 2)
+
+        def wrong_ways(some: Sequence[str]) -> Mapping[str, Mapping[str, Vector]]:
+            return compute(some, True).alternatives
+
+        return compare(session, judged, allowed, wrong_ways, figures)
+
+    return Probe("transformers", "transformers' vectors", run, level="full")

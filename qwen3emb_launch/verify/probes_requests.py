@@ -1,0 +1,361 @@
+"""Checks of the interface: encodings, token ids, usage, repetition, load, latency, refusals."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import uuid
+
+from qwen3emb_launch.errors import NetworkError
+from qwen3emb_launch.vectors import distance, finite
+from qwen3emb_launch.verify.contact import Misanswer, Reply
+from qwen3emb_launch.verify.probes_vectors import quoted
+from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
+from qwen3emb_launch.verify.session import DEFAULT_MAX_LATENCY, Probe, Session
+from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, EMOJI, MIXED, ONE_TOKEN, QUERIES, long_text
+
+# Token ids of `Hello, world!` by the official tokenizer, for an endpoint that has no /tokenize.
+HELLO = "Hello, world!"
+HELLO_IDS = (9707, 11, 1879, 0)
+
+
+def probe_answers(session: Session) -> Outcome:
+    return held("an OpenAI-compatible embeddings route", f"{session.width} dims from {session.contact.model!r}")
+
+
+def probe_steady(session: Session) -> Outcome:
+    """Many requests, several at a time, each text several times: noise, rare faults and cross-talk."""
+    full = session.options.level == "full"
+    rounds, threads = (12, 8) if full else (4, 4)
+    allowed = session.precision.distance
+    expected = f"the same text, the same vector: 1 - cosine ≤ {allowed:.1e}"
+    usable = [t for t, v in zip(BASE, session.base, strict=True) if finite(v)]
+    if not usable:
+        return skipped("no finite vector to compare with")
+    asked = usable * rounds
+    random.Random(len(asked)).shuffle(asked)  # noqa: S311 - an order, not a secret
+
+    def again(text: str) -> tuple[str, float | None, str]:
+        try:
+            vector = session.contact.embed(text).vectors[0]
+        except Misanswer as exc:
+            return text, None, exc.message
+        away = distance(vector, session.vector(text))
+        other = next(
+            (o for o in usable if away > allowed and o != text and distance(vector, session.vector(o)) <= allowed), ""
+        )
+        return text, away, other
+
+    seen = session.parallel(again, asked, threads)
+    failed = [message for _, away, message in seen if away is None]
+    wrong = [(text, away, other) for text, away, other in seen if away is not None and away > allowed]
+    worst = max((away for _, away, _ in seen if away is not None), default=0.0)
+    if not failed and not wrong:
+        return held(expected, f"{len(asked)} requests, {threads} at a time: {worst:.1e} at most", worst=worst)
+    if failed and not wrong:
+        return broken(expected, _rate(len(failed), len(asked), "failed") + f": {failed[0]}", _rare(failed, asked))
+    parts = [_rate(len(wrong), len(asked), "differ") + f", up to {worst:.2g}"]
+    parts += [_rate(len(failed), len(asked), "failed")] if failed else []
+    if all(other for _, _, other in wrong):
+        text, _, other = wrong[0]
+        cause = f"cross-talk: {quoted(text)} got the vector of {quoted(other)}"
+    elif len(wrong) > 0.6 * len(asked):
+        cause = "noise: no two answers for one text agree within the precision"
+    else:
+        cause = f"an intermittent fault: about one answer in {round(len(asked) / len(wrong))} is another vector"
+    return broken(expected, "; ".join(parts), cause, worst=worst)
+
+
+def _rate(count: int, of: int, what: str) -> str:
+    return f"{count} of {of} {what}"
+
+
+def _rare(failed: list[str], asked: list[str]) -> str:
+    every = round(len(asked) / len(failed))
+    return "every request fails" if every <= 1 else f"an intermittent fault: about one request in {every} fails"
+
+
+def probe_reliable(session: Session) -> Outcome:
+    """The last of all: no well-formed request of the whole run may have failed."""
+    tally = session.contact.tally
+    expected = "every well-formed request is answered"
+    if not tally.failures:
+        return held(expected, f"{tally.asked} of {tally.asked}")
+    share = len(tally.failures) / tally.asked
+    often = (
+        "most requests fail" if share > 0.6 else f"an intermittent fault: about one request in {round(1 / share)} fails"
+    )
+    return broken(expected, f"{_rate(len(tally.failures), tally.asked, 'failed')}, first {tally.failures[0]}", often)
+
+
+def probe_latency(session: Session) -> Outcome:
+    """Median of single short texts, unique so that no cache answers, one client."""
+    given = session.options.max_latency
+    limit = DEFAULT_MAX_LATENCY if given is None else given
+    count = 15 if session.options.level == "full" else 9
+    tag = uuid.uuid4().hex[:8]
+    took = sorted(1000 * session.contact.embed(f"Latency of text {tag} {i}").seconds for i in range(count))
+    median = statistics.median(took)
+    expected = f"one short text within {limit:g} ms (median)"
+    seen = f"{median:.1f} ms ({took[0]:.1f} to {took[-1]:.1f}, {count} texts)"
+    if median <= limit:
+        return held(expected, seen, median_ms=median, limit_ms=limit)
+    on_cpu = session.identity.device == "cpu"
+    return broken(
+        expected,
+        seen,
+        "slow: the engine runs on a CPU"
+        if on_cpu
+        else "slow: a busy GPU, a far endpoint, or a launch without CUDA graphs",
+        advisory=on_cpu and given is None,
+        median_ms=median,
+        limit_ms=limit,
+    )
+
+
+def probe_base64(session: Session) -> Outcome:
+    expected = "base64 carries the same numbers as float"
+    answer = session.contact.embed(DOCUMENTS[0], encoding="base64")
+    if not answer.base64:
+        return broken(
+            expected,
+            "floats, although base64 was asked",
+            "encoding_format is ignored (SGLang up to 0.5.16 does): the Python client copes, OpenAI's Node client "
+            "misreads it as a vector of a quarter of the length; qwen3emb's gateway and plugin answer base64",
+            advisory=not session.strict,
+        )
+    whole = session.vector(DOCUMENTS[0])
+    apart = distance(answer.vectors[0], whole)
+    if len(answer.vectors[0]) != len(whole):
+        return broken(expected, f"{len(answer.vectors[0])} numbers, not {len(whole)}", "base64 is not of float32")
+    if apart > session.precision.distance:
+        return broken(expected, f"1 - cosine {apart:.2g}", "base64 is not little-endian float32, or of another vector")
+    return held(expected, f"{len(whole)} float32, 1 - cosine {apart:.1e}")
+
+
+def probe_openai(session: Session) -> Outcome:
+    expected = "the official OpenAI client gets the same vector"
+    vector = session.contact.openai_vector(DOCUMENTS[1])
+    whole = session.vector(DOCUMENTS[1])
+    apart = distance(vector, whole)
+    if apart <= session.precision.distance:
+        return held(expected, f"{len(vector)} dims, 1 - cosine {apart:.1e}")
+    return broken(
+        expected, f"{len(vector)} dims, 1 - cosine {apart:.2g}", "the client's default request is misanswered"
+    )
+
+
+def probe_usage(session: Session) -> Outcome:
+    expected = "usage counts the tokens, EOS included, and adds up over a batch"
+    texts = [ONE_TOKEN, QUERIES[0], DOCUMENTS[1]]
+    alone = [session.contact.embed(t).tokens for t in texts]
+    together = session.contact.embed(texts).tokens
+    seen = f"{alone} alone, {together} together"
+    if together is None or any(n is None for n in alone):
+        return broken(expected, "no usage.prompt_tokens", "usage is missing", advisory=not session.strict)
+    counts = [n for n in alone if n is not None]
+    if sum(counts) != together or not 0 < counts[0] < counts[1] < counts[2]:
+        return broken(expected, seen, "usage does not count tokens, or texts are cut", advisory=not session.strict)
+    if counts[0] == 1:
+        return broken(
+            expected, seen, "one letter counts one token: <|endoftext|> is not appended, or not counted", advisory=True
+        )
+    return held(expected, seen)
+
+
+def probe_token_ids(session: Session) -> Outcome:
+    expected = "token ids with <|endoftext|> at the end = the text"
+    ids, source = _ids_of(session)
+    if not ids:
+        return skipped("no /tokenize route and not the official tokenizer: the ids of a text are not known here")
+    eos = ids[-1]
+    bare = list(ids[:-1])
+    text = session.vector(HELLO)
+    try:
+        with_eos = session.contact.embed([*bare, eos]).vectors[0]
+    except Misanswer as exc:
+        return broken(expected, exc.message, "token ids are not taken", advisory=not session.strict)
+    allowed = session.precision.distance
+    apart = distance(with_eos, text)
+    if apart <= allowed:
+        return held(expected, f"{len(ids)} ids ({source}): 1 - cosine {apart:.1e}", distance=apart)
+    without = distance(session.contact.embed(bare).vectors[0], text)
+    cause = (
+        "the server does not append <|endoftext|> to texts: they match the ids without it"
+        if without <= allowed
+        else "the server tokenises the text otherwise, or changes it before"
+    )
+    return broken(expected, f"1 - cosine {apart:.2g} ({without:.2g} without EOS)", cause)
+
+
+def _ids_of(session: Session) -> tuple[tuple[int, ...], str]:
+    """The ids of HELLO with EOS at the end, and who says so; empty when nobody knows."""
+    try:
+        reply = session.contact.tokenize(HELLO)
+    except NetworkError:
+        return (), ""
+    tokens = reply.data.get("tokens") if reply.status == 200 and isinstance(reply.data, dict) else None
+    catalog = session.identity.catalog
+    eos = catalog.eos_token_id if catalog else (256 if session.identity.demo else None)
+    if isinstance(tokens, list) and len(tokens) > 1 and all(isinstance(t, int) for t in tokens):
+        if eos is not None and tokens[-1] != eos:
+            tokens = [*tokens, eos]
+        return tuple(tokens), "by the server's tokenizer"
+    if catalog:
+        return (*HELLO_IDS, catalog.eos_token_id), "by the official tokenizer"
+    return (), ""
+
+
+def probe_cross_talk(session: Session) -> Outcome:
+    """Short and long texts, several dims, alone and in batches, many at a time: each gets its own vector."""
+    allowed = session.precision.distance
+    expected = "under mixed load each request gets its own texts' vectors"
+    texts = [*BASE, *(long_text(60 + 90 * i, 30 + i) for i in range(4))]
+    right = dict(zip(texts, session.vectors(texts), strict=True))
+    width = session.width
+    source = random.Random(7)  # noqa: S311 - an order, not a secret
+    jobs: list[tuple[list[str], int | None]] = []
+    for i in range(96):
+        some = [source.choice(texts) for _ in range(1 if i % 3 else source.randint(2, 6))]
+        jobs.append((some, source.choice((None, None, width // 2, width // 4)) if width >= 128 else None))
+
+    def ask(job: tuple[list[str], int | None]) -> str:
+        some, dims = job
+        try:
+            answer = session.contact.embed(some if len(some) > 1 else some[0], dims=dims)
+        except Misanswer as exc:
+            return f"failed: {exc.message}"
+        for text, vector in zip(some, answer.vectors, strict=True):
+            if len(vector) != (dims or width):
+                return f"{len(vector)} dims for {dims or width} asked"
+            if distance(vector, right[text][: len(vector)]) <= allowed * (width / len(vector)):
+                continue
+            owner = next((t for t, v in right.items() if distance(vector, v[: len(vector)]) <= allowed), None)
+            return f"{quoted(text)} got the vector of {quoted(owner)}" if owner else f"{quoted(text)}: another vector"
+        return ""
+
+    found = [f for f in session.parallel(ask, jobs, 16) if f]
+    if not found:
+        return held(expected, f"{len(jobs)} requests, 16 at a time")
+    mixed = [f for f in found if "got the vector" in f]
+    cause = (
+        "cross-talk: answers of concurrent requests are mixed up"
+        if mixed
+        else "requests fail under load"
+        if all(f.startswith("failed") for f in found)
+        else "vectors change under load: batching, padding or noise"
+    )
+    return broken(expected, f"{_rate(len(found), len(jobs), 'wrong')}: {(mixed or found)[0]}", cause)
+
+
+# Body, what it is, and whether every OpenAI-compatible server must refuse it (else only our gateway must).
+def _refusals(session: Session) -> list[tuple[str, object, bool]]:
+    model, width = session.contact.model, session.width
+    return [
+        ("an empty list", {"model": model, "input": []}, True),
+        ("a number as input", {"model": model, "input": 5}, True),
+        ("an object as input", {"model": model, "input": {"text": "a"}}, True),
+        ("no input", {"model": model}, True),
+        ("strings and numbers mixed", {"model": model, "input": ["a", 5]}, True),
+        ("null in a list", {"model": model, "input": ["a", None]}, True),
+        ("broken JSON", b'{"model": "m", "input": ', True),
+        ("dimensions 0", {"model": model, "input": "a", "dimensions": 0}, True),
+        ("dimensions -1", {"model": model, "input": "a", "dimensions": -1}, True),
+        ("more dimensions than there are", {"model": model, "input": "a", "dimensions": width + 1}, True),
+        ("dimensions that are a word", {"model": model, "input": "a", "dimensions": "many"}, True),
+        ("a blank text", {"model": model, "input": " "}, False),
+        ("a blank text in a batch", {"model": model, "input": ["a", ""]}, False),
+        ("an unknown model", {"model": f"no-such-model-{uuid.uuid4().hex[:6]}", "input": "a"}, False),
+        ("an unknown encoding", {"model": model, "input": "a", "encoding_format": "runes"}, False),
+    ]
+
+
+def probe_refusals(session: Session) -> Outcome:
+    expected = "bad requests are answered 4xx"
+    taken: list[str] = []
+    tolerated: list[str] = []
+    crashed: list[str] = []
+    cases = _refusals(session)
+    for what, body, must in cases:
+        reply = session.contact.post("embeddings", body)
+        if reply.status >= 500:
+            crashed.append(f"{what}: {reply.status}")
+        elif reply.status < 400:
+            (taken if must or session.strict else tolerated).append(what)
+    if crashed:
+        return broken(
+            expected, "; ".join(crashed), "bad input reaches code that fails on it: a 5xx tells clients to retry"
+        )
+    if taken:
+        return broken(expected, f"answered with 200: {', '.join(taken)}", "bad input is silently accepted")
+    if tolerated:
+        return broken(
+            expected,
+            f"answered with 200: {', '.join(tolerated)}",
+            "a bare engine does not check these; qwen3emb's gateway does",
+            advisory=True,
+        )
+    return held(expected, f"{len(cases)} kinds of bad request refused")
+
+
+def probe_error_form(session: Session) -> Outcome:
+    expected = 'errors as OpenAI sends them: {"error": {"message", "type", "code"}}, without server paths'
+    replies = [session.contact.post("embeddings", body) for _, body, _ in _refusals(session)]
+    replies = [r for r in replies if r.status >= 400]
+    flat = [r for r in replies if not _nested(r)]
+    leaking = [r for r in replies if 'File "/' in r.text or 'File \\"/' in r.text or "Traceback" in r.text]
+    if not flat and not leaking:
+        return held(expected, f"{len(replies)} errors")
+    seen = [f"{len(flat)} of {len(replies)} errors in another form"] if flat else []
+    seen += [f"{len(leaking)} with server file paths"] if leaking else []
+    return broken(
+        expected,
+        ", ".join(seen),
+        "a bare engine's own error form; clients see no message. qwen3emb's gateway rewrites it",
+        advisory=not session.strict,
+    )
+
+
+def _nested(reply: Reply) -> bool:
+    error = reply.data.get("error") if isinstance(reply.data, dict) else None
+    return isinstance(error, dict) and isinstance(error.get("message"), str)
+
+
+def probe_healthy(session: Session) -> Outcome:
+    expected = "the server is as it was after bad requests"
+    again = session.contact.embed(list(BASE)).vectors
+    apart = max(distance(a, b) for a, b in zip(again, session.base, strict=True))
+    if apart <= session.precision.distance:
+        return held(expected, f"same vectors, 1 - cosine {apart:.1e}")
+    return broken(expected, f"1 - cosine {apart:.2g}", "bad requests leave something behind in the server")
+
+
+def probe_scripts(session: Session) -> Outcome:
+    expected = "one token, emoji, mixed Chinese and English: answered and unlike each other"
+    texts = (ONE_TOKEN, "I", EMOJI, "🍕", MIXED, "中", "e\u0301\u200d\ufeff", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff")
+    vectors = session.vectors(texts)
+    bad = [t for t, v in zip(texts, vectors, strict=True) if not finite(v)]
+    if bad:
+        return broken(expected, f"NaN for {quoted(bad[0])}", "not finite: see the first check")
+    for i, a in enumerate(vectors):
+        for j in range(i):
+            if distance(a, vectors[j]) < 1e-6:
+                return broken(expected, f"{texts[j]!r} = {texts[i]!r}", "characters outside ASCII are dropped")
+    return held(expected, f"{len(texts)} texts")
+
+
+EARLY = (Probe("answers", "answers at all", probe_answers),)
+PROBES = (
+    Probe("base64", "base64 = float", probe_base64),
+    Probe("usage", "usage counts tokens", probe_usage, required=True),
+    Probe("steady", "same text, same vector", probe_steady),
+    Probe("latency", "speed of one text", probe_latency),
+    Probe("openai", "the OpenAI client", probe_openai, level="full"),
+    Probe("token_ids", "token ids = text", probe_token_ids, level="full"),
+    Probe("scripts", "odd texts", probe_scripts, level="full"),
+    Probe("cross_talk", "no cross-talk under load", probe_cross_talk, level="full"),
+    Probe("refusals", "bad requests are refused", probe_refusals, level="full"),
+    Probe("error_form", "errors in OpenAI's form", probe_error_form, level="full"),
+    Probe("healthy", "healthy after bad requests", probe_healthy, level="full"),
+)
+LAST = (Probe("reliable", "no request fails", probe_reliable),)

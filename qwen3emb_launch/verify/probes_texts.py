@@ -1,0 +1,165 @@
+"""Checks that the text arrives whole: nothing rewritten, nothing cut, lengths honoured to the last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3emb_launch.errors import NetworkError
+from qwen3emb_launch.vectors import distance, finite, norm
+from qwen3emb_launch.verify.contact import Misanswer
+from qwen3emb_launch.verify.probes_vectors import SAME, quoted
+from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
+from qwen3emb_launch.verify.session import Probe, Session
+from qwen3emb_launch.verify.texts import PAIRS, long_text
+
+PREFIXES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens that two texts share before they part
+LONG_TIMEOUT = 4.0  # times the ordinary one, for texts near the context length
+
+
+def probe_faithful(session: Session) -> Outcome:
+    expected = "texts that differ in case, white space, script or template get other vectors"
+    texts = [t for pair in PAIRS for t in (pair.a, pair.b)]
+    answer = session.contact.embed(texts)
+    alike = [pair for i, pair in enumerate(PAIRS) if distance(answer.vectors[2 * i], answer.vectors[2 * i + 1]) < SAME]
+    if not alike:
+        return held(expected, f"{len(PAIRS)} pairs")
+    first = alike[0]
+    return broken(
+        expected,
+        f"{len(alike)} of {len(PAIRS)} pairs are one vector: {quoted(first.a, 60)} = {quoted(first.b, 60)}",
+        "; ".join(dict.fromkeys(pair.fault for pair in alike)),
+    )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How a long text's tokens go up with its words: exact texts by calibration on the server's own count."""
+
+    words: int
+    tokens: int
+    fixed: int
+
+    @property
+    def per_word(self) -> float:
+        """Tokens a word of the long text, EOS apart."""
+        return (self.tokens - self.fixed) / self.words
+
+    def words_for(self, tokens: int) -> int:
+        """How many words make about that many tokens, never more."""
+        return max(1, int((tokens - self.fixed) / self.per_word))
+
+
+def calibrate(session: Session) -> Lengths | None:
+    """Tokens a word, by two counted requests; None when the server counts nothing."""
+    small = session.contact.embed(long_text(1, 9)).tokens
+    many = session.contact.embed(long_text(120, 9)).tokens
+    if small is None or many is None or many <= small:
+        return None
+    return Lengths(120, many, 1)
+
+
+def probe_tail(session: Session) -> Outcome:
+    expected = "texts that differ only after N tokens get other vectors"
+    lengths = calibrate(session)
+    per_word = lengths.per_word if lengths else 1.3
+    room = (session.context_length or 8192) - 8
+    reached = 0
+    for shared in PREFIXES:
+        if 2 * shared > room:
+            break
+        head = long_text(max(1, int(shared / per_word)), 40 + shared)
+        tail = max(8, int(shared / per_word) - 1)
+        a, b = f"{head} {long_text(tail, 2)}", f"{head} {long_text(tail, 11)}"
+        try:
+            answer = session.contact.embed([a, b], timeout=LONG_TIMEOUT * session.contact.timeout)
+        except Misanswer as exc:
+            return broken(expected, f"{2 * shared} tokens: {exc.message}", exc.cause)
+        if distance(*answer.vectors) < SAME:
+            whole = session.contact.embed(head).vectors[0]
+            cut = distance(whole, answer.vectors[0]) < SAME
+            return broken(
+                expected,
+                f"one vector for two texts that part after about {shared} tokens",
+                f"texts are truncated at {shared} tokens or fewer"
+                if cut
+                else f"texts are cut, or cached by their first {shared} tokens or fewer",
+                shared=shared,
+            )
+        reached = shared
+    return held(expected, f"up to {reached} shared tokens", shared=reached)
+
+
+def probe_limit(session: Session) -> Outcome:
+    """The longest text that fits is answered, the first that does not is refused."""
+    context = session.context_length
+    if context is None:
+        return skipped("the server does not say its context length; --context N")
+    expected = f"{context - 1} tokens are answered, {context + 1} are refused with 4xx"
+    lengths = calibrate(session)
+    if lengths is None:
+        return skipped("the server counts no tokens, so a text of a known length cannot be made")
+    timeout = LONG_TIMEOUT * session.contact.timeout
+    text, tokens = exact_text(session, lengths, context - 1)
+    try:
+        answer = session.contact.embed(text, timeout=timeout)
+    except Misanswer as exc:
+        return broken(expected, f"{tokens} tokens: {exc.message}", exc.cause)
+    vector = answer.vectors[0]
+    if not finite(vector) or abs(norm(vector) - 1) > session.precision.norm:
+        return broken(expected, f"{tokens} tokens: a vector of length {norm(vector):.3f}", "long texts overflow")
+    if answer.tokens != tokens:
+        return broken(expected, f"{tokens} tokens sent, {answer.tokens} counted", "long texts are cut without a word")
+    over, over_tokens = text + " a" * (context + 1 - tokens), context + 1
+    try:
+        reply = session.contact.post("embeddings", {"model": session.contact.model, "input": over}, timeout)
+    except NetworkError as exc:
+        return broken(
+            expected,
+            f"{over_tokens} tokens: {exc.message}",
+            "a text longer than the context or the KV pool blocks the queue (sgl-project/sglang#40459)",
+        )
+    if reply.status == 200:
+        told = [name for name in reply.headers if "truncat" in name.lower()]
+        if told:
+            return held(expected, f"{tokens} answered, {over_tokens} truncated and said so ({told[0]})")
+        return broken(
+            expected,
+            f"{over_tokens} tokens are answered with 200",
+            "texts longer than the context are cut without a word (SGLang's --allow-auto-truncate also drops the EOS)",
+        )
+    if reply.status >= 500:
+        return broken(
+            expected, f"{over_tokens} tokens: {reply.status}", "too long a text reaches code that fails on it"
+        )
+    return held(expected, f"{tokens} answered in {answer.seconds:.2f} s, {over_tokens} refused with {reply.status}")
+
+
+def exact_text(session: Session, lengths: Lengths, tokens: int) -> tuple[str, int]:
+    """A text of exactly that many tokens by the server's count: words first, then ` a` one token at a time.
+
+    The count is predicted from a text of half the length, so that no request but the last comes near the limit.
+    """
+    half = lengths.words_for(tokens // 2)
+    counted = session.contact.embed(long_text(half, 21)).tokens or 0
+    measured = Lengths(half, counted, 1)
+    words = measured.words_for(tokens - 64)
+    text = long_text(words, 21)
+    single = session.contact.embed(text, timeout=LONG_TIMEOUT * session.contact.timeout).tokens or 0
+    step = _tokens_of_filler(session)
+    text += " a" * ((tokens - single) // step)
+    rest = (tokens - single) % step
+    return text + "a" * rest, tokens
+
+
+def _tokens_of_filler(session: Session) -> int:
+    """Tokens that ` a` adds: 1 by the official tokenizer, 2 by a byte-level one."""
+    few = session.contact.embed("b" + " a" * 4).tokens or 0
+    more = session.contact.embed("b" + " a" * 24).tokens or 0
+    return max(1, (more - few) // 20)
+
+
+PROBES = (
+    Probe("faithful", "texts arrive unchanged", probe_faithful),
+    Probe("tail", "long texts arrive whole", probe_tail, level="full"),
+    Probe("limit", "the longest text that fits", probe_limit, level="full"),
+)

@@ -1,0 +1,265 @@
+"""Checks of the vectors themselves: finite, unit length, distinct, cut right, in order, the same in a batch."""
+
+from __future__ import annotations
+
+import math
+
+from qwen3emb_launch.catalog import MIN_DIMS
+from qwen3emb_launch.vectors import distance, dot, finite, largest_difference, norm, normalised
+from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
+from qwen3emb_launch.verify.session import Probe, Session, Vector
+from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, GOLDEN, INSTRUCTED, QUERIES
+from qwen3emb_launch.verify.tolerance import GOLDEN_SCORE
+
+SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
+
+
+def quoted(text: str, length: int = 32) -> str:
+    """A text as it appears in a table cell."""
+    short = text if len(text) <= length else text[: length - 1] + "…"
+    return repr(short)
+
+
+def probe_finite(session: Session) -> Outcome:
+    expected = "every component is a number"
+    bad = [text for text, vector in zip(BASE, session.base, strict=True) if not finite(vector)]
+    if not bad:
+        return held(expected, f"{len(BASE)} texts of {session.width} numbers")
+    return broken(
+        expected,
+        f"NaN, null or infinity for {len(bad)} of {len(BASE)} texts, the first {quoted(bad[0])}",
+        "every vector is NaN: a broken kernel or checkpoint"
+        if len(bad) == len(BASE)
+        else "overflow on some texts: float16 does that on Qwen3-Embedding (QwenLM/Qwen3-Embedding#164; SGLang "
+        "0.5.11 to 0.5.13.post1 do it under a piecewise CUDA graph); serve in bfloat16",
+        texts=bad,
+    )
+
+
+def probe_norm(session: Session) -> Outcome:
+    allowed = session.precision.norm
+    expected = f"length 1 ± {allowed:.2g}"
+    lengths = [norm(v) for v in session.base if finite(v)]
+    if not lengths:
+        return skipped("no finite vector to measure")
+    low, high = min(lengths), max(lengths)
+    worst = max(high - 1, 1 - low)
+    seen = f"{low:.5f} to {high:.5f}"
+    if worst <= allowed:
+        return held(expected, seen, worst=worst)
+    if low == 0:
+        cause = "a zero vector: overflow, or the pooled position is empty"
+    elif worst < 0.1:
+        cause = "the vectors were normalised, then changed: noise, quantised storage, or slicing without renormalising"
+    else:
+        cause = "no L2 normalisation"
+    return broken(expected, seen, cause, worst=worst)
+
+
+def probe_width(session: Session) -> Outcome:
+    catalog = session.identity.catalog
+    expected = f"{catalog.shape.hidden_size} dims" if catalog else "one width for all texts"
+    widths = sorted({len(v) for v in session.base})
+    seen = f"{', '.join(map(str, widths))} dims"
+    if len(widths) > 1:
+        return broken(expected, seen, "some texts get vectors of another width")
+    if catalog and widths[0] != catalog.shape.hidden_size:
+        return broken(expected, seen, f"this is not {catalog.hub_id}, or its vectors are cut by default")
+    return held(expected, seen)
+
+
+def probe_distinct(session: Session) -> Outcome:
+    expected = "other texts get other vectors"
+    vectors = session.base
+    equal = [
+        (BASE[i], BASE[j])
+        for i in range(len(BASE))
+        for j in range(i)
+        if finite(vectors[i]) and distance(vectors[i], vectors[j]) < SAME
+    ]
+    everything = len(BASE) * (len(BASE) - 1) // 2
+    if not equal:
+        return held(expected, f"{len(BASE)} texts, no two alike")
+    cause = (
+        "a constant: the text does not reach the model"
+        if len(equal) == everything
+        else "texts are confused, or cut to nothing before they are embedded"
+    )
+    a, b = equal[0]
+    return broken(expected, f"{len(equal)} of {everything} pairs are one vector: {quoted(a)} = {quoted(b)}", cause)
+
+
+def probe_instruction(session: Session) -> Outcome:
+    expected = "a query's instruction changes its vector"
+    far = [distance(session.vector(a), session.vector(b)) for a, b in zip(INSTRUCTED, QUERIES, strict=True)]
+    if min(far) < SAME:
+        return broken(
+            expected,
+            "the instructed query has the bare query's vector",
+            "the instruction is stripped, or everything before `Query:` is dropped",
+        )
+    return held(expected, f"moved by 1 - cosine {min(far):.3f} or more", moved=far)
+
+
+def probe_ranking(session: Session) -> Outcome:
+    expected = "each query finds its own document"
+    scores = golden_scores(session)
+    right = scores[0][0] > scores[0][1] and scores[1][1] > scores[1][0]
+    if session.identity.demo:
+        return skipped("the demo checkpoint has random weights: its ranking means nothing")
+    if right:
+        return held(expected, _matrix(scores))
+    known = session.identity.catalog is not None
+    return broken(
+        expected,
+        _matrix(scores),
+        "a passage is not found by its own question: wrong pooling, EOS, instruction or checkpoint",
+        advisory=not known,
+    )
+
+
+def golden_scores(session: Session) -> list[list[float]]:
+    """Instructed queries x documents: inner products of the endpoint's vectors, normalised first."""
+    queries = [normalised(session.vector(t)) for t in INSTRUCTED]
+    documents = [normalised(session.vector(t)) for t in DOCUMENTS]
+    return [[dot(q, d) if len(q) == len(d) else math.nan for d in documents] for q in queries]
+
+
+def probe_golden(session: Session) -> Outcome:
+    identity = session.identity
+    key = identity.catalog.key if identity.catalog else None
+    golden = GOLDEN.get(key or "")
+    if golden is None:
+        return skipped("no published scores for this model; `--level full` compares with transformers")
+    allowed = GOLDEN_SCORE if not session.precision.quantised else 3 * GOLDEN_SCORE
+    scores = golden_scores(session)
+    worst = max(
+        (abs(s - g) if math.isfinite(s) else math.inf) for row, want in zip(scores, golden, strict=True)
+        for s, g in zip(row, want, strict=True)
+    )  # fmt: skip
+    expected = f"{_matrix(golden)} ± {allowed}"
+    if worst <= allowed:
+        return held(expected, f"{_matrix(scores)}, {worst:.4f} off at most", worst=worst)
+    return broken(
+        expected,
+        f"{_matrix(scores)}, {worst:.3f} off",
+        f"these are not the vectors of {key}: pooling, EOS (<|endoftext|>), padding or instruction is wrong, or the "
+        "checkpoint is another; `--level full` beside the checkpoint names which",
+        worst=worst,
+    )
+
+
+def _matrix(scores: object) -> str:
+    assert isinstance(scores, (list, tuple))  # noqa: S101 - rows of floats
+    return "[" + ", ".join("[" + ", ".join(f"{s:.4f}" for s in row) + "]" for row in scores) + "]"
+
+
+def probe_batch(session: Session) -> Outcome:
+    allowed = session.precision.distance
+    expected = f"a batch's vectors are those of its texts asked alone, 1 - cosine ≤ {allowed:.1e}"
+    answer = session.contact.embed(list(BASE))
+    apart = [distance(a, b) for a, b in zip(answer.vectors, session.base, strict=True)]
+    if max(apart) <= allowed:
+        return held(expected, f"{len(BASE)} texts, {max(apart):.1e} at most", worst=max(apart))
+    if not all(finite(v) for v in session.base):
+        return skipped("some vectors are not finite: nothing to compare")
+    wrong = [i for i, d in enumerate(apart) if d > allowed]
+    return broken(
+        expected,
+        f"{len(wrong)} of {len(BASE)} differ, up to {max(apart):.2g}",
+        _batch_cause(session, answer.vectors, wrong),
+        worst=max(apart),
+        wrong=wrong,
+    )
+
+
+def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) -> str:
+    allowed = session.precision.distance
+    singles = session.base
+    elsewhere = [
+        i for i in wrong if any(distance(batch[i], s) <= allowed for j, s in enumerate(singles) if j != i)
+    ]  # fmt: skip
+    if len(elsewhere) == len(wrong):
+        return "the batch's order is swapped: each of these vectors belongs to another text of the batch"
+    longest = max(range(len(BASE)), key=lambda i: session.tokens.get(BASE[i]) or len(BASE[i].encode()))
+    if longest not in wrong and len(wrong) > len(BASE) // 2:
+        return (
+            "padding on the wrong side: only the longest text of the batch keeps its vector, the pooled position of "
+            "the others is padding"
+        )
+    if len(wrong) == len(BASE):
+        return "noise, or another computation in batches than alone"
+    return "some texts of a batch get vectors of their own: padding, truncation or noise"
+
+
+def probe_order(session: Session) -> Outcome:
+    expected = "index counts 0, 1, 2 … and the vectors come in the order of the inputs"
+    texts = [BASE[i] for i in (4, 2, 0, 3)]
+    answer = session.contact.embed(texts)
+    indices = list(answer.indices)
+    nearest = [
+        min(range(len(texts)), key=lambda j: distance(v, session.vector(texts[j]))) for v in answer.vectors
+    ]  # fmt: skip
+    seen = f"index {indices}, vectors of inputs {nearest}"
+    right = list(range(len(texts)))
+    if nearest != right:
+        return broken(expected, seen, "the order of a batch is swapped")
+    if indices != right:
+        return broken(expected, seen, "the index fields are wrong: clients that sort by them mix texts up")
+    return held(expected, seen)
+
+
+def probe_dims(session: Session) -> Outcome:
+    full = session.width
+    wanted = [d for d in (MIN_DIMS, 128, 256) if d < full]
+    if session.options.level == "full":
+        wanted = sorted({*wanted, 33, 64, 100, 512, 768, 1024, 2048, full - 1})
+    wanted = [*(d for d in wanted if d < full), full]
+    expected = "dimensions answers that many: the full vector cut, then length 1 again"
+    text = DOCUMENTS[0]
+    whole = session.vector(text)
+    worst = 0.0
+    for dims in wanted:
+        vector = session.contact.embed(text, dims=dims).vectors[0]
+        if len(vector) != dims:
+            cause = "`dimensions` is ignored" if len(vector) == full else "`dimensions` is answered by another number"
+            return broken(expected, f"{len(vector)} dims for {dims} asked", cause)
+        cut = whole[:dims]
+        if not finite(vector) or not finite(cut):
+            return broken(expected, f"NaN at {dims} dims", "not finite: see the first check")
+        right = normalised(cut)
+        off = largest_difference(vector, right)
+        allowed = session.precision.component(max(map(abs, right)))
+        worst = max(worst, off)
+        if off > allowed:
+            return broken(
+                expected,
+                f"at {dims} dims a component is {off:.4f} off, length {norm(vector):.4f}",
+                _slice_cause(session, vector, whole),
+            )
+    return held(expected, f"{', '.join(map(str, wanted))}: within {worst:.1e} a component", worst=worst)
+
+
+def _slice_cause(session: Session, vector: Vector, whole: Vector) -> str:
+    dims = len(vector)
+    if abs(norm(vector) - 1) > session.precision.norm:
+        if distance(vector, whole[:dims]) <= session.precision.distance:
+            return "the vector is cut but not renormalised"
+        return "no L2 normalisation after the cut"
+    if distance(vector, whole[-dims:]) <= session.precision.distance:
+        return "the last components are answered instead of the first"
+    return "fewer dims are not the first ones of the full vector: projected, reordered, or noise"
+
+
+PROBES = (
+    Probe("finite", "numbers are finite", probe_finite),
+    Probe("width", "one width", probe_width),
+    Probe("norm", "unit length", probe_norm),
+    Probe("distinct", "texts tell apart", probe_distinct),
+    Probe("instruction", "the instruction counts", probe_instruction),
+    Probe("ranking", "the right document ranks first", probe_ranking),
+    Probe("golden", "published scores", probe_golden),
+    Probe("batch", "batch = single", probe_batch),
+    Probe("order", "order of a batch", probe_order),
+    Probe("dims", "fewer dims", probe_dims),
+)

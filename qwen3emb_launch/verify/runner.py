@@ -1,0 +1,224 @@
+"""The probes of a level, in order, against one endpoint."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qwen3emb_launch import __version__
+from qwen3emb_launch.errors import NetworkError, UnfitError
+from qwen3emb_launch.verify import probes_requests, probes_texts, probes_vectors, texts
+from qwen3emb_launch.verify.contact import Contact, Misanswer
+from qwen3emb_launch.verify.fingerprint import fingerprint, weights_hash
+from qwen3emb_launch.verify.identity import Identity, ask_identity
+from qwen3emb_launch.verify.probes_reference import saved_probe, shipped_probe, transformers_probe
+from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_set, transformers_reference
+from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
+from qwen3emb_launch.verify.session import Options, Probe, Session
+from qwen3emb_launch.verify.tolerance import Precision
+
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a verification needs. `known` holds what an instance's plan says beyond the server's own words.
+
+    `python` is the engine environment's, for the transformers comparison (None: left out), `folder` the checkpoint
+    when the endpoint does not say where it lies, `memory` the file that keeps hashes of weights.
+    """
+
+    base_url: str
+    options: Options
+    memory: Path
+    model: str | None = None
+    api_key: str | None = None
+    dtype: str | None = None
+    timeout: float = 60.0
+    known: dict[str, Any] | None = None
+    python: Path | None = None
+    folder: Path | None = None
+    device: str = "cpu"
+    reference: ReferenceSet | None = None
+    keep_vectors: bool = False
+
+
+def silent(_: str) -> None:
+    """Nobody watches."""
+
+
+def open_session(request: Request) -> Session:
+    """First contact. Raises NetworkError when nothing answers."""
+    contact = Contact(request.base_url, request.api_key, request.timeout)
+    try:
+        identity = ask_identity(contact, request.model)
+    except BaseException:
+        contact.close()
+        raise
+    told: dict[str, Any] = dict(request.known or {})
+    if request.folder:
+        told["folder"] = request.folder
+    identity = replace(identity, **told)
+    return Session(contact, identity, identity.precision(request.dtype), request.options)
+
+
+def verify(request: Request, step: Step = silent) -> tuple[Report, ReferenceSet | None]:
+    """Ask everything. With `keep_vectors`, an endpoint that passes also gives its vectors, as a set to save.
+
+    Raises NetworkError when the endpoint cannot be reached at all; whatever happens later is a check's verdict.
+    """
+    began = time.monotonic()
+    session = open_session(request)
+    level = request.options.level
+    try:
+        checks = _run(_probes(request, session), session, step)
+        weights = weights_hash(session.identity.folder, request.memory) if session.identity.folder else None
+        width = len(next(iter(session.singles.values()), ())) or None
+        report = Report(
+            endpoint=session.contact.base_url,
+            model=session.contact.model,
+            level=level,
+            checks=tuple(checks),
+            fingerprint=fingerprint(session.identity, session.precision, width, weights),
+            width=width,
+            precision=str(session.precision),
+            seconds=time.monotonic() - began,
+            requests=session.contact.tally.asked,
+            tool=f"qwen3emb {__version__}",
+            at=now(),
+            environment={
+                "engine": session.identity.engine,
+                "engine_version": session.identity.engine_version,
+                "device": session.identity.device,
+                "context_length": session.context_length,
+                "allowed_distance": session.precision.distance,
+                "client": f"Python {platform.python_version()} {platform.machine()}",
+            },
+        )
+        kept = _vectors_of(session, report) if request.keep_vectors and report.passed else None
+    finally:
+        session.contact.close()
+    return report, kept
+
+
+def now() -> str:
+    """UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _probes(request: Request, session: Session) -> list[Probe]:
+    found = [*probes_requests.EARLY, *probes_vectors.PROBES, *probes_texts.PROBES, *probes_requests.PROBES]
+    if request.reference is not None:
+        found.append(saved_probe(request.reference))
+    identity = session.identity
+    shipped = demo_set(identity.folder) if identity.demo and identity.folder else None
+    if shipped is not None:
+        found.append(shipped_probe(shipped))
+    found.append(_transformers(request, identity))
+    found += probes_requests.LAST
+    wanted = {"openai"} if request.options.openai_client else set()
+    return [p for p in found if p.level == "quick" or request.options.level == "full" or p.id in wanted]
+
+
+def _transformers(request: Request, identity: Identity) -> Probe:
+    folder, python = identity.folder, request.python
+    if folder is None or python is None:
+        why = (
+            "the checkpoint is not on this machine; --checkpoint FOLDER"
+            if folder is None
+            else "no engine environment to run transformers in; `qwen3emb engine install cpu`, or --engine-python"
+        )
+        return Probe("transformers", "transformers' vectors", lambda _: skipped(why), level="full")
+
+    def compute(some: Sequence[str], alternatives: bool) -> Transformers:
+        return transformers_reference(
+            python,
+            folder,
+            some,
+            dtypes=("float32",) if alternatives else ("float32", "bfloat16"),
+            device=request.device,
+            alternatives=alternatives,
+        )
+
+    return transformers_probe(compute, texts.REFERENCE)
+
+
+def _run(probes: Sequence[Probe], session: Session, step: Step) -> list[Check]:
+    checks: list[Check] = []
+    for at, probe in enumerate(probes):
+        step(probe.title)
+        outcome = _ask(probe, session)
+        checks.append(_check(probe, outcome))
+        if at == 0 and outcome.holds is False:  # nothing answers: the rest has nothing to look at
+            rest = skipped("the endpoint does not answer a plain request")
+            checks += [_check(p, rest) for p in probes[1:]]
+            break
+    return checks
+
+
+def _ask(probe: Probe, session: Session) -> Outcome:
+    try:
+        return probe.run(session)
+    except Misanswer as exc:
+        return broken("a well-formed request is answered", exc.message, exc.cause)
+    except NetworkError as exc:
+        return broken("the endpoint answers", exc.message, "the server closed the connection, hangs or is gone")
+    except UnfitError as exc:
+        return skipped(f"{exc.message}; {exc.hint}")
+
+
+def _check(probe: Probe, outcome: Outcome) -> Check:
+    required = probe.required and not outcome.advisory
+    verdict = (
+        Verdict.SKIP
+        if outcome.holds is None
+        else Verdict.PASS
+        if outcome.holds
+        else Verdict.FAIL
+        if required
+        else Verdict.WARN
+    )
+    return Check(
+        probe.id, probe.title, required, verdict, outcome.expected, outcome.seen, outcome.cause, outcome.figures
+    )
+
+
+def _vectors_of(session: Session, report: Report) -> ReferenceSet:
+    """The endpoint's own vectors of all texts, to hold a later deployment to, and for `diff`."""
+    return ReferenceSet(
+        origin=f"{report.endpoint} on {report.at}",
+        dtype=session.precision.dtype,
+        vectors=dict(zip(texts.ALL, session.vectors(texts.ALL), strict=True)),
+        model=report.model,
+        fingerprint=report.fingerprint,
+        at=report.at,
+    )
+
+
+def vectors_for_diff(request: Request, wanted: Sequence[str] = texts.ALL) -> tuple[ReferenceSet, Precision]:
+    """The endpoint's vectors of these texts and its fingerprint, without judging it.
+
+    Raises NetworkError when it cannot be reached, and Misanswer when it does not answer.
+    """
+    session = open_session(request)
+    try:
+        vectors = dict(zip(wanted, session.vectors(wanted), strict=True))
+        identity = session.identity
+        weights = weights_hash(identity.folder, request.memory) if identity.folder else None
+        at = now()
+        found = ReferenceSet(
+            origin=f"{session.contact.base_url} ({identity.model})",
+            dtype=session.precision.dtype,
+            vectors=vectors,
+            model=identity.model,
+            fingerprint=fingerprint(identity, session.precision, len(next(iter(vectors.values()))), weights),
+            at=at,
+        )
+        return found, session.precision
+    finally:
+        session.contact.close()

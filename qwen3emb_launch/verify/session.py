@@ -1,0 +1,94 @@
+"""What the probes of one run share: the contact, what is known, and vectors asked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from qwen3emb_launch.verify.contact import Contact
+from qwen3emb_launch.verify.identity import Identity
+from qwen3emb_launch.verify.report import Level, Outcome
+from qwen3emb_launch.verify.texts import BASE
+from qwen3emb_launch.verify.tolerance import Precision
+
+T = TypeVar("T")
+R = TypeVar("R")
+Vector = tuple[float, ...]
+
+DEFAULT_MAX_LATENCY = 100.0  # milliseconds, one short text, one client
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. `max_latency` in ms (None: the default, advisory on a CPU); `context` in tokens.
+
+    `openai_client` asks through the official client in the quick level too; importing it takes half a second.
+    """
+
+    level: Level = "quick"
+    max_latency: float | None = None
+    context: int | None = None
+    strict: bool = False
+    openai_client: bool = False
+
+
+@dataclass
+class Session:
+    """One verification in progress."""
+
+    contact: Contact
+    identity: Identity
+    precision: Precision
+    options: Options
+    singles: dict[str, Vector] = field(default_factory=dict)
+    tokens: dict[str, int | None] = field(default_factory=dict)
+
+    def vector(self, text: str) -> Vector:
+        """The full vector of one text, asked alone, once."""
+        if text not in self.singles:
+            answer = self.contact.embed(text)
+            self.tokens[text] = answer.tokens
+            self.singles[text] = answer.vectors[0]
+        return self.singles[text]
+
+    def vectors(self, texts: Sequence[str]) -> list[Vector]:
+        """Full vectors, each asked alone, four at a time."""
+        return self.parallel(self.vector, texts, 4)
+
+    @property
+    def base(self) -> list[Vector]:
+        """The vectors of BASE, each asked alone."""
+        return self.vectors(BASE)
+
+    @property
+    def width(self) -> int:
+        """The full vector's dims, by the first text."""
+        return len(self.vector(BASE[0]))
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens, by the user's word or the server's."""
+        return self.options.context or self.identity.context_length
+
+    @property
+    def strict(self) -> bool:
+        """Whether the endpoint is held to what our gateway promises."""
+        return self.options.strict or self.identity.gateway
+
+    def parallel(self, function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
+        """`function` of each item, so many at a time, results in order; the first exception is raised."""
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(function, items))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One check: what it is called, whether it must hold, from which level on, and how it is asked."""
+
+    id: str
+    title: str
+    run: Callable[[Session], Outcome]
+    required: bool = True
+    level: Level = "quick"

@@ -1,0 +1,58 @@
+"""The quick level as a child process that is started before the engine is ready: `python -m qwen3emb_launch.verify.smoke`.
+
+Reads one JSON line, `{"base_url", "model", "max_dims", "context_length", "key", "plan"}` (the last three may be missing),
+and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are loaded while the order is awaited, so that
+the check itself takes what its requests take. End of input instead of an order ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from qwen3emb_launch.errors import LaunchError
+from qwen3emb_launch.paths import paths
+from qwen3emb_launch.results import plain
+from qwen3emb_launch.verify.identity import from_plan
+from qwen3emb_launch.verify.runner import Request, verify
+from qwen3emb_launch.verify.session import Options
+
+
+def main() -> int:
+    """Load, wait, check, answer."""
+    import httpx  # noqa: F401 - loaded now, used later
+    import openai  # noqa: F401
+
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    sys.stdout.write(json.dumps(answer(json.loads(line)), ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+    return 0
+
+
+def answer(order: dict[str, Any]) -> dict[str, Any]:
+    """What is wrong with the endpoint, a sentence a fault, and the whole report."""
+    known = from_plan(order.get("plan") or {})
+    request = Request(
+        base_url=order["base_url"],
+        options=Options("quick", context=order.get("context_length"), openai_client=True),
+        memory=paths().cache / "weights.json",
+        model=order.get("model"),
+        api_key=order.get("key"),
+        known=known,
+    )
+    try:
+        report, _ = verify(request)
+    except LaunchError as error:
+        return {"faults": [error.message], "report": None}
+    faults = [f"{c.title}: {c.seen}: {c.cause}" for c in report.failures]
+    dims = order.get("max_dims")
+    if dims and report.width and report.width != dims:
+        faults.append(f"{report.width} numbers a vector, the plan says {dims}")
+    return {"faults": faults, "report": plain(report)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
