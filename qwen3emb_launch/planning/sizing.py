@@ -1,0 +1,128 @@
+"""The rules about memory: tokens of the KV pool, the share of the card that is asked for, and whether it all fits."""
+
+from __future__ import annotations
+
+from qwen3emb_launch.errors import InvalidInputError, UnfitError
+from qwen3emb_launch.facts import MemoryEstimate
+from qwen3emb_launch.planning import memory
+from qwen3emb_launch.planning.ledger import Ledger
+from qwen3emb_launch.planning.rules import Surroundings
+
+MOST = 0.95  # of the free memory: the rest is for activations and the allocator
+
+
+def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryEstimate | None:
+    """Decide `max_total_tokens` and `mem_fraction_static`, and estimate. Nothing is refused yet, see `refuse`.
+
+    None when there is nothing to compare with and nothing to size: an unknown GPU.
+    """
+    shape, tp = around.model.shape, int(ledger.value("tp"))
+    dtype, quantization = ledger.value("dtype"), ledger.value("quantization")
+    weights = memory.weight_bytes(around.model, dtype, quantization, tp)
+    head = memory.head_bytes(shape, dtype, tp)
+    cell = memory.kv_bytes_per_token(shape, ledger.value("kv_cache_dtype"), dtype, tp)
+    context, chunk = int(ledger.value("context_length")), int(ledger.value("chunked_prefill_size"))
+    prefill = int(ledger.value("max_prefill_tokens"))
+    widest = chunk if chunk > 0 else max(context, prefill)
+    pooled = ledger.value("kv_pool") != "none"
+    smallest = memory.needed_tokens(context, around.page_size(ledger))
+    free = (around.gpu.free_bytes - memory.CUDA_CONTEXT) if around.cuda and around.gpu else None
+
+    tokens = _tokens(ledger, smallest, chunk if chunk > 0 else prefill, double=around.cuda)
+    if free is not None:
+        tokens = _fraction(ledger, weights + head, tokens, smallest, cell, free, pooled)
+    terms = {
+        "weights": weights,
+        "unused lm_head": head,
+        "KV pool": (tokens or smallest) * cell if pooled else 0,
+        "activations": memory.activation_bytes(shape, widest, dtype, tp),
+        "request table": memory.request_table_bytes(int(ledger.value("max_running_requests")), context),
+    }
+    if around.cuda:
+        terms["CUDA graphs"] = memory.GRAPH * len(ledger.value("prefill_graph_sizes") or ())
+        terms["CUDA context"] = memory.CUDA_CONTEXT
+        total, available = (around.gpu.total_bytes, around.gpu.free_bytes) if around.gpu else (0, None)
+    else:
+        terms["processes"] = memory.HOST_PROCESSES
+        total, available = (ram_bytes or 0), ram_bytes
+    return memory.estimate(terms, total, available)
+
+
+def _tokens(ledger: Ledger, smallest: int, batch: int, *, double: bool) -> int | None:
+    """Tokens to ask for; None where a given mem_fraction_static is to be filled."""
+    given = ledger.asked("max_total_tokens")
+    if given is not None and given < smallest:
+        raise InvalidInputError(
+            "pool_too_small",
+            f"max_total_tokens {given} is less than the {smallest} that the context length needs: the engine would "
+            "queue the longest input for ever, and everything behind it",
+            f"--set max_total_tokens={smallest}, or a smaller context_length",
+        )
+    if given is None and "mem_fraction_static" in ledger.given and ledger.value("kv_pool") != "none":
+        ledger.decide("max_total_tokens", None, "the pool fills mem_fraction_static, which was given", origin="default")
+        return None
+    batches = 2 if double else 1  # the next batch is prepared while one runs
+    if ledger.value("radix_cache"):
+        batches *= 2
+    wanted = memory.round_up(smallest + batches * batch, 1024)
+    what = "pool" if ledger.value("kv_pool") != "none" else "count (nothing is allocated)"
+    return int(
+        ledger.decide(
+            "max_total_tokens", wanted, f"the {what} holds the longest input and the batches in flight, no more"
+        )
+    )
+
+
+def _fraction(
+    ledger: Ledger, weights: int, tokens: int | None, smallest: int, cell: int, free: int, pooled: bool
+) -> int:
+    """Decide mem_fraction_static; return how many tokens the engine will find room for."""
+    margin = 0.01 if pooled else 0.05  # what is only counted may be counted generously
+    wanted = round(memory.fraction_for(weights, tokens or smallest, cell, free) + margin, 2)
+    reason = (
+        "weights and pool, no more" if pooled else "the engine counts the tokens as if it kept them, and takes none"
+    )
+    fraction = float(ledger.decide("mem_fraction_static", min(wanted, MOST), reason))
+    room = memory.pool_tokens(int(free * fraction), weights, cell)
+    if tokens is None:
+        return room
+    if smallest <= room < tokens and "max_total_tokens" not in ledger.given:
+        return int(ledger.decide("max_total_tokens", room, "what fits beside the weights"))
+    return min(room, tokens)
+
+
+def shortfall(around: Surroundings, ledger: Ledger, estimate: MemoryEstimate) -> str:
+    """Why the plan cannot run here, with the arithmetic; empty when it can."""
+    have = estimate.available_bytes
+    if have is None:
+        return ""
+    where = around.gpu.name if around.gpu else "this machine"
+    if not estimate.fits:
+        there = f"{memory.gigabytes(have)} free of {memory.gigabytes(estimate.total_bytes)}"
+        return f"{memory.arithmetic(estimate)}, and {where} has {there}"
+    if not around.gpu:
+        return ""
+    fraction = float(ledger.value("mem_fraction_static"))
+    shape, tp, dtype = around.model.shape, int(ledger.value("tp")), ledger.value("dtype")
+    weights = estimate.terms["weights"] + estimate.terms.get("unused lm_head", 0)
+    cell = memory.kv_bytes_per_token(shape, ledger.value("kv_cache_dtype"), dtype, tp)
+    budget = int((have - memory.CUDA_CONTEXT) * fraction)
+    room = memory.pool_tokens(budget, weights, cell)
+    smallest = memory.needed_tokens(int(ledger.value("context_length")), around.page_size(ledger))
+    if room < smallest:
+        return (
+            f"mem_fraction_static {fraction:g} of the {memory.gigabytes(have)} free on {where} is "
+            f"{memory.gigabytes(budget)}; beside weights of {memory.gigabytes(weights)} it holds {room} tokens of "
+            f"{cell} bytes, and context_length {ledger.value('context_length')} needs {smallest}"
+        )
+    return ""
+
+
+def unfit(around: Surroundings, why: str, estimate: MemoryEstimate, alternative: str | None) -> UnfitError:
+    """The refusal, with what would fit instead."""
+    return UnfitError(
+        "vram" if around.gpu else "memory",
+        f"{around.model.name} does not fit: {why}",
+        f"this would fit: {alternative}" if alternative else "free some memory, or use a larger GPU",
+        {"terms": dict(estimate.terms), "needed": estimate.needed_bytes, "available": estimate.available_bytes},
+    )
