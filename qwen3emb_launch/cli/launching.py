@@ -1,0 +1,129 @@
+"""From what the user asked for to a launch plan: profile, GPU, engine and model, fetched where they are missing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen3emb_launch.console import Console
+from qwen3emb_launch.errors import UnfitError
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.facts import EngineFacts, GpuFacts, LaunchPlan, ModelFacts
+    from qwen3emb_launch.profile import Profile
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """What a launching command was given. None means: not said. `settings` are `--set` words, unread."""
+
+    model: str | None = None
+    profile: str | None = None
+    name: str | None = None
+    host: str | None = None
+    port: int | None = None
+    engine: str | None = None
+    settings: tuple[str, ...] = ()
+    offline: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The profile, the GPU it will run on (None for the CPU), and the instance's name."""
+
+    profile: Profile
+    gpu: GpuFacts | None
+    name: str
+
+    def address(self, options: LaunchOptions) -> tuple[str, int]:
+        """Host and port that will be listened on, as far as they are known before planning."""
+        server = self.profile.server
+        return options.host or server.host, options.port or server.port
+
+
+def choose(options: LaunchOptions, console: Console) -> Chosen:
+    """The named profile, or the one that matches the GPU found. Raises UnfitError `no_gpu`, InvalidInputError."""
+    from qwen3emb_launch import gpu, planning, profile_files
+    from qwen3emb_launch.state import check_name
+
+    wanted = options.profile or ("demo" if options.model == "demo" else None)
+    if wanted is None:
+        match = planning.match_profile(gpu.inventory(), profile_files.profiles())
+        if match.warning:
+            console.warn(match.warning)
+        console.say(f"profile {match.profile.name}, for {match.gpu.name}")
+        profile: Profile = match.profile
+        card: GpuFacts | None = match.gpu
+    else:
+        profile = profile_files.load(wanted)
+        card = None if profile.engine.flavour == "cpu" else _card(profile)
+    return Chosen(profile, card, check_name(options.name or profile.name.replace(":", "-")))
+
+
+def _card(profile: Profile) -> GpuFacts:
+    """The GPU to use: of those the profile is for, else of all, the one with the most free memory."""
+    from qwen3emb_launch import gpu
+
+    cards = gpu.inventory()
+    if not cards:
+        raise UnfitError(
+            "no_gpu",
+            f"profile {profile.name} needs an NVIDIA GPU, and none was found",
+            "without one: qwen3emb up --profile demo, or --profile cpu; else: qwen3emb doctor",
+        )
+    meant = [c for c in cards if profile.gpu and profile.gpu.matches(c.name, c.total_bytes / 2**30)]
+    return max(meant or cards, key=lambda c: c.free_bytes)
+
+
+def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> LaunchPlan:
+    """The launch plan; what is missing is installed and downloaded, unless `offline`."""
+    from qwen3emb_launch import planning
+
+    overrides = planning.read_overrides(list(options.settings))
+    engine = _engine(options, chosen, console)
+    model = _model(options, chosen, console)
+    plan = planning.plan(
+        planning.PlanRequest(
+            profile=chosen.profile,
+            model=model,
+            engine=engine,
+            gpu=chosen.gpu,
+            overrides=overrides,
+            environ=dict(os.environ),
+            name=chosen.name,
+            host=options.host,
+            port=options.port,
+            ram_bytes=None if chosen.gpu else _free_memory(),
+        )
+    )
+    for warning in plan.warnings:
+        console.warn(warning)
+    return plan
+
+
+def _engine(options: LaunchOptions, chosen: Chosen, console: Console) -> EngineFacts:
+    from qwen3emb_launch import engines
+
+    flavour = chosen.profile.engine.flavour
+    try:
+        return engines.find(flavour, options.engine)
+    except UnfitError as error:
+        if error.code != "engine_missing" or options.engine or options.offline:
+            raise
+    console.say(f"no {flavour} engine environment yet: installing one (once)")
+    with console.progress("engine") as progress:
+        return engines.install(flavour, progress=progress).facts
+
+
+def _model(options: LaunchOptions, chosen: Chosen, console: Console) -> ModelFacts:
+    from qwen3emb_launch import hub
+
+    with console.progress("model") as progress:
+        return hub.resolve(options.model or chosen.profile.model, allow_download=not options.offline, progress=progress)
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

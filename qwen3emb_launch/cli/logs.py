@@ -1,0 +1,84 @@
+"""`qwen3emb logs`: the engine's output, of the current start or the last one."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen3emb_launch.cli.shell import JsonOption, shell
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.console import Console
+
+LOOK_EVERY = 0.2
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog="Example: qwen3emb logs -f demo   |   qwen3emb logs demo -n 200 --events")(logs)
+
+
+def logs(
+    name: Annotated[
+        str | None, typer.Argument(help="The instance. Default: the only one that runs.", show_default=False)
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the instance ends or Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 100,
+    events: Annotated[bool, typer.Option("--events", help="The instance's changes of state instead.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what the engine wrote. Following goes on across restarts. Keys are blanked in the file already."""
+    with shell("logs", json) as console:
+        from qwen3emb_launch import state
+        from qwen3emb_launch.engine_process.log_tail import last_lines
+        from qwen3emb_launch.errors import InvalidInputError
+
+        if follow and json:
+            raise InvalidInputError("usage", "--follow never ends, --json is one envelope", "leave one of them out")
+        instance = state.find(name)
+        path = _path(instance.name, events)
+        if path is None:
+            raise InvalidInputError("no_log", f"{instance.name} has never been started", "qwen3emb up")
+        shown = last_lines(path, lines)
+        console.result({"path": path, "lines": shown}, lambda c: _print(c, shown))
+        if follow:
+            _follow(instance.name, path, events, console)
+
+
+def _print(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.raw(line)
+
+
+def _path(name: str, events: bool) -> Path | None:
+    """The newest file: the one the record names, or without a record the last by name."""
+    from qwen3emb_launch import state
+
+    instance = state.find(name)
+    if events:
+        return instance.events if instance.events.exists() else None
+    record = instance.record
+    if record and record.log and Path(record.log).exists():
+        return Path(record.log)
+    return max(instance.folder.glob("logs/engine-*.log"), default=None)
+
+
+def _follow(name: str, path: Path, events: bool, console: Console) -> None:
+    from qwen3emb_launch import state
+    from qwen3emb_launch.engine_process.log_tail import LogTail
+
+    tail = LogTail(path, from_end=True)
+    pause = threading.Event()
+    while True:
+        running = state.find(name).running  # asked before reading, so that the last lines are not missed
+        for line in tail.poll():
+            console.raw(line)
+        newest = _path(name, events)
+        if newest and newest != tail.path:
+            tail = LogTail(newest)
+        elif not running:
+            return
+        pause.wait(LOOK_EVERY)

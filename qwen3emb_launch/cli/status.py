@@ -1,0 +1,133 @@
+"""`qwen3emb status`: what runs, where, since when."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen3emb_launch.cli.shell import JsonOption, shell
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.console import Console
+    from qwen3emb_launch.state import Instance
+
+
+@dataclass(frozen=True)
+class StatusRow:
+    """One instance. `seconds` is how long it has been up; None where it is not running."""
+
+    name: str
+    state: str
+    running: bool
+    model: str | None
+    base_url: str | None
+    seconds: float | None
+    restarts: int | None
+    pid: int | None
+    engine_pids: tuple[int, ...]
+    profile: str | None
+    max_dims: int | None
+    context_length: int | None
+    reason: str | None
+    log: str | None
+
+
+@dataclass(frozen=True)
+class StatusResult:
+    """Every instance, or the one asked for."""
+
+    instances: tuple[StatusRow, ...]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog="Example: qwen3emb status   |   qwen3emb status demo --json")(status)
+
+
+def status(
+    name: Annotated[str | None, typer.Argument(help="One instance. Default: all of them.", show_default=False)] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show the instances: state, model, address, uptime, restarts, pid. Exit 0 also when none runs."""
+    with shell("status", json) as console:
+        from qwen3emb_launch import state
+
+        found = [state.find(name)] if name is not None else state.instances()
+        for instance in found:
+            if instance.warning:
+                console.warn(instance.warning)
+        result = StatusResult(tuple(row(instance, time.time()) for instance in found))
+        console.result(result, lambda c: _show(c, result, detail=name is not None))
+
+
+def row(instance: Instance, now: float) -> StatusRow:
+    """An instance as a row. Pids of processes that ended are left out."""
+    record = instance.record
+    if record is None:
+        nothing = (None,) * 5
+        return StatusRow(instance.name, instance.state, False, *nothing, (), None, None, None, instance.warning, None)
+    live = instance.running
+    return StatusRow(
+        name=instance.name,
+        state=instance.state,
+        running=live,
+        model=record.served_model_name,
+        base_url=record.base_url,
+        seconds=round(now - record.started_at, 1) if live else None,
+        restarts=record.restarts,
+        pid=record.supervisor.pid if live and record.supervisor else None,
+        engine_pids=tuple(e.pid for e in record.engines) if live else (),
+        profile=record.profile,
+        max_dims=record.max_dims,
+        context_length=record.context_length,
+        reason=record.reason,
+        log=record.log,
+    )
+
+
+def _show(console: Console, result: StatusResult, *, detail: bool) -> None:
+    if not result.instances:
+        console.say("nothing here yet: qwen3emb up --profile demo")
+        return
+    if detail:
+        one = result.instances[0]
+        pids = ", ".join(map(str, one.engine_pids)) or None
+        console.fields(
+            [
+                ("name", one.name),
+                ("state", one.state),
+                ("because", one.reason),
+                ("model", one.model),
+                ("address", one.base_url),
+                ("profile", one.profile),
+                ("dims", one.max_dims),
+                ("context", one.context_length),
+                ("up for", span(one.seconds)),
+                ("restarts", one.restarts),
+                ("pid", one.pid),
+                ("engine pid", pids),
+                ("log", one.log),
+            ]
+        )
+        return
+    console.table(
+        ("NAME", "STATE", "MODEL", "ADDRESS", "UP", "RESTARTS", "PID"),
+        [
+            (r.name, r.state, r.model, r.base_url if r.running else None, span(r.seconds), r.restarts, r.pid)
+            for r in result.instances
+        ],
+    )
+
+
+def span(seconds: float | None) -> str | None:
+    """A duration for people: `42s`, `3m 5s`, `2h 7m`, `3d 4h`."""
+    if seconds is None:
+        return None
+    whole = int(max(0.0, seconds))
+    for unit, size, small, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size}{unit} {whole % size // part}{small}"
+    return f"{whole}s"

@@ -1,0 +1,62 @@
+"""The supervising process: `python -m qwen3emb_launch.cli.supervise NAME --lock-fd N`, started by `qwen3emb up`.
+
+No command for users: `up` has planned everything, holds the instance's lock and hands it over. This process stays
+small: it imports neither typer nor anything that planning needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from qwen3emb_launch import state
+from qwen3emb_launch.cli.up_view import UpView
+from qwen3emb_launch.console import Console
+from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
+from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.planning.serialise import plan_from_dict
+from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
+
+SMOKE = (sys.executable, "-P", "-m", "qwen3emb_launch.up.smoke")
+
+
+def main() -> int:
+    """Supervise one instance to its end; the exit status says how it ended."""
+    parser = argparse.ArgumentParser(prog="supervise")
+    parser.add_argument("name")
+    parser.add_argument("--lock-fd", type=int, required=True)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--no-verify", action="store_true")
+    options = parser.parse_args()
+    console = Console("up", options.json)
+    view = UpView(console)
+    try:
+        claim = state.adopt(options.name, options.lock_fd)
+        plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))
+        with view:
+            supervisor = Supervisor(plan, claim, check_argv=None if options.no_verify else SMOKE, listeners=[view])
+            with stop_on_signals(supervisor):
+                outcome = supervisor.run()
+    except LaunchError as error:
+        view.failed(error)
+        return int(error.exit)
+    except KeyboardInterrupt:  # before the handlers were there
+        view.failed(InterruptedByUser())
+        return int(Exit.INTERRUPTED)
+    return finish(view, outcome)
+
+
+def finish(view: UpView, outcome: Outcome) -> int:
+    """Say how it ended. A stop by SIGTERM after serving is what was asked for: 0, for service managers."""
+    if outcome.error:
+        view.failed(outcome.error)
+        return int(outcome.error.exit)
+    if outcome.state is State.STOPPED and outcome.was_ready and outcome.stopped_by != "SIGINT":
+        return int(Exit.OK)
+    view.failed(InterruptedByUser(f"stopped by {outcome.stopped_by}"))
+    return int(Exit.INTERRUPTED)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

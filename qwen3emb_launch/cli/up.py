@@ -1,0 +1,113 @@
+"""`qwen3emb up`: from nothing to a served, smoke-tested endpoint."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen3emb_launch.cli.launching import LaunchOptions, choose, make_plan
+from qwen3emb_launch.cli.shell import JsonOption, shell
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.console import Console
+    from qwen3emb_launch.facts import LaunchPlan
+    from qwen3emb_launch.state import Claim
+
+EXAMPLES = "Examples: qwen3emb up --profile demo   |   qwen3emb up --profile rtx4090 --port 8000 --detach"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(epilog=EXAMPLES)(up)
+
+
+def up(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="0.6b, 4b, 8b, demo, a hub id or a folder. Default: the profile's."),
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", "-p", help="A profile's name or file. Default: the one for this GPU.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The instance's name. Default: the profile's.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: this machine only.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 30000.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it serves; it goes on behind.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print command and environment, start nothing.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Call it ready without the smoke test.")] = False,
+    engine: Annotated[str | None, typer.Option(help="An engine environment by name: `qwen3emb engine list`.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Install and download nothing.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Serve an embedding model: fetch what is missing, start the engine, prove it, keep it alive.
+
+    Serves until Ctrl-C (a second one does not wait for running requests), or behind the shell with --detach. With
+    --json one envelope is printed as soon as it serves.
+    """
+    options = LaunchOptions(model, profile, name, host, port, engine, tuple(settings or ()), offline or dry_run)
+    with shell("up", json) as console:
+        if dry_run:
+            plan = make_plan(options, choose(options, console), console)
+            console.result(_dry(plan), lambda c: _show_dry(c, plan))
+            return
+        claim = _claim_and_plan(options, console)
+        flags = ["--json"] * json + ["--no-verify"] * no_verify
+        if detach:
+            _detach(claim, flags, console)
+        else:
+            from qwen3emb_launch.up.detached import become
+
+            become(claim, flags)
+
+
+def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
+    """Everything that can be refused is refused here; the plan lies in the instance's folder afterwards."""
+    import json
+
+    from qwen3emb_launch import state
+    from qwen3emb_launch.engine_process.ports import check_free
+    from qwen3emb_launch.planning import plan_to_dict
+
+    chosen = choose(options, console)
+    claim = state.claim(chosen.name)
+    check_free(*chosen.address(options))  # before the long part; the supervisor looks again before each start
+    plan = make_plan(options, chosen, console)
+    state.write_private(claim.plan, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
+    return claim
+
+
+def _detach(claim: Claim, flags: list[str], console: Console) -> None:
+    from qwen3emb_launch.cli.up_view import show_last_lines, show_serving
+    from qwen3emb_launch.errors import LaunchError
+    from qwen3emb_launch.up.detached import detach
+    from qwen3emb_launch.up.serving import serving
+
+    behind = detach(claim, [flag for flag in flags if flag != "--json"])
+    try:
+        record = behind.wait_ready(lambda line: console.say(line))
+    except KeyboardInterrupt:
+        behind.stop()
+        raise
+    except LaunchError as error:
+        show_last_lines(console, error)
+        raise
+    answer = serving(record)
+    console.result(answer, lambda c: show_serving(c, answer))
+    console.say(f"It goes on behind: qwen3emb logs -f {answer.name}, qwen3emb down {answer.name}")
+
+
+def _dry(plan: LaunchPlan) -> dict[str, object]:
+    from qwen3emb_launch.planning import plan_to_dict
+
+    return {**plan_to_dict(plan), "command": shlex.join(plan.argv)}
+
+
+def _show_dry(console: Console, plan: LaunchPlan) -> None:
+    lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(plan.env.items())]
+    console.text(" \\\n  ".join([*lines, shlex.join(plan.argv)]))
+    console.say("Nothing was started. A start adds --config FILE: a private file with the engine's fresh admin key.")

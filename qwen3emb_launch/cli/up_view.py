@@ -1,0 +1,101 @@
+"""What `up` shows: a live line while an engine starts on a terminal, plain lines elsewhere, the endpoint when ready."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qwen3emb_launch.console import Console
+from qwen3emb_launch.errors import LaunchError
+from qwen3emb_launch.lifecycle import State, Transition
+from qwen3emb_launch.state import InstanceRecord
+from qwen3emb_launch.up.serving import Serving, serving, snippet
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+
+class UpView:
+    """The terminal as a listener of the supervisor. `with view:` keeps its live line in order."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._begin = time.monotonic()
+        self._live: Status | None = None
+        self._answered = False  # the result was printed: with --json nothing more goes to stdout
+
+    def __enter__(self) -> UpView:
+        self._show("starting the engine")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._hide()
+
+    def moved(self, transition: Transition, record: InstanceRecord) -> None:
+        """A change of state: one line, and the endpoint at the first ready."""
+        if transition.after is State.STARTING:
+            self._show("starting the engine again")
+        elif transition.after is State.READY and not self._answered:
+            self._hide()
+            self._answered = True
+            answer = serving(record)
+            self._console.result(answer, lambda console: show_serving(console, answer))
+            self._console.say("Ctrl-C stops it.")
+            return
+        elif transition.after in (State.READY, State.FAILED, State.STOPPED):
+            self._hide()
+        self._say(f"{record.name}: {transition.after}: {transition.reason}")
+
+    def said(self, text: str) -> None:
+        """A line of talk."""
+        self._say(text)
+
+    def stage(self, text: str) -> None:
+        """What the start is busy with."""
+        if self._live:
+            self._live.update(text)
+        else:
+            self._say(text)
+
+    def failed(self, error: LaunchError) -> None:
+        """The end, when it is not a good one: the engine's own last words, then what happened."""
+        self._hide()
+        show_last_lines(self._console, error)
+        console = Console("up") if self._answered else self._console
+        console.failure(error, error.result)
+
+    def _say(self, text: str) -> None:
+        self._console.say(f"[{time.monotonic() - self._begin:6.1f} s] {text}")
+
+    def _show(self, text: str) -> None:
+        if not self._console.live:
+            self._say(text)
+        elif self._live:
+            self._live.update(text)
+        else:
+            self._live = self._console.err.status(text)
+            self._live.start()
+
+    def _hide(self) -> None:
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+
+def show_serving(console: Console, answer: Serving) -> None:
+    """The endpoint and how to call it, for people."""
+    took = f", ready in {answer.seconds:.1f} s" if answer.seconds else ""
+    console.text(f"{answer.name} serves {answer.model} ({answer.max_dims} dims{took})")
+    console.text(f"  {answer.base_url}\n")
+    console.text(snippet(answer.base_url, answer.model, answer.max_dims))
+    console.text("")
+
+
+def show_last_lines(console: Console, error: LaunchError) -> None:
+    """The engine's own last words, before the error itself."""
+    lines = error.details.get("last_lines") or []
+    if lines:
+        console.say(f"--- last lines of {error.details.get('log')}")
+        for line in lines:
+            console.say(f"  {line}")

@@ -1,0 +1,54 @@
+"""What `up` answers once an instance serves: where, as what, how to call it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen3emb_launch.state import InstanceRecord
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A ready instance. `seconds` from the supervisor's start to ready; `base_url` as the OpenAI client takes it."""
+
+    name: str
+    base_url: str
+    model: str
+    profile: str
+    max_dims: int
+    context_length: int
+    pid: int | None
+    engine_pids: tuple[int, ...]
+    seconds: float | None
+    log: str | None
+
+
+def serving(record: InstanceRecord) -> Serving:
+    """The answer for a record whose instance is ready."""
+    return Serving(
+        name=record.name,
+        base_url=record.base_url,
+        model=record.served_model_name,
+        profile=record.profile,
+        max_dims=record.max_dims,
+        context_length=record.context_length,
+        pid=record.supervisor.pid if record.supervisor else None,
+        engine_pids=tuple(engine.pid for engine in record.engines),
+        seconds=round(record.ready_at - record.started_at, 3) if record.ready_at else None,
+        log=record.log,
+    )
+
+
+def snippet(base_url: str, model: str, max_dims: int) -> str:
+    """Ready to paste: the same request in Python and with curl."""
+    dims = max(32, max_dims // 4)
+    return f"""\
+# Python: pip install openai
+from openai import OpenAI
+client = OpenAI(base_url="{base_url}", api_key="none")
+answer = client.embeddings.create(model="{model}", input=["Hello, world"], dimensions={dims})
+print(answer.data[0].embedding)
+
+# shell
+curl -s {base_url}/embeddings -H 'content-type: application/json' \\
+  -d '{{"model": "{model}", "input": ["Hello, world"], "dimensions": {dims}}}'"""
