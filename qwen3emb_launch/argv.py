@@ -28,6 +28,7 @@ RESERVED: dict[str, str] = {
     "--device": "use the profile's engine.flavour",
     "--config": "the supervisor passes its own, which holds the engine's keys",
     "--api-key": "a key in a command line can be read by every user of the machine; put a gateway in front",
+    "--ssl-keyfile-password": "a password in a command line can be read by every user; put a gateway in front",
     "--admin-api-key": "the supervisor makes one for each start and passes it in a file",
 }
 

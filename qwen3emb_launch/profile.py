@@ -34,6 +34,14 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def check_variable(name: str) -> None:
+    """ValueError for what cannot name an environment variable, or names a secret: profiles and plans are shown."""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(f"{name!r} is no name of an environment variable")
+    if re.search(r"(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIALS?)$", name, flags=re.IGNORECASE):
+        raise ValueError(f"{name} is a secret, and profiles are shown: export it, the engine inherits your environment")
+
+
 class GpuMatch(Part):
     """Which GPUs the profile is for. `names` are NVML names, `*` and `?` as in a shell, any case."""
 
@@ -215,8 +223,7 @@ class Profile(Part):
     @classmethod
     def _names_of_variables(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of an environment variable")
+            check_variable(name)
         return value
 
     @model_validator(mode="after")
@@ -246,7 +253,8 @@ class Profile(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data as in the YAML, without what the author left out."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+        data = self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
+        return {key: value for key, value in data.items() if value not in ({}, [])}
 
     @property
     def digest(self) -> str:

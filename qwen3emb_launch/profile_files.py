@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qwen3emb_launch.disk import disk_error
-from qwen3emb_launch.errors import InvalidInputError, LaunchError, nearest
+from qwen3emb_launch.errors import InvalidInputError, nearest
 from qwen3emb_launch.paths import paths, shipped_profiles
 from qwen3emb_launch.profile_text import parse_profile
 
@@ -126,8 +126,9 @@ def available() -> list[ProfileFile]:
 
 
 def profiles() -> list[Profile]:
-    """Every profile that can be read, for matching against a GPU."""
-    return [entry.profile for entry in available() if entry.profile is not None]
+    """Every profile that can be read, for matching against a GPU: the user's own first."""
+    entries = sorted(available(), key=lambda entry: entry.origin != "user")
+    return [entry.profile for entry in entries if entry.profile is not None]
 
 
 def create(name: str, *, source: str, model: str | None = None) -> Path:
@@ -148,9 +149,13 @@ def create(name: str, *, source: str, model: str | None = None) -> Path:
     if target.exists():
         raise InvalidInputError("profile_exists", f"{target} is there already", f"edit it, or: rm {target}")
     base, variant = split_variant(source)
-    if variant is not None:
-        load(source)  # an unknown variant is said here
-    text = _renamed(read(find(base)), name, model)
+    if variant is None:
+        text = _renamed(read(find(base)), name, model)
+    else:
+        import yaml
+
+        resolved = load(source).to_dict() | {"name": name, "evidence": "none"} | ({"model": model} if model else {})
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     parse_profile(text, str(target))
     try:
         write_atomic(target, text)
@@ -167,12 +172,3 @@ def _renamed(text: str, name: str, model: str | None) -> str:
         replaced, count = re.subn(r"(?m)^model:.*$", lambda _: line, text, count=1)
         text = replaced if count else text + line + "\n"
     return text
-
-
-def report(path: Path) -> LaunchError | None:
-    """What is wrong with the profile at `path`, or None."""
-    try:
-        parse_profile(read(path), str(path))
-    except InvalidInputError as error:
-        return error
-    return None

@@ -91,7 +91,7 @@ def merge(profile: Profile, engine: EngineFacts, environ: Mapping[str, str], ove
     for layer in (from_environ, from_flags):
         for key, (text, origin, source) in layer.items():
             if key.startswith("env."):
-                env[key.removeprefix("env.")] = Given(text, origin, source)
+                env[_variable(key, source)] = Given(text, origin, source)
                 continue
             known = key.replace("-", "_") if "." not in key else key
             if known in setting_keys():
@@ -112,6 +112,18 @@ def _key_of(variable: str) -> str:
     if name.startswith("ENV__"):
         return "env." + name.removeprefix("ENV__")
     return name.lower().replace("__", ".")
+
+
+def _variable(key: str, source: str) -> str:
+    from qwen3emb_launch.profile import check_variable
+
+    name = key.removeprefix("env.")
+    try:
+        check_variable(name)
+    except ValueError as exc:
+        shown = source.partition("=")[0]  # the value may be the secret
+        raise InvalidInputError("bad_setting", f"{shown}: {exc}", "--set env.NAME=VALUE") from None
+    return name
 
 
 def setting_keys() -> list[str]:

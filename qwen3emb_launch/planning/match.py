@@ -40,6 +40,7 @@ def match_profile(gpus: Sequence[GpuFacts], profiles: Sequence[Profile]) -> Matc
     fitting = [p for p in profiles if p.gpu is not None and p.gpu.matches(gpu.name, size)]
     if fitting:
         # Two may match by name (A100 40 GB and 80 GB): the larger memory wins, since a smaller card never matches it.
+        # Of equals the first wins: profile_files lists the user's own first.
         return Match(max(fitting, key=lambda p: p.gpu.min_vram_gib if p.gpu else 0.0), gpu)
     capability = "unknown" if gpu.compute_capability is None else ".".join(map(str, gpu.compute_capability))
     return Match(

@@ -251,8 +251,14 @@ def _environment(request: PlanRequest, layers: Layers, ledger: Ledger) -> dict[s
             f"env.{name}", env[name], "rule", f"every start of engine {request.engine.name} needs it"
         )
     ours = [("HF_HUB_OFFLINE", "1", "the model is on disk: no start waits for a hub")]
+    if request.gpu and request.gpu.uuid and ledger.value("tp") == 1:
+        # By number, not by UUID: parts of the engine read the numbers. The order makes CUDA count as NVML does.
+        ours.append(("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "CUDA numbers the cards as NVML does"))
+        ours.append(
+            ("CUDA_VISIBLE_DEVICES", str(request.gpu.index), f"the card that was planned for: {request.gpu.name}")
+        )
     if ledger.value("plugin") is False:
-        ours.append(("SGLANG_PLUGINS", "none", "a whitelist that names no plugin"))
+        ours.append(("QWEN3EMB_PLUGIN", "0", "the stock engine was asked for"))
     for name, value, reason in ours:
         env[name] = value
         ledger.settings[f"env.{name}"] = Setting(f"env.{name}", value, "rule", reason)

@@ -123,14 +123,7 @@ def attention(around: Surroundings, ledger: Ledger) -> None:
     else:
         backend = "fa3 on Hopper, trtllm_mha on data-centre Blackwell, flashinfer elsewhere"
         ledger.decide("attention_backend", None, f"the engine's own choice: {backend}", origin="default")
-        fp8 = radix is False or "kv_cache_dtype" in ledger.given
-        ledger.decide(
-            "kv_cache_dtype",
-            "fp8_e4m3" if fp8 else "auto",
-            "half the pool; a text's own keys and values are used before they are stored"
-            if fp8
-            else "a cached instruction is read back from the pool: not narrowed unasked",
-        )
+        ledger.decide("kv_cache_dtype", *_pool_dtype(around, radix))
         big = around.gpu is not None and around.gpu.total_bytes > 60 * 2**30
         ledger.decide("chunked_prefill_size", 8192 if big else 4096, "bounds the activations beside the pool")
     _spell_kv_dtype(around, ledger)
@@ -154,6 +147,15 @@ def _pool_needed_because(around: Surroundings, ledger: Ledger, radix: bool) -> s
     if backend is None and around.major not in (8, 9):
         return "FlashAttention 3, which can do without a KV pool, runs on compute capability 8.x and 9.0 only"
     return ""
+
+
+def _pool_dtype(around: Surroundings, radix: bool) -> tuple[str, str]:
+    if radix:
+        return "auto", "a cached instruction is read back from the pool: not narrowed unasked"
+    capability = around.gpu.compute_capability if around.gpu else None
+    if capability is None or capability < (8, 9):
+        return "auto", "fp8 arithmetic starts at compute capability 8.9"
+    return "fp8_e4m3", "half the pool; nothing that is stored is read by another text"
 
 
 def _spell_kv_dtype(around: Surroundings, ledger: Ledger) -> None:

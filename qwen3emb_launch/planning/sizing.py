@@ -102,6 +102,12 @@ def shortfall(around: Surroundings, ledger: Ledger, estimate: MemoryEstimate) ->
         return f"{memory.arithmetic(estimate)}, and {where} has {there}"
     if not around.gpu:
         return ""
+    loading = _loading_bytes(around, ledger)
+    if loading > have:
+        return (
+            f"weights are loaded as published and quantised then: that takes {memory.gigabytes(loading)} for a while, "
+            f"and {where} has {memory.gigabytes(have)} free"
+        )
     fraction = float(ledger.value("mem_fraction_static"))
     shape, tp, dtype = around.model.shape, int(ledger.value("tp")), ledger.value("dtype")
     weights = estimate.terms["weights"] + estimate.terms.get("unused lm_head", 0)
@@ -116,6 +122,15 @@ def shortfall(around: Surroundings, ledger: Ledger, estimate: MemoryEstimate) ->
             f"{cell} bytes, and context_length {ledger.value('context_length')} needs {smallest}"
         )
     return ""
+
+
+def _loading_bytes(around: Surroundings, ledger: Ledger) -> int:
+    """The peak of a start with fp8 weights; without quantisation, what stays is the peak."""
+    if ledger.value("quantization") != "fp8":
+        return 0
+    tp, dtype = int(ledger.value("tp")), ledger.value("dtype")
+    weights = memory.weight_bytes(around.model, dtype, "none", tp) + memory.head_bytes(around.model.shape, dtype, tp)
+    return weights + memory.CUDA_CONTEXT
 
 
 def unfit(around: Surroundings, why: str, estimate: MemoryEstimate, alternative: str | None) -> UnfitError:

@@ -12,6 +12,7 @@ from pathlib import Path
 from qwen3emb_launch.facts import EngineFacts, EngineFlag, Flavour, version_key
 
 HERE = Path(__file__).resolve().parent
+CPU = "0.5.15.post1"  # the recorded release that starts on a CPU
 
 
 def versions() -> list[str]:
