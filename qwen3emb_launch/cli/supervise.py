@@ -27,10 +27,11 @@ def main() -> int:
     parser.add_argument("name")
     parser.add_argument("--lock-fd", type=int, required=True)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--behind", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()
     console = Console("up", options.json)
-    view = UpView(console)
+    view = UpView(console, behind=options.behind)
     try:
         claim = state.adopt(options.name, options.lock_fd)
         plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))

@@ -87,7 +87,7 @@ def _detach(claim: Claim, flags: list[str], console: Console) -> None:
     from qwen3emb_launch.up.detached import detach
     from qwen3emb_launch.up.serving import serving
 
-    behind = detach(claim, [flag for flag in flags if flag != "--json"])
+    behind = detach(claim, ["--behind", *(flag for flag in flags if flag != "--json")])
     try:
         record = behind.wait_ready(lambda line: console.say(line))
     except KeyboardInterrupt:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class UpView:
     """The terminal as a listener of the supervisor. `with view:` keeps its live line in order."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, behind: bool = False) -> None:
         self._console = console
+        self._behind = behind  # nobody reads stdout: whoever waits for ready prints the endpoint
         self._begin = time.monotonic()
         self._live: Status | None = None
         self._answered = False  # the result was printed: with --json nothing more goes to stdout
@@ -36,7 +37,7 @@ class UpView:
         """A change of state: one line, and the endpoint at the first ready."""
         if transition.after is State.STARTING:
             self._show("starting the engine again")
-        elif transition.after is State.READY and not self._answered:
+        elif transition.after is State.READY and not self._answered and not self._behind:
             self._hide()
             self._answered = True
             answer = serving(record)

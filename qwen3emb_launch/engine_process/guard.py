@@ -98,6 +98,8 @@ class Log:
     def feed(self, data: bytes) -> None:
         """Take output as it comes; whole lines go to the file at once."""
         self.rest += data
+        for secret in self.secrets:  # before any cut: afterwards only the last bytes can begin another one
+            self.rest = self.rest.replace(secret, b"[redacted]")
         cut = self.rest.rfind(b"\n") + 1
         if not cut and len(self.rest) > LINE_LIMIT:
             cut = len(self.rest) - self.overlap
@@ -115,8 +117,6 @@ class Log:
             self.fd = -1
 
     def _write(self, text: bytes) -> None:
-        for secret in self.secrets:
-            text = text.replace(secret, b"[redacted]")
         if self.lost:
             text = b"[%d bytes of output are lost: the log could not be written]\n" % self.lost + text
         try:

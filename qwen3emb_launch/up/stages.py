@@ -14,7 +14,7 @@ STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"Load weight end", "weights loaded, reserving memory"),
         (r"KV Cache is allocated|Memory pool end", "memory reserved"),
         (r"[Cc]apture (?:piecewise |prefill |cuda |breakable )*(?:CUDA |cuda )?graph", "capturing CUDA graphs"),
-        (r"[Cc]ompil(?:e|ing)\b.*(?:kernel|graph|torch)|JIT", "compiling kernels"),
+        (r"[Cc]ompiling (?:a |the )?(?:\w+ )?(?:kernel|graph|op)|JIT (?:building|compil)", "compiling kernels"),
         (r"Uvicorn running on", "warming up"),
         (r"fired up and ready to roll", "engine is up"),
     )

@@ -1,0 +1,230 @@
+"""The guard with real, misbehaving processes: whatever happens, nothing of an engine is left."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from supervised import gone, until
+
+from qwen3emb_launch.engine_process import (
+    EngineCommand,
+    EngineProcess,
+    Exited,
+    Gone,
+    GuardLost,
+    ProcessEvent,
+    Spawned,
+    SpawnFailed,
+)
+from qwen3emb_launch.engine_process import guard as guard_module
+from qwen3emb_launch.engine_process.guard import Log, become_subreaper
+from qwen3emb_launch.engine_process.process import sweep
+
+# An engine with children of every kind: a plain one, one that ignores SIGTERM, and one that left the session.
+FAMILY = """
+import os, signal, subprocess, sys, time
+pids = sys.argv[1]
+def note(): print(os.getpid(), file=open(pids, "a"))
+note()
+for escape in (False, True):
+    if os.fork() == 0:
+        if escape:
+            os.setsid()
+            if os.fork(): os._exit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        note()
+        while True: time.sleep(60)
+print("up", flush=True)
+while True: time.sleep(60)
+"""
+
+
+class Engine:
+    """An engine under a guard, its events in a queue."""
+
+    def __init__(self, folder: Path, *argv: str, **options: object) -> None:
+        self.events: queue.Queue[ProcessEvent] = queue.Queue()
+        self.log = folder / "engine.log"
+        command = EngineCommand(argv=argv, env=dict(os.environ), log=self.log, **options)  # type: ignore[arg-type]
+        self.process = EngineProcess(command, self.events.put)
+
+    def next(self, timeout: float = 15) -> ProcessEvent:
+        return self.events.get(timeout=timeout)
+
+    def end(self) -> list[ProcessEvent]:
+        """Every event up to the last one."""
+        seen = [self.next()]
+        while not isinstance(seen[-1], (Gone, GuardLost)):
+            seen.append(self.next())
+        return seen
+
+
+def family(folder: Path) -> tuple[Engine, list[int]]:
+    pids = folder / "pids"
+    engine = Engine(folder, sys.executable, "-c", FAMILY, str(pids))
+    return engine, until(lambda: p if len(p := read_pids(pids)) == 3 else None, "three processes")
+
+
+def read_pids(path: Path) -> list[int]:
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
+
+
+def test_kill_removes_children_that_left_the_session(tmp_path: Path) -> None:
+    """`kill` ends the engine, children that ignore SIGTERM, and grandchildren that were daemonised away."""
+    engine, pids = family(tmp_path)
+    engine.process.kill()
+    assert engine.end() == [Spawned(pids[0]), Exited(-signal.SIGKILL), Gone()]
+    assert all(map(gone, pids))
+
+
+def test_remains_of_a_crash_are_removed(tmp_path: Path) -> None:
+    """When the main process dies by itself, what it leaves behind is killed before `gone` is said."""
+    engine, pids = family(tmp_path)
+    os.kill(pids[0], signal.SIGKILL)
+    assert engine.end()[1:] == [Exited(-signal.SIGKILL), Gone()]
+    assert all(map(gone, pids))
+
+
+def test_terminate_reaches_the_main_process_only(tmp_path: Path) -> None:
+    """SIGTERM goes to the main process alone: its workers see nothing until it has ended."""
+    script = """
+import os, signal, sys, time
+child = os.fork()
+if child == 0:
+    signal.signal(signal.SIGTERM, lambda *_: print("child was told", flush=True))
+    while True: time.sleep(60)
+def drain(*_):
+    time.sleep(0.2)
+    print("main drained", flush=True)
+    os._exit(7)
+signal.signal(signal.SIGTERM, drain)
+print("up", flush=True)
+while True: time.sleep(60)
+"""
+    engine = Engine(tmp_path, sys.executable, "-c", script)
+    until(lambda: engine.log.exists() and "up" in engine.log.read_text(), "the engine's first word")
+    engine.process.terminate()
+    assert engine.end()[1:] == [Exited(7), Gone()]
+    assert engine.log.read_text() == "up\nmain drained\n"
+
+
+def test_supervisor_killed_with_sigkill_leaves_nothing(tmp_path: Path) -> None:
+    """A supervisor that is killed cannot say anything; the closed pipe does, and everything ends."""
+    pids = tmp_path / "pids"
+    supervisor = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os, sys, time, pathlib\n"
+            "from qwen3emb_launch.engine_process import EngineCommand, EngineProcess\n"
+            "c = EngineCommand((sys.executable, '-c', sys.argv[1], sys.argv[2]), dict(os.environ),"
+            " pathlib.Path(sys.argv[3]))\n"
+            "p = EngineProcess(c, lambda e: None)\n"
+            "print(p.guard_pid, flush=True)\n"
+            "time.sleep(600)",
+            FAMILY,
+            str(pids),
+            str(tmp_path / "engine.log"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert supervisor.stdout is not None
+    guard_pid = int(supervisor.stdout.readline())
+    found = until(lambda: p if len(p := read_pids(pids)) == 3 else None, "three processes")
+    supervisor.kill()
+    supervisor.wait()
+    supervisor.stdout.close()
+    until(lambda: all(map(gone, [*found, guard_pid])), "the end of all of them")
+
+
+def test_guard_killed_takes_the_engine_along(tmp_path: Path) -> None:
+    """SIGKILL to the guard kills the engine through the kernel; its escaped children fall to us and are swept."""
+    become_subreaper()
+    engine, pids = family(tmp_path)
+    os.kill(engine.process.guard_pid, signal.SIGKILL)
+    assert isinstance(engine.end()[-1], GuardLost)
+    until(lambda: not sweep(set()), "a clean sweep")
+    until(lambda: all(map(gone, pids)), "the end of all of them")
+
+
+def test_signals_to_the_guard_change_nothing(tmp_path: Path) -> None:
+    """A SIGTERM meant for everybody (a service manager's, a shell's) does not end the guard: the supervisor decides."""
+    engine, pids = family(tmp_path)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        os.kill(engine.process.guard_pid, number)
+    engine.process.kill()
+    assert engine.end()[-1] == Gone()
+    assert all(map(gone, pids))
+
+
+def test_missing_executable_is_reported(tmp_path: Path) -> None:
+    """An engine that cannot even be executed says why, and the guard ends."""
+    engine = Engine(tmp_path, "/no/such/python")
+    first, *_, last = engine.end()
+    assert isinstance(first, SpawnFailed)
+    assert "No such file" in first.error
+    assert last == Gone()
+
+
+def test_output_is_complete_and_secrets_are_blanked(tmp_path: Path) -> None:
+    """Every line arrives, the unfinished last one too, and secrets do not."""
+    script = "import sys\nfor i in range(20000): print(i, 'key=hush-hush')\nsys.stdout.write('end')"
+    engine = Engine(tmp_path, sys.executable, "-c", script, secrets=("hush-hush",))
+    engine.end()
+    lines = engine.log.read_text().splitlines()
+    assert lines[:2] == ["0 key=[redacted]", "1 key=[redacted]"]
+    assert len(lines) == 20001
+    assert lines[-1] == "end"
+    assert engine.log.stat().st_mode & 0o777 == 0o600
+
+
+def test_flood_is_rotated_and_never_blocks(tmp_path: Path) -> None:
+    """A flooding engine runs to its end; its log stays within size times pieces."""
+    script = "for i in range(100000): print('x' * 99)"
+    engine = Engine(tmp_path, sys.executable, "-c", script, rotate_bytes=1 << 20, rotate_keep=2)
+    assert Exited(0) in engine.end()
+    pieces = sorted(p.name for p in tmp_path.glob("engine.log*"))
+    assert pieces == ["engine.log", "engine.log.1", "engine.log.2"]
+    assert all(p.stat().st_size <= (1 << 20) + guard_module.LINE_LIMIT for p in tmp_path.glob("engine.log*"))
+
+
+def test_full_disk_loses_lines_and_says_so(tmp_path: Path) -> None:
+    """Where the log cannot be written the engine goes on; the log says what is missing once it can."""
+    log = Log("/dev/full", 1 << 20, 0, [])
+    log.feed(b"lost\n")
+    log.path = str(tmp_path / "log")
+    os.close(log.fd)
+    log.fd = -1
+    log.feed(b"kept\n")
+    log.close()
+    assert (tmp_path / "log").read_text() == "[5 bytes of output are lost: the log could not be written]\nkept\n"
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_secrets_cut_by_reads_are_blanked(tmp_path: Path, cut: int) -> None:
+    """A secret that arrives in two pieces is blanked all the same, also in a line without end."""
+    log = Log(str(tmp_path / "log"), 1 << 30, 0, ["hush-hush"])
+    line = b"a" * guard_module.LINE_LIMIT + b" hush-hush b"
+    at = guard_module.LINE_LIMIT + cut
+    log.feed(line[:at])
+    log.feed(line[at:])
+    log.close()
+    tail = (tmp_path / "log").read_text()[-40:]
+    assert "hush" not in tail
+    assert tail.endswith(" [redacted] b\n")
+
+
+def test_guard_is_small(tmp_path: Path) -> None:
+    """The guard holds under 12 MB."""
+    engine, _ = family(tmp_path)
+    status = Path(f"/proc/{engine.process.guard_pid}/status").read_text()
+    rss = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    engine.process.kill()
+    engine.end()
+    assert rss < 12 * 1024
