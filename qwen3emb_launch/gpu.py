@@ -35,7 +35,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class GpuSample:
-    """One reading. `busy` is 0 to 1, `joules` a counter since the driver was loaded; None where the card does not say."""
+    """One reading. `busy` is 0 to 1, `joules` counts since the driver was loaded; None where the card is silent."""
 
     busy: float | None
     memory_bytes: int | None

@@ -139,7 +139,8 @@ def _refusal(spec: LoadSpec, status: int, kind: str, detail: str, answer: bytes)
 
 # Seconds that requests waited in the engine's queue: SGLang's and vLLM's Prometheus histograms.
 _QUEUE = re.compile(
-    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds)_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)", re.M
+    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds)_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)",
+    re.MULTILINE,
 )
 
 

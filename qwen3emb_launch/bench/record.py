@@ -87,6 +87,7 @@ class Record:
     knee: Mapping[str, Any] | None = None
     comparisons: tuple[Comparison, ...] = ()
     drifts: tuple[Drift, ...] = ()
+    overall: Figures | None = None  # of a soak, whose single runs keep no histograms
     claims: tuple[Mapping[str, Any], ...] = ()
     warnings: tuple[str, ...] = ()
     partial: bool = False
@@ -112,7 +113,10 @@ class Row:
 
 
 def rows_of(record: Record) -> list[Row]:
-    """One row a target, phase and level."""
+    """One row a target, phase and level; a soak is one row."""
+    if record.overall and record.runs:
+        first = record.runs[0]
+        return [Row(first.target, first.phase, first.level, len(record.runs), record.overall)]
     groups: dict[tuple[str, str, float], list[Run]] = {}
     for run in record.runs:
         groups.setdefault((run.target, run.phase, run.level), []).append(run)
@@ -241,6 +245,7 @@ def from_dict(data: Mapping[str, Any]) -> Record:
     values["drifts"] = tuple(
         Drift(**{**d, "trend": Trend(**d["trend"]) if d["trend"] else None}) for d in data["drifts"]
     )
+    values["overall"] = Figures.from_dict(data["overall"]) if data.get("overall") else None
     values["claims"] = tuple(data["claims"])
     values["warnings"] = tuple(data["warnings"])
     return Record(**values)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from qwen3emb_launch.bench import calibrate, endpoint, lengths
@@ -31,11 +32,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Work:
-    """What each request is, the same for every target."""
+    """What each request is, the same for every target. `corpus` is a converted file, `corpus_name` the user's own."""
 
     batch: int = 1
     tokens: str = "33"
     corpus: str | None = None
+    corpus_name: str | None = None
     repeat_rate: float = 0.0
     dims: int | None = None
     encoding: Encoding = "base64"
@@ -44,6 +46,10 @@ class Work:
     max_in_flight: int = 1000
     processes: int = 1
     seed: int = 1
+
+    def public(self) -> dict[str, Any]:
+        """For a record: the converted file is temporary."""
+        return {**asdict(self), "corpus": self.corpus_name}
 
     def check(self) -> None:
         """Raise InvalidInputError (`bad_load`) for values that no load can have."""
@@ -124,8 +130,6 @@ def _vocabulary_notes(target: Target, vocabulary: Vocabulary, work: Work) -> lis
 
 def _rehearse(spec: LoadSpec, notes: list[str]) -> None:
     """One request as the load will send it, with its longest texts."""
-    import json
-
     source = source_of(spec)
     if spec.corpus is None and spec.vocabulary:
         longest = replace(spec, lengths=str(lengths.parse(spec.lengths).high), repeat_rate=0.0)

@@ -1,0 +1,151 @@
+"""From what the user names (a URL, an instance, a profile) to a target of a bench; profiles are started for the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from qwen3emb_launch.errors import EngineFailedError, Exit, InvalidInputError, LaunchError, UnfitError
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.bench.target import Target
+    from qwen3emb_launch.console import Console
+
+DEFAULT_KEY = "OPENAI_API_KEY"
+START_WITHIN = 3600.0  # seconds: a first start may download the model and compile kernels
+
+
+def endpoint(url: str, model: str | None, key_variable: str | None, verify_tls: bool, gpu: int | None) -> Target:
+    """A target by its address. The key comes from the environment, by the variable's name."""
+    from qwen3emb_launch.bench.target import Target
+
+    key = os.environ.get(key_variable or DEFAULT_KEY)
+    if key_variable and not key:
+        raise InvalidInputError(
+            "no_api_key", f"the environment variable {key_variable} is empty", f"export {key_variable}=…"
+        )
+    name = urlsplit(url).netloc.rpartition("@")[2] or url
+    index = gpu if gpu is not None else _only_gpu(url)
+    return Target(
+        name=name, url=url, model=model, api_key=key, verify_tls=verify_tls, gpu=index, facts=_gpu_facts(index)
+    )
+
+
+def instance(name: str | None, model: str | None) -> Target:
+    """A target by its instance's name; None takes the only one running."""
+    from qwen3emb_launch import state
+    from qwen3emb_launch.bench.target import Target
+
+    found, record = state.running(name)
+    facts: dict[str, Any] = {"profile": record.profile, "launcher": record.launcher or None}
+    index = None
+    try:
+        plan = json.loads(found.plan.read_text(encoding="utf-8"))
+        gpu = plan.get("gpu") or {}
+        index = gpu.get("index")
+        engine, served = plan.get("engine") or {}, plan.get("model") or {}
+        facts |= {
+            "profile_hash": plan.get("profile_hash"),
+            "engine": f"sglang {engine.get('version')} {engine.get('flavour')}",
+            "packages": " ".join(f"{k}={v}" for k, v in (engine.get("packages") or {}).items()) or None,
+            "model": served.get("name"),
+            "revision": served.get("revision"),
+            "gpu": gpu.get("name"),
+            "driver": gpu.get("driver"),
+        }
+    except (OSError, ValueError, AttributeError):
+        facts["plan"] = "unreadable"
+    return Target(
+        name=found.name,
+        url=record.base_url,
+        model=model or record.served_model_name,
+        api_key=os.environ.get(DEFAULT_KEY),
+        gpu=index,
+        pids=tuple(e.pid for e in record.engines),
+        facts=facts,
+    )
+
+
+@contextmanager
+def profile(name: str, model: str | None, console: Console) -> Iterator[Target]:
+    """A target started for the run and stopped after it: `up --detach` and `down` as a user would type them."""
+    chosen = f"bench-{name}".lower()[:63]
+    console.say(f"bench: starting profile {name} as {chosen}")
+    argv = ["up", "--detach", "--profile", name, "--name", chosen]
+    _command([*argv, *(["--model", model] if model else [])])
+    try:
+        yield instance(chosen, None)
+    finally:
+        _command(["down", chosen])
+
+
+def versus(word: str, model: str | None, key_variable: str | None, verify_tls: bool, gpu: int | None) -> Target | None:
+    """The target that `--vs` names, or None when it is a profile's name."""
+    if "://" in word:
+        return endpoint(word, model, key_variable, verify_tls, gpu)
+    from qwen3emb_launch import state
+
+    found = state.load(word)
+    return instance(word, model) if found and found.running else None
+
+
+def distinct(targets: list[Target]) -> list[Target]:
+    """The same targets with names that differ: a record is keyed by them."""
+    from dataclasses import replace
+
+    seen: dict[str, int] = {}
+    out = []
+    for target in targets:
+        seen[target.name] = seen.get(target.name, 0) + 1
+        number = seen[target.name]
+        out.append(target if number == 1 else replace(target, name=f"{target.name}#{number}"))
+    return out
+
+
+def _command(arguments: list[str]) -> dict[str, Any]:
+    """One of our own commands, its envelope's result. Raises the error that it reports."""
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3emb_launch", *arguments, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=START_WITHIN,
+        check=False,
+    )
+    try:
+        envelope = json.loads(done.stdout.strip().splitlines()[-1])
+    except (ValueError, IndexError):
+        envelope = {"ok": False, "error": {}}
+    if envelope.get("ok"):
+        return dict(envelope.get("result") or {})
+    error = envelope.get("error") or {}
+    kinds: dict[int, type[LaunchError]] = {Exit.INVALID: InvalidInputError, Exit.UNFIT: UnfitError}
+    raise kinds.get(done.returncode, EngineFailedError)(
+        error.get("code", "start_failed"),
+        f"`qwen3emb {' '.join(arguments)}`: {error.get('message', f'exit status {done.returncode}')}",
+        error.get("hint", "try it by itself"),
+    )
+
+
+def _only_gpu(url: str) -> int | None:
+    """The GPU to watch for a local endpoint: the only one there is, else none, since which one serves is not known."""
+    if urlsplit(url).hostname not in ("127.0.0.1", "localhost", "::1"):
+        return None
+    from qwen3emb_launch import gpu
+
+    found = gpu.inventory()
+    return found[0].index if len(found) == 1 else None
+
+
+def _gpu_facts(index: int | None) -> dict[str, Any]:
+    if index is None:
+        return {}
+    from qwen3emb_launch import gpu
+
+    found = next((g for g in gpu.inventory() if g.index == index), None)
+    return {"gpu": found.name, "driver": found.driver} if found else {}
