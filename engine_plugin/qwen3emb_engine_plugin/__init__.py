@@ -5,7 +5,7 @@ SGLang calls `register` once in the HTTP process and once in each scheduler proc
 what it was written for; the server is then the stock one at that place.
 
 Environment: QWEN3EMB_PLUGIN=0 turns everything off, QWEN3EMB_PLUGIN_<PART>=0 one part (answer, route, vectors,
-direct, timestats), QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check. `SGLANG_PLUGINS` is SGLang's own list.
+direct, idle, snapshots, full_graph), QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check. `SGLANG_PLUGINS` is SGLang's own list.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 
-from qwen3emb_engine_plugin.switches import misfit_of_version, switched_on
+from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit_of_version, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
@@ -40,7 +40,7 @@ def register() -> None:
             problem = part()
         except Exception as error:  # a moved module or class: the engine is not what this part knows
             problem = f"{type(error).__name__}: {error}"
-        if problem:
+        if problem and problem != NOT_NEEDED:
             logger.warning("qwen3emb plugin: %s stands aside: %s", name, problem)
         else:
-            logger.info("qwen3emb plugin: %s on", name)
+            logger.info("qwen3emb plugin: %s %s", name, problem or "on")

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from qwen3emb_engine_plugin.housekeeping import idle, snapshots
+from qwen3emb_engine_plugin.prefill_graph import full_graph
 from qwen3emb_engine_plugin.switches import misfit
 from qwen3emb_engine_plugin.wire import OUR_RIDS
 
@@ -89,4 +91,10 @@ def direct() -> str | None:
     return None
 
 
-PARTS = [("vectors", True, vectors), ("direct", True, direct)]
+PARTS = [
+    ("vectors", True, vectors),
+    ("direct", True, direct),
+    ("idle", True, idle),
+    ("snapshots", True, snapshots),
+    ("full_graph", True, full_graph),
+]

@@ -9,6 +9,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+# A part has nothing to do on this machine: no reason for a warning.
+NOT_NEEDED = "not needed here"
+
 OLDEST, NEWEST = (0, 5, 14), (0, 5, 23)
 
 
@@ -28,11 +31,11 @@ def misfit_of_version(found: str | None = None) -> str | None:
     return f"SGLang {found} is outside 0.5.14 ... 0.5.23"
 
 
-def misfit(function: Callable[..., Any], parameters: str, *marks: str) -> str | None:
-    """Why `function` is not the expected one: its parameter names (space-separated) or a mark missing in its source."""
+def misfit(function: Callable[..., Any], parameters: str | None, *marks: str) -> str | None:
+    """Why `function` is not the expected one: other parameters (space-separated names), or a mark not in its source."""
     name = getattr(function, "__qualname__", repr(function))
     found = " ".join(inspect.signature(function).parameters)
-    if found != parameters:
+    if parameters is not None and found != parameters:
         return f"{name}({found}) instead of ({parameters})"
     if marks:
         source = inspect.getsource(function)
