@@ -81,6 +81,7 @@ def verify(
     no_transformers: Annotated[
         bool, typer.Option("--no-transformers", help="Leave the comparison with transformers out of `full`.")
     ] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Only this check, by its id. Repeatable.")] = None,
     dtype: Annotated[
         str | None,
         typer.Option("--dtype", help="The endpoint's arithmetic: bfloat16, float16, float32 (default: as told)."),
@@ -117,12 +118,12 @@ def verify(
             device=reference_device,
             reference=sets.load(reference) if reference else None,
             keep_vectors=save_reference is not None,
+            only=frozenset(only or ()),
         )
         if checkpoint:
             request = replace(request, folder=check_checkpoint(checkpoint))
-        if level is LevelName.FULL:
-            python = None if no_transformers else find_python(request.python, engine, engine_python)
-            request = replace(request, python=python)
+        python = None if no_transformers else find_python(request.python, engine, engine_python)
+        request = replace(request, python=python)
         with console.progress("verify") as progress:
             result, kept = run(request, progress.step)
         write_reports(targets, result)

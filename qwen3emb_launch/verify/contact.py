@@ -106,6 +106,7 @@ class Contact:
         self.timeout = timeout
         self.tally = Tally()
         self.model = ""
+        self.unanswered = 0  # embedding requests in a row without any HTTP answer
         self._lock = threading.Lock()
         self._key = api_key
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -182,8 +183,10 @@ class Contact:
         try:
             reply = self.post("embeddings", body, timeout)
         except NetworkError as exc:
+            self.unanswered += 1
             self._count(f"{exc.code}: {exc.message}")
             raise Misanswer(exc.message, _no_answer(exc)) from exc
+        self.unanswered = 0
         self._count(f"{reply.status}: {reply.message}" if reply.status != 200 else None)
         if reply.status != 200:
             raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply))

@@ -6,11 +6,16 @@ import math
 
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.vectors import distance, dot, finite, largest_difference, norm, normalised
+from qwen3emb_launch.verify.contact import Misanswer
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
-from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, GOLDEN, INSTRUCTED, QUERIES
+from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, GOLDEN, INSTRUCTED, OVERFLOWING, QUERIES
 from qwen3emb_launch.verify.tolerance import GOLDEN_SCORE
 
+OVERFLOW = (
+    "float16 does that on Qwen3-Embedding (QwenLM/Qwen3-Embedding#164), SGLang 0.5.11 to 0.5.13.post1 under a "
+    "piecewise CUDA graph; serve in bfloat16"
+)
 SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
 
 
@@ -22,6 +27,12 @@ def quoted(text: str, length: int = 32) -> str:
 
 def probe_finite(session: Session) -> Outcome:
     expected = "every component is a number"
+    for text in OVERFLOWING:
+        session.vector(BASE[0])
+        try:
+            session.vector(text)
+        except Misanswer as exc:
+            return broken(expected, f"{quoted(text)}: {exc.message}", f"{exc.cause}; {OVERFLOW}")
     bad = [text for text, vector in zip(BASE, session.base, strict=True) if not finite(vector)]
     if not bad:
         return held(expected, f"{len(BASE)} texts of {session.width} numbers")
@@ -30,8 +41,7 @@ def probe_finite(session: Session) -> Outcome:
         f"NaN, null or infinity for {len(bad)} of {len(BASE)} texts, the first {quoted(bad[0])}",
         "every vector is NaN: a broken kernel or checkpoint"
         if len(bad) == len(BASE)
-        else "overflow on some texts: float16 does that on Qwen3-Embedding (QwenLM/Qwen3-Embedding#164; SGLang "
-        "0.5.11 to 0.5.13.post1 do it under a piecewise CUDA graph); serve in bfloat16",
+        else f"overflow on some texts: {OVERFLOW}",
         texts=bad,
     )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch import __version__
-from qwen3emb_launch.errors import NetworkError, UnfitError
-from qwen3emb_launch.verify import probes_requests, probes_texts, probes_vectors, texts
+from qwen3emb_launch.errors import InvalidInputError, NetworkError, UnfitError, nearest
+from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_texts, probes_vectors, texts
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.fingerprint import fingerprint, weights_hash
 from qwen3emb_launch.verify.identity import Identity, ask_identity
@@ -23,6 +23,7 @@ from qwen3emb_launch.verify.session import Options, Probe, Session
 from qwen3emb_launch.verify.tolerance import Precision
 
 Step = Callable[[str], None]
+GIVE_UP = 3  # requests without any answer in a row, until the rest is not asked
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Request:
     device: str = "cpu"
     reference: ReferenceSet | None = None
     keep_vectors: bool = False
+    only: frozenset[str] = frozenset()
 
 
 def silent(_: str) -> None:
@@ -112,52 +114,77 @@ def now() -> str:
 
 
 def _probes(request: Request, session: Session) -> list[Probe]:
-    found = [*probes_requests.EARLY, *probes_vectors.PROBES, *probes_texts.PROBES, *probes_requests.PROBES]
+    found = [*probes_requests.EARLY, *probes_vectors.PROBES, *probes_texts.PROBES]
+    found += [*probes_requests.PROBES, *probes_refusals.PROBES]
     if request.reference is not None:
         found.append(saved_probe(request.reference))
     identity = session.identity
     shipped = demo_set(identity.folder) if identity.demo and identity.folder else None
+    compute = _compute(request, identity)
     if shipped is not None:
-        found.append(shipped_probe(shipped))
-    found.append(_transformers(request, identity))
+        found.append(shipped_probe(shipped, compute))
+    found.append(_transformers(request, identity, compute))
     found += probes_requests.LAST
+    if request.only:
+        return _only(found, request.only)
     wanted = {"openai"} if request.options.openai_client else set()
     return [p for p in found if p.level == "quick" or request.options.level == "full" or p.id in wanted]
 
 
-def _transformers(request: Request, identity: Identity) -> Probe:
+def _only(found: Sequence[Probe], wanted: frozenset[str]) -> list[Probe]:
+    """The named probes, whatever their level, and the first, without which nothing can be asked."""
+    known = [p.id for p in found]
+    for name in sorted(wanted):
+        if name not in known:
+            guess = nearest(name, known)
+            raise InvalidInputError(
+                "unknown_check",
+                f"no check {name!r}; there are {', '.join(known)}",
+                f"did you mean {guess!r}?" if guess else "--only ID, repeatable",
+            )
+    return [p for i, p in enumerate(found) if i == 0 or p.id in wanted]
+
+
+Compute = Callable[[Sequence[str], bool], Transformers]
+
+
+def _compute(request: Request, identity: Identity) -> Compute | None:
+    """The reference script on these texts, the wrong ways too where asked; None without checkpoint or python."""
     folder, python = identity.folder, request.python
     if folder is None or python is None:
-        why = (
-            "the checkpoint is not on this machine; --checkpoint FOLDER"
-            if folder is None
-            else "no engine environment to run transformers in; `qwen3emb engine install cpu`, or --engine-python"
-        )
-        return Probe("transformers", "transformers' vectors", lambda _: skipped(why), level="full")
+        return None
 
     def compute(some: Sequence[str], alternatives: bool) -> Transformers:
+        dtypes = ("float32",) if alternatives else ("float32", "bfloat16")
         return transformers_reference(
-            python,
-            folder,
-            some,
-            dtypes=("float32",) if alternatives else ("float32", "bfloat16"),
-            device=request.device,
-            alternatives=alternatives,
+            python, folder, some, dtypes=dtypes, device=request.device, alternatives=alternatives
         )
 
-    return transformers_probe(compute, texts.REFERENCE)
+    return compute
+
+
+def _transformers(request: Request, identity: Identity, compute: Compute | None) -> Probe:
+    if compute is not None:
+        return transformers_probe(compute, texts.REFERENCE)
+    why = (
+        "the checkpoint is not on this machine; --checkpoint FOLDER"
+        if identity.folder is None
+        else "no engine environment to run transformers in; `qwen3emb engine install cpu`, or --engine-python"
+    )
+    return Probe("transformers", "transformers' vectors", lambda _: skipped(why), level="full")
 
 
 def _run(probes: Sequence[Probe], session: Session, step: Step) -> list[Check]:
     checks: list[Check] = []
+    stopped: Outcome | None = None
     for at, probe in enumerate(probes):
         step(probe.title)
-        outcome = _ask(probe, session)
+        outcome = stopped if stopped and probe not in probes_requests.LAST else _ask(probe, session)
         checks.append(_check(probe, outcome))
         if at == 0 and outcome.holds is False:  # nothing answers: the rest has nothing to look at
-            rest = skipped("the endpoint does not answer a plain request")
-            checks += [_check(p, rest) for p in probes[1:]]
-            break
+            stopped = skipped("the endpoint does not answer a plain request")
+        elif session.contact.unanswered >= GIVE_UP:
+            stopped = skipped(f"{session.contact.unanswered} requests in a row got no answer: stopped asking")
     return checks
 
 

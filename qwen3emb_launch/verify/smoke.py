@@ -1,8 +1,8 @@
-"""The quick level as a child process that is started before the engine is ready: `python -m qwen3emb_launch.verify.smoke`.
+"""The quick level as a child process, started before the engine is ready: `python -m qwen3emb_launch.verify.smoke`.
 
-Reads one JSON line, `{"base_url", "model", "max_dims", "context_length", "key", "plan"}` (the last three may be missing),
-and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are loaded while the order is awaited, so that
-the check itself takes what its requests take. End of input instead of an order ends it.
+Reads one JSON line, `{"base_url", "model", "max_dims", "context_length", "key", "plan"}` (all but the first may be
+missing), and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are loaded while the order is
+awaited, so that the check itself takes what its requests take. End of input instead of an order ends it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,397 @@
+"""A proxy before a real endpoint that alters requests or answers: the faults `qwen3emb verify` must name.
+
+A fault is a function of an Exchange. It may change the body before `forward()`, the answer after it, or answer itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Exchange:
+    """One POST of /v1/embeddings on its way. `count` numbers them from 0, `busy` is how many are in the air."""
+
+    body: dict[str, Any]
+    send: Callable[[dict[str, Any]], tuple[int, Any]]
+    count: int
+    busy: int
+    memory: dict[str, Any]
+
+    def forward(self) -> tuple[int, Any]:
+        """Ask the real endpoint with the body as it is now."""
+        return self.send(self.body)
+
+    @property
+    def texts(self) -> list[str]:
+        """The inputs, where they are texts."""
+        given = self.body.get("input")
+        if isinstance(given, str):
+            return [given]
+        return [t for t in given if isinstance(t, str)] if isinstance(given, list) else []
+
+    def rewrite(self, change: Callable[[str], str]) -> None:
+        """Change every text."""
+        given = self.body.get("input")
+        if isinstance(given, str):
+            self.body["input"] = change(given)
+        elif isinstance(given, list):
+            self.body["input"] = [change(t) if isinstance(t, str) else t for t in given]
+
+
+Fault = Callable[[Exchange], tuple[int, Any]]
+
+
+def each_vector(exchange: Exchange, change: Callable[[list[float], int], Any]) -> tuple[int, Any]:
+    """Forward, then change every vector of a right answer."""
+    status, answer = exchange.forward()
+    if status == 200:
+        for i, item in enumerate(answer["data"]):
+            item["embedding"] = change(item["embedding"], i)
+    return status, answer
+
+
+def honest(exchange: Exchange) -> tuple[int, Any]:
+    return exchange.forward()
+
+
+def unnormalised(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [7.3 * x for x in v])
+
+
+def ignores_dimensions(exchange: Exchange) -> tuple[int, Any]:
+    exchange.body.pop("dimensions", None)
+    return exchange.forward()
+
+
+def slices_only(exchange: Exchange) -> tuple[int, Any]:
+    dims = exchange.body.pop("dimensions", None)
+    return each_vector(exchange, lambda v, _: v[:dims])
+
+
+def slices_the_end(exchange: Exchange) -> tuple[int, Any]:
+    dims = exchange.body.pop("dimensions", None)
+
+    def cut(vector: list[float], _: int) -> list[float]:
+        part = vector[-dims:] if dims else vector
+        length = math.hypot(*part)
+        return [x / length for x in part]
+
+    return each_vector(exchange, cut)
+
+
+def swaps_vectors(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200 and len(answer["data"]) > 1:
+        first, second = answer["data"][:2]
+        first["embedding"], second["embedding"] = second["embedding"], first["embedding"]
+    return status, answer
+
+
+def reverses_items(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200:
+        answer["data"].reverse()
+    return status, answer
+
+
+def index_from_one(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200:
+        for item in answer["data"]:
+            item["index"] += 1
+    return status, answer
+
+
+def drops_an_item(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200 and len(answer["data"]) > 1:
+        answer["data"].pop()
+    return status, answer
+
+
+def noise(exchange: Exchange) -> tuple[int, Any]:
+    source = random.Random(exchange.count)
+    return each_vector(exchange, lambda v, _: [x + source.gauss(0, 0.01) for x in v])
+
+
+def constant_noise(exchange: Exchange) -> tuple[int, Any]:
+    """The same small error for the same text: only a reference can see it."""
+    texts = exchange.texts
+
+    def change(vector: list[float], i: int) -> list[float]:
+        source = random.Random(texts[i] if texts else i)
+        changed = [x + source.gauss(0, 0.005) for x in vector]
+        length = math.hypot(*changed)
+        return [x / length for x in changed]
+
+    return each_vector(exchange, change)
+
+
+def constant(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [1 / math.sqrt(len(v))] * len(v))
+
+
+def not_a_number(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [math.nan] * len(v))
+
+
+def nulls(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [None, *v[1:]])
+
+
+def zeros(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [0.0] * len(v))
+
+
+def overflow(exchange: Exchange) -> tuple[int, Any]:
+    """float16 on the 8B: NaN for texts that begin with `import`."""
+    texts = exchange.texts
+    return each_vector(
+        exchange, lambda v, i: [math.nan] * len(v) if texts and texts[i].startswith("import") else v
+    )  # fmt: skip
+
+
+def strips_instruction(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(lambda t: t.partition("\nQuery:")[2] or t)
+    return exchange.forward()
+
+
+def space_after_query(exchange: Exchange) -> tuple[int, Any]:
+    def spaced(text: str) -> str:
+        head, mark, query = text.partition("\nQuery:")
+        return f"{head}{mark} {query.lstrip()}" if mark else text
+
+    exchange.rewrite(spaced)
+    return exchange.forward()
+
+
+def lower_cases(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(str.lower)
+    return exchange.forward()
+
+
+def strips_space(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(lambda t: t.strip() or t)
+    return exchange.forward()
+
+
+def newlines_to_spaces(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(lambda t: t.replace("\n", " "))
+    return exchange.forward()
+
+
+def truncates(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(lambda t: t.encode()[:512].decode(errors="ignore"))
+    return exchange.forward()
+
+
+def truncates_too_long(exchange: Exchange) -> tuple[int, Any]:
+    """What fits is right, what does not is cut without a word."""
+    exchange.rewrite(lambda t: t.encode()[:8000].decode(errors="ignore"))
+    return exchange.forward()
+
+
+def caches_by_prefix(exchange: Exchange) -> tuple[int, Any]:
+    known = exchange.memory
+    if exchange.body.get("dimensions") or not exchange.texts:
+        return exchange.forward()
+    texts = exchange.texts
+    return each_vector(exchange, lambda v, i: known.setdefault(texts[i][:200] if len(texts[i]) > 200 else texts[i], v))
+
+
+def mixes_under_load(exchange: Exchange) -> tuple[int, Any]:
+    """With more than three requests in the air some get the answer to another."""
+    status, answer = exchange.forward()
+    if status == 200 and len(exchange.texts) == 1 and not exchange.body.get("dimensions"):
+        vector = answer["data"][0]["embedding"]
+        before = exchange.memory.get("last", vector)
+        exchange.memory["last"] = vector
+        if exchange.busy > 3:
+            answer["data"][0]["embedding"] = before
+    return status, answer
+
+
+def some_widths(exchange: Exchange) -> tuple[int, Any]:
+    texts = exchange.texts
+    return each_vector(exchange, lambda v, i: v[:-1] if texts and len(texts[i]) > 60 else v)
+
+
+def fails_one_in_five(exchange: Exchange) -> tuple[int, Any]:
+    if exchange.count % 5 == 4:
+        return 500, {"object": "error", "message": "CUDA error: an illegal memory access", "code": 500}
+    return exchange.forward()
+
+
+def wrong_one_in_five(exchange: Exchange) -> tuple[int, Any]:
+    source = random.Random(exchange.count)
+    if exchange.count % 5 != 4:
+        return exchange.forward()
+
+    def other(vector: list[float], _: int) -> list[float]:
+        changed = [source.gauss(0, 1) for _ in vector]
+        return [x / math.hypot(*changed) for x in changed]
+
+    return each_vector(exchange, other)
+
+
+def slow(exchange: Exchange) -> tuple[int, Any]:
+    threading.Event().wait(0.25)
+    return exchange.forward()
+
+
+def int8_storage(exchange: Exchange) -> tuple[int, Any]:
+    def rounded(vector: list[float], _: int) -> list[float]:
+        step = max(map(abs, vector)) / 12
+        cut = [round(x / step) * step for x in vector]
+        return [x / math.hypot(*cut) for x in cut]
+
+    return each_vector(exchange, rounded)
+
+
+def crashes_on_bad_input(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    return (500, {"detail": "Internal Server Error"}) if 400 <= status < 500 else (status, answer)
+
+
+def accepts_anything(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    return (200, {"object": "list", "data": [], "usage": {}}) if 400 <= status < 500 else (status, answer)
+
+
+def broken_base64(exchange: Exchange) -> tuple[int, Any]:
+    from qwen3emb_launch.vectors import to_base64
+
+    if exchange.body.get("encoding_format") != "base64":
+        return exchange.forward()
+    return each_vector(exchange, lambda v, _: to_base64(list(reversed(v))))
+
+
+def right_base64(exchange: Exchange) -> tuple[int, Any]:
+    from qwen3emb_launch.vectors import to_base64
+
+    if exchange.body.get("encoding_format") != "base64":
+        return exchange.forward()
+    return each_vector(exchange, lambda v, _: to_base64(v))
+
+
+def no_usage(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200:
+        answer.pop("usage", None)
+    return status, answer
+
+
+def dies(exchange: Exchange) -> tuple[int, Any]:
+    if exchange.count > 20:
+        raise ConnectionAbortedError
+    return exchange.forward()
+
+
+@dataclass
+class _State:
+    upstream: str
+    fault: Fault
+    hidden: bool
+    count: int = 0
+    busy: int = 0
+    memory: dict[str, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        parts = urlsplit(self.upstream)
+        connection = HTTPConnection(parts.hostname or "", parts.port, timeout=120)
+        try:
+            connection.request(method, path, body, {"content-type": "application/json"})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+    state: _State
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client or a fault that breaks off is no news here."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        state = self.server.state
+        if state.hidden and not self.path.startswith("/v1/"):
+            self._answer(404, b"{}")
+            return
+        self._answer(*state.ask("GET", self.path, None))
+
+    def do_POST(self) -> None:
+        state = self.server.state
+        raw = self.rfile.read(int(self.headers.get("content-length", 0)))
+        if self.path != "/v1/embeddings":
+            self._answer(*state.ask("POST", self.path, raw))
+            return
+        with state.lock:
+            count, state.count = state.count, state.count + 1
+            state.busy += 1
+            busy = state.busy
+        try:
+            try:
+                body = json.loads(raw)
+            except ValueError:
+                body = None
+            if not isinstance(body, dict):
+                self._answer(*state.ask("POST", self.path, raw))
+                return
+
+            def send(changed: dict[str, Any]) -> tuple[int, Any]:
+                status, answer = state.ask("POST", self.path, json.dumps(changed).encode())
+                return status, json.loads(answer)
+
+            status, answer = state.fault(Exchange(body, send, count, busy, state.memory))
+            self._answer(status, json.dumps(answer).encode())
+        finally:
+            with state.lock:
+                state.busy -= 1
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextmanager
+def faulty(upstream: str, fault: Fault, *, hidden: bool = False) -> Iterator[str]:
+    """The base URL of a proxy with that fault. `hidden` leaves out the server's own information routes."""
+    server = _Server(("127.0.0.1", 0), _Handler)
+    server.state = _State(upstream.removesuffix("/v1"), fault, hidden)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+__all__ = ["Exchange", "Fault", "faulty"]

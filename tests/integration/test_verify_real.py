@@ -1,0 +1,309 @@
+"""`verify` on the real engine: a right endpoint passes, each fault is refused with its cause named."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import faulty_endpoint as faults
+import pytest
+from conftest import Endpoint, start_engine
+from faulty_endpoint import Fault, faulty
+
+from qwen3emb_launch.verify import runner
+from qwen3emb_launch.verify.reference import DEMO_SET, load, transformers_reference
+from qwen3emb_launch.verify.report import Report, Verdict
+from qwen3emb_launch.verify.runner import Request, verify
+from qwen3emb_launch.verify.session import Options
+
+pytestmark = pytest.mark.engine
+
+
+def ask(url: str, memory: Path, *only: str, level: str = "quick", **more: object) -> Report:
+    options = Options(level, **{k: more.pop(k) for k in ("max_latency", "strict", "context") if k in more})
+    report, _ = verify(Request(url, options, memory / "weights.json", only=frozenset(only), **more))
+    return report
+
+
+def wrong(report: Report) -> dict[str, str]:
+    return {c.id: c.cause for c in report.failures}
+
+
+@pytest.fixture(scope="session")
+def fp32_endpoint(
+    engine_python: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Endpoint]:
+    log = tmp_path_factory.mktemp("engine32") / "log"
+    with start_engine(engine_python, demo_model, log, "--dtype", "float32") as endpoint:
+        yield endpoint
+
+
+def test_full_level_passes_on_the_real_engine(demo_endpoint: Endpoint, engine_python: Path, tmp_path: Path) -> None:
+    """Every required check holds; what a bare engine lacks is a warning; transformers agrees within the tolerance."""
+    report = ask(demo_endpoint.base_url, tmp_path, level="full", python=engine_python)
+    assert report.passed, wrong(report)
+    by_id = {c.id: c for c in report.checks}
+    assert by_id["transformers"].verdict is Verdict.PASS
+    assert by_id["transformers"].figures["min_cosine"] > 0.9999
+    warned = {c.id for c in report.checks if c.verdict is Verdict.WARN} - {"latency"}
+    assert warned <= {"base64", "refusals", "error_form"}
+    assert {c.id for c in report.checks if c.verdict is Verdict.SKIP} == {"golden", "ranking"}
+    assert report.fingerprint["complete"]
+    assert report.fingerprint["parts"]["engine_version"]
+
+
+def test_a_right_endpoint_is_never_refused(demo_endpoint: Endpoint, fp32_endpoint: Endpoint, tmp_path: Path) -> None:
+    """Twenty runs each on a bfloat16 and a float32 engine, all of them pass."""
+    for endpoint, dtype in ((demo_endpoint, "bfloat16"), (fp32_endpoint, "float32")):
+        for _ in range(20):
+            report = ask(endpoint.base_url, tmp_path)
+            assert report.passed, wrong(report)
+            assert report.precision.startswith(dtype)
+
+
+def test_float32_agrees_to_six_digits(fp32_endpoint: Endpoint, engine_python: Path, tmp_path: Path) -> None:
+    """A float32 engine is held to a float32 tolerance, and keeps it."""
+    report = ask(fp32_endpoint.base_url, tmp_path, "transformers", python=engine_python)
+    assert report.passed, wrong(report)
+    figures = report.checks[-1].figures
+    assert figures["allowed"] == pytest.approx(1e-5)
+    assert figures["min_cosine"] > 0.999999
+
+
+# Fault, the check that must fail, and what its cause must say.
+QUICK: list[tuple[Fault, str, str]] = [
+    (faults.unnormalised, "norm", "no L2 normalisation"),
+    (faults.ignores_dimensions, "dims", "ignored"),
+    (faults.slices_only, "dims", "not renormalised"),
+    (faults.slices_the_end, "dims", "last components"),
+    (faults.swaps_vectors, "order", "order of a batch is swapped"),
+    (faults.reverses_items, "order", "order of a batch is swapped"),
+    (faults.index_from_one, "order", "index fields"),
+    (faults.drops_an_item, "batch", "items of a batch are dropped"),
+    (faults.noise, "steady", "noise"),
+    (faults.constant_noise, "demo_reference", "noise or a coarser number format"),
+    (faults.int8_storage, "demo_reference", "noise or a coarser number format"),
+    (faults.constant, "distinct", "a constant"),
+    (faults.not_a_number, "finite", "every vector is NaN"),
+    (faults.nulls, "finite", "every vector is NaN"),
+    (faults.zeros, "norm", "zero vector"),
+    (faults.overflow, "finite", "overflow .*float16"),
+    (faults.strips_instruction, "instruction", "instruction is stripped"),
+    (faults.space_after_query, "faithful", "space after `Query:`"),
+    (faults.lower_cases, "faithful", "lower-cased"),
+    (faults.strips_space, "faithful", "white space is stripped"),
+    (faults.newlines_to_spaces, "faithful", "line breaks"),
+    (faults.some_widths, "width", "another width"),
+    (faults.fails_one_in_five, "reliable", "about one request in 5 fails"),
+    (faults.wrong_one_in_five, "steady", "intermittent"),
+    (faults.mixes_under_load, "steady", "cross-talk"),
+    (faults.broken_base64, "base64", "base64"),
+    (faults.dies, "reliable", "fail"),
+]
+
+
+@pytest.mark.parametrize(("fault", "check", "cause"), QUICK, ids=lambda v: getattr(v, "__name__", None))
+def test_quick_names_the_fault(demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, check: str, cause: str) -> None:
+    """The quick level refuses a faulty endpoint, and its failing check says what is wrong."""
+    with faulty(demo_endpoint.base_url, fault) as url:
+        found = wrong(ask(url, tmp_path))
+    assert check in found, found
+    assert re.search(cause, found[check]), found
+
+
+FULL: list[tuple[Fault, str, str]] = [
+    (faults.truncates, "tail", "truncated at 512 tokens or fewer"),
+    (faults.caches_by_prefix, "tail", "truncated|cached by their first"),
+    (faults.truncates_too_long, "limit", "cut without a word"),
+    (faults.mixes_under_load, "cross_talk", "cross-talk"),
+    (faults.crashes_on_bad_input, "refusals", "5xx"),
+    (faults.accepts_anything, "refusals", "silently accepted"),
+]
+
+
+@pytest.mark.parametrize(("fault", "check", "cause"), FULL, ids=lambda v: getattr(v, "__name__", None))
+def test_full_names_the_fault(demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, check: str, cause: str) -> None:
+    """Faults that only long texts, load or bad requests show are found by the full level's checks."""
+    with faulty(demo_endpoint.base_url, fault) as url:
+        found = wrong(ask(url, tmp_path, check, level="full"))
+    assert check in found, found
+    assert re.search(cause, found[check]), found
+
+
+def test_an_honest_proxy_passes(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """The proxy itself is no fault, also when the server's information routes are hidden."""
+    with faulty(demo_endpoint.base_url, faults.honest, hidden=True) as url:
+        report = ask(url, tmp_path, max_latency=5000.0)
+    assert report.passed, wrong(report)
+
+
+def test_base64_is_judged_where_it_is_answered(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """An endpoint that answers base64 passes that check instead of being warned of."""
+    with faulty(demo_endpoint.base_url, faults.right_base64) as url:
+        report = ask(url, tmp_path, "base64", "openai")
+    assert [c.verdict for c in report.checks] == [Verdict.PASS] * 3
+
+
+def test_slow_is_a_warning_on_a_cpu_and_a_failure_elsewhere(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """The default limit warns on a CPU; a limit asked for, or an endpoint that is no CPU engine, is held to it."""
+    with faulty(demo_endpoint.base_url, faults.slow) as url:
+        lenient, asked = ask(url, tmp_path, "latency"), ask(url, tmp_path, "latency", max_latency=100.0)
+    with faulty(demo_endpoint.base_url, faults.slow, hidden=True) as url:
+        elsewhere = ask(url, tmp_path, "latency")
+    assert lenient.passed
+    assert lenient.checks[-1].verdict is Verdict.WARN
+    for report in (asked, elsewhere):
+        assert wrong(report)["latency"].startswith("slow")
+
+
+def test_usage_that_is_missing_is_a_warning_unless_strict(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """Usage does not make vectors wrong; `--strict` requires it."""
+    with faulty(demo_endpoint.base_url, faults.no_usage) as url:
+        assert ask(url, tmp_path, "usage").passed
+        assert wrong(ask(url, tmp_path, "usage", strict=True)) == {"usage": "usage is missing"}
+
+
+def test_strict_fails_a_bare_engine(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """What our gateway promises is required of an endpoint on request: base64, error form, unknown models."""
+    report = ask(demo_endpoint.base_url, tmp_path, "base64", "refusals", "error_form", strict=True)
+    assert set(wrong(report)) == {"base64", "refusals", "error_form"}
+
+
+@pytest.fixture(scope="session")
+def computed(engine_python: Path, demo_model: Path) -> Iterator[str]:
+    """A server that computes with transformers, wrongly on request."""
+    script = Path(__file__).resolve().parents[1] / "transformers_endpoint.py"
+    process = subprocess.Popen(
+        [str(engine_python), str(script), str(demo_model)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    assert process.stdout is not None
+    port = process.stdout.readline().strip()
+    watchdog.cancel()
+    assert port, "the transformers endpoint did not start"
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+@pytest.fixture
+def kept_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's answers do not change between tests: each question is computed once."""
+    monkeypatch.setattr(runner, "transformers_reference", _kept)
+
+
+@cache
+def _kept_once(python: Path, folder: Path, texts: tuple[str, ...], dtypes: tuple[str, ...], device: str, more: bool):
+    return transformers_reference(python, folder, texts, dtypes=dtypes, device=device, alternatives=more)
+
+
+def _kept(python, folder, texts, *, dtypes, device, alternatives):
+    return _kept_once(python, folder, tuple(texts), tuple(dtypes), device, alternatives)
+
+
+@pytest.mark.usefixtures("kept_reference")
+@pytest.mark.parametrize(
+    ("mode", "check", "cause"),
+    [
+        ("mean", "demo_reference", "mean pooling"),
+        ("cls", "distinct", "one vector|confused"),
+        ("no_eos", "demo_reference", "does not append"),
+        ("im_end", "demo_reference", "im_end"),
+        ("double_eos", "demo_reference", "twice"),
+        ("right_padding", "batch", "padding on the wrong side"),
+        ("right_padding_128", "demo_reference", "padding on the wrong side"),
+        ("left_unmasked_128", "demo_reference", "not masked"),
+    ],
+)
+def test_a_wrong_computation_is_named(
+    computed: str, engine_python: Path, tmp_path: Path, mode: str, check: str, cause: str
+) -> None:
+    """Pooling, EOS and padding faults, computed with transformers, are recognised for what they are."""
+    found = wrong(ask(f"{computed}/{mode}/v1", tmp_path, python=engine_python, max_latency=5000.0))
+    assert check in found, found
+    assert re.search(cause, found[check]), found
+
+
+@pytest.mark.parametrize("mode", ["right", "half"])
+def test_another_right_server_passes(computed: str, tmp_path: Path, mode: str) -> None:
+    """A server of another make that computes rightly, in float32 or float16, is not refused."""
+    report = ask(f"{computed}/{mode}/v1", tmp_path, max_latency=5000.0)
+    assert report.passed, wrong(report)
+
+
+def test_the_shipped_demo_vectors_are_what_transformers_computes(engine_python: Path, demo_model: Path) -> None:
+    """The file in the package is the output of its command, to float32."""
+    shipped = load(DEMO_SET)
+    again = transformers_reference(engine_python, demo_model, list(shipped.vectors), dtypes=("float32",))
+    for text, vector in again.sets["float32"].vectors.items():
+        assert vector == pytest.approx(shipped.vectors[text], abs=1e-5)
+
+
+def test_a_reference_script_that_cannot_run_is_a_skip_with_its_reason(demo_endpoint: Endpoint, tmp_path: Path) -> None:
+    """No torch in that python: the comparison is skipped and says why, the rest is judged."""
+    import sys
+
+    report = ask(demo_endpoint.base_url, tmp_path, "transformers", python=Path(sys.executable))
+    assert report.checks[-1].verdict is Verdict.SKIP
+    assert "torch" in report.checks[-1].cause
+
+
+def test_saved_sets_hold_a_later_deployment(demo_endpoint: Endpoint, fp32_endpoint: Endpoint, tmp_path: Path) -> None:
+    """A set saved from one deployment accepts another that computes the same, and refuses one that does not."""
+    kept = verify(
+        Request(demo_endpoint.base_url, Options(), tmp_path / "w.json", only=frozenset({"norm"}), keep_vectors=True)
+    )[1]
+    assert kept is not None
+    assert ask(fp32_endpoint.base_url, tmp_path, "saved_reference", reference=kept, dtype="bfloat16").passed
+    with faulty(demo_endpoint.base_url, faults.lower_cases) as url:
+        assert "saved_reference" in wrong(ask(url, tmp_path, "saved_reference", reference=kept))
+
+
+def test_the_command_prints_an_envelope_and_exits_by_the_verdict(
+    demo_endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit 0 and a report for a right endpoint, exit 1 with the table in the envelope for a wrong one."""
+    from qwen3emb_launch.cli.app import run
+
+    page = tmp_path / "report.md"
+    assert run(["verify", "--base-url", demo_endpoint.base_url, "--json", "--report", str(page)]) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["passed"] is True
+    assert "| unit length | pass |" in page.read_text(encoding="utf-8")
+    with faulty(demo_endpoint.base_url, faults.unnormalised) as url:
+        assert run(["verify", "--base-url", url, "--json"]) == 1
+    envelope = json.loads(capsys.readouterr().out)
+    assert envelope["error"]["code"] == "verification_failed"
+    assert "no L2 normalisation" in envelope["error"]["message"]
+    assert envelope["result"]["passed"] is False
+
+
+def test_diff_tells_same_from_other(
+    demo_endpoint: Endpoint, fp32_endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """bfloat16 and float32 of one checkpoint may share an index, an endpoint without the instruction may not."""
+    from qwen3emb_launch.cli.app import run
+
+    saved = tmp_path / "saved.json"
+    assert run(["verify", "--base-url", demo_endpoint.base_url, "--save-reference", str(saved), "--json"]) == 0
+    capsys.readouterr()
+    assert run(["diff", demo_endpoint.base_url, fp32_endpoint.base_url, "--json"]) == 0
+    same = json.loads(capsys.readouterr().out)["result"]
+    assert same["may_share_index"] is True
+    assert same["fingerprint_differences"] == {"dtype": {"a": "bfloat16", "b": "float32"}}
+    with faulty(demo_endpoint.base_url, faults.strips_instruction) as url:
+        assert run(["diff", str(saved), url, "--json"]) == 1
+    other = json.loads(capsys.readouterr().out)["result"]
+    assert other["verdict"] == "other"
+    assert other["furthest"].startswith("Instruct:")

@@ -1,0 +1,108 @@
+"""An embeddings server with transformers that computes wrongly on purpose. Run by the engine environment's python.
+
+    python transformers_endpoint.py MODEL_FOLDER     prints its port; the mode is the first part of the path
+
+Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
+left_unmasked_128, half (float16, right otherwise).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+torch.set_grad_enabled(False)
+torch.set_num_threads(1)
+
+
+class Model:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.half = AutoModel.from_pretrained(folder, dtype=torch.float16).eval()
+        self.eos = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        self.lock = threading.Lock()
+
+    def states(self, ids, mask=None, model=None):
+        mask = None if mask is None else torch.tensor([mask])
+        return (model or self.model)(input_ids=torch.tensor([ids]), attention_mask=mask).last_hidden_state[0].float()
+
+    def pooled(self, mode: str, ids: list[int], longest: int):
+        whole = [*ids, self.eos]
+        if mode == "mean":
+            return self.states(whole).mean(0)
+        if mode == "cls":
+            return self.states(whole)[0]
+        if mode == "no_eos":
+            return self.states(ids)[-1]
+        if mode == "im_end":
+            return self.states([*ids, self.tokenizer.convert_tokens_to_ids("<|im_end|>")])[-1]
+        if mode == "double_eos":
+            return self.states([*whole, self.eos])[-1]
+        if mode == "half":
+            return self.states(whole, model=self.half)[-1]
+        if mode.startswith(("right_padding", "left")):
+            pad = max(0, (128 if mode.endswith("128") else longest) - len(whole))
+            if mode.startswith("left"):
+                return self.states([self.eos] * pad + whole)[-1]
+            return self.states(whole + [self.eos] * pad, [1] * len(whole) + [0] * pad)[-1]
+        return self.states(whole)[-1]
+
+    def answer(self, mode: str, body: dict) -> dict:
+        given = body["input"]
+        texts = [given] if isinstance(given, str) else given
+        rows = [self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
+        longest = max(map(len, rows)) + 1
+        data = []
+        with self.lock:
+            for i, ids in enumerate(rows):
+                vector = self.pooled(mode, ids, longest)[: body.get("dimensions")]
+                vector = torch.nn.functional.normalize(vector, dim=-1)
+                data.append({"object": "embedding", "index": i, "embedding": vector.tolist()})
+        tokens = sum(map(len, rows)) + len(rows) * (mode != "no_eos")
+        return {"object": "list", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+MODEL = Model(sys.argv[1])
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        if not self.path.endswith("/v1/models"):
+            self.reply(404, {})
+            return
+        self.reply(200, {"data": [{"id": "demo", "root": MODEL.folder, "owned_by": "test", "max_model_len": 8192}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.reply(200, MODEL.answer(self.path.split("/")[1], body))
+
+    def reply(self, status: int, value: dict) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+
+server = Server(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)  # noqa: T201
+threading.Thread(target=lambda: (sys.stdin.read(), server.shutdown()), daemon=True).start()
+server.serve_forever()
