@@ -112,8 +112,8 @@ class Settings(Part):
     )
     attention_backend: str | None = Field(default=None, min_length=1)
     radix_cache: bool | None = Field(default=None, description="prefix cache; pays where a long instruction is shared")
-    chunked_prefill_size: int | None = Field(
-        default=None, ge=-1, description="tokens of one prefill step; -1 means no chunks"
+    chunked_prefill_size: Literal[-1] | Count | None = Field(
+        default=None, description="tokens of one prefill step; -1 means no chunks"
     )
     max_prefill_tokens: Count | None = Field(default=None, description="tokens of one prefill batch")
     max_total_tokens: Count | None = Field(default=None, description="tokens the KV pool holds, or counts without one")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 beside its own
 MIN_CAPABILITY = (8, 0)  # bfloat16 arithmetic
+SHORT_CONTEXT = 8192  # what most passages fit into; offered where the full length does not fit
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -187,16 +188,17 @@ def _with_set_options(
 
 
 def _alternatives(request: PlanRequest) -> Iterator[str]:
-    """What would fit on this GPU instead, as commands: a variant of the profile, then a smaller model."""
-    for name, profile in _variants(request.profile):
-        if _fits(replace(request, profile=profile)):
-            yield f"qwen3emb up --profile {name} --model {request.model.catalog_key or request.model.name}"
-    for key in reversed(CATALOG):
-        model = catalog_facts(key)
-        if model.weight_bytes < request.model.weight_bytes:
-            for name, profile in ((request.profile.name, request.profile), *_variants(request.profile)):
-                if _fits(replace(request, profile=profile, model=model)):
-                    yield f"qwen3emb up --profile {name} --model {key}"
+    """What would fit here instead, as commands: a variant, a shorter context, then smaller models in the same ways."""
+    profiles = [(request.profile.name, request.profile), *_variants(request.profile)]
+    mine = request.model.catalog_key or request.model.name
+    smaller = [key for key in reversed(CATALOG) if CATALOG[key].file_bytes < request.model.weight_bytes]
+    for key, model in [(mine, request.model), *((key, catalog_facts(key)) for key in smaller)]:
+        for short in ({}, {"context_length": str(SHORT_CONTEXT)}):
+            for name, profile in profiles:
+                overrides = {**request.overrides, **short}
+                if _fits(replace(request, profile=profile, model=model, overrides=overrides)):
+                    words = "".join(f" --set {k}={v}" for k, v in short.items())
+                    yield f"qwen3emb up --profile {name} --model {key}{words}"
 
 
 def _variants(profile: Profile) -> list[tuple[str, Profile]]:

@@ -83,7 +83,10 @@ def numbers(around: Surroundings, ledger: Ledger) -> None:
         "the model's own limit"
     )  # fmt: skip
     length = ledger.decide("context_length", longest, reason)
-    if length > shape.max_positions:
+    if length > shape.max_positions and ledger.settings["context_length"].origin == "profile":
+        # The profile was written for another model: `up --model` must not fail for that.
+        ledger.respell("context_length", longest, f"the profile's {length} passes the model's {shape.max_positions}")
+    elif length > shape.max_positions:
         raise InvalidInputError(
             "context_too_long",
             f"context_length {length} passes the {shape.max_positions} positions that {around.model.name} has",

@@ -7,7 +7,10 @@ every release without installing 40 GB. An installed engine is always asked itse
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from qwen3emb_launch.facts import EngineFacts, EngineFlag, Flavour, version_key
 
@@ -20,10 +23,13 @@ def versions() -> list[str]:
     return sorted((path.stem for path in HERE.glob("*.json")), key=version_key)
 
 
-def flags(version: str) -> dict[str, EngineFlag]:
+@cache
+def flags(version: str) -> Mapping[str, EngineFlag]:
     """Every option of a recorded release."""
     data = json.loads((HERE / f"{version}.json").read_text(encoding="utf-8"))
-    return {name: EngineFlag(name, seen["value"], tuple(seen.get("choices", ()))) for name, seen in data.items()}
+    return MappingProxyType(
+        {name: EngineFlag(name, seen["value"], tuple(seen.get("choices", ()))) for name, seen in data.items()}
+    )
 
 
 def engine(version: str, flavour: Flavour) -> EngineFacts:

@@ -1,0 +1,348 @@
+"""Every shipped profile with every model on every recorded release; layers, rules, addresses, the plan's JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, model, plan, request, said, shipped
+
+from qwen3emb_launch import planning, profile_files, recorded_flags
+from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.profile import Profile
+
+COMBINATIONS = [
+    (profile, key, release)
+    for profile in shipped()
+    for key in ("0.6b", "4b", "8b")
+    for release in (CUDA_RELEASES if profile.gpu else ["0.5.15.post1"])
+]
+
+
+@pytest.mark.parametrize(("profile", "key", "release"), COMBINATIONS, ids=lambda v: getattr(v, "name", v))
+def test_every_plan_is_one_the_engine_takes(profile: Profile, key: str, release: str) -> None:
+    """Whatever is shipped fits its card, uses options that the release has, once each, and keeps what must hold."""
+    made = plan(profile, key, release)
+    flags = recorded_flags.flags(release)
+    options = [word for word in made.argv if word.startswith("--")]
+    assert set(options) <= set(flags)
+    assert len(options) == len(set(options))
+    assert "--is-embedding" in options
+    assert json.loads(said(made, "--json-model-override-args")[0]) == {"is_matryoshka": True}
+    assert "--trust-remote-code" not in options
+    assert said(made, "--host") == ["127.0.0.1"]
+    assert said(made, "--context-length") == [str(made.context_length)]
+    assert not {"--api-key", "--admin-api-key", "--config"} & set(options)
+    assert made.memory.fits is not False
+    tokens = said(made, "--max-total-tokens")
+    assert tokens is None or int(tokens[0]) >= made.context_length + 1 + 8
+    for flag in options:
+        values = said(made, flag)
+        assert flags[flag].takes_value == bool(values), flag
+        assert not flags[flag].choices or set(values) <= set(flags[flag].choices)
+    assert not made.warnings
+
+
+@pytest.mark.parametrize("profile", [p for p in shipped() if p.gpu], ids=lambda p: p.name)
+def test_no_pool_only_where_its_preconditions_hold(profile: Profile) -> None:
+    """Without a KV pool the engine demands no chunks, no prefix cache and FlashAttention 3."""
+    made = plan(profile)
+    if said(made, "--prefill-only-disable-kv-cache") is None:
+        assert made.setting("kv_pool") == "full"
+        assert int(said(made, "--chunked-prefill-size")[0]) > 0
+        return
+    assert said(made, "--chunked-prefill-size") == ["-1"]
+    assert said(made, "--disable-radix-cache") == []
+    assert said(made, "--attention-backend") == ["fa3"]
+    assert said(made, "--kv-cache-dtype") is None
+    assert profile.gpu.capability[0] in (8, 9)
+
+
+@pytest.mark.parametrize("release", CUDA_RELEASES)
+def test_rtx4090_is_what_its_card_was_given(release: str) -> None:
+    """85% of the card, bfloat16, an fp8 pool in the engine's spelling, one GPU."""
+    made = plan("rtx4090", "4b", release)
+    assert said(made, "--mem-fraction-static") == ["0.85"]
+    assert said(made, "--dtype") == ["bfloat16"]
+    assert said(made, "--kv-cache-dtype") == ["fp8_e4m3"]
+    assert said(made, "--tp-size") == ["1"]
+    assert {s.key: s.origin for s in made.settings}["kv_cache_dtype"] == "profile"
+
+
+def test_lean_asks_for_the_model_not_for_the_card() -> None:
+    """The variant needs half of what the shipped profile takes of the same card."""
+    lean, shipped_profile = plan("rtx4090:lean"), plan("rtx4090")
+    assert lean.memory.needed_bytes < 0.55 * shipped_profile.memory.needed_bytes
+    assert lean.setting("kv_pool") == "none"
+    assert lean.name == "rtx4090-lean"
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if n not in ("cpu", "demo")])
+def test_prefill_graphs_are_sized_by_hand(name: str) -> None:
+    """Sizes are given, none passes what one prefill step or the context can hold; decode graphs are off."""
+    made = plan(name)
+    sizes = [int(size) for size in said(made, "--cuda-graph-bs-prefill")]
+    chunk = made.setting("chunked_prefill_size")
+    assert sizes == sorted(sizes)
+    assert max(sizes) <= (chunk if chunk > 0 else made.context_length)
+    assert said(made, "--disable-decode-cuda-graph") == []
+    short = plan(name, overrides={"context_length": "300"})
+    assert max(int(s) for s in said(short, "--cuda-graph-bs-prefill")) <= 300
+
+
+def test_the_cpu_gets_no_gpu_options_and_a_small_pool() -> None:
+    """The CPU engine's own default pool takes gigabytes; the demo's takes megabytes."""
+    made = plan("demo", "demo")
+    assert said(made, "--device") == ["cpu"]
+    assert not [word for word in made.argv if "cuda-graph" in word or word == "--attention-backend"]
+    assert made.memory.terms["KV pool"] < 32e6
+    assert made.env["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert made.gpu is None
+
+
+def test_layers_win_in_order() -> None:
+    """default < rule < profile < environment < flag, and each value knows where it came from."""
+    environ = {"QWEN3EMB_SET_MAX_RUNNING_REQUESTS": "64", "QWEN3EMB_SET_MAX_PREFILL_TOKENS": "8192", "PATH": "/bin"}
+    made = plan("rtx4090", environ=environ, overrides={"max_prefill_tokens": "4096", "enable-metrics": "true"})
+    origins = {s.key: (s.value, s.origin) for s in made.settings}
+    assert origins["tp"] == (1, "profile")
+    assert origins["tokenizer_workers"] == (1, "default")
+    assert origins["decode_graphs"] == (False, "rule")
+    assert origins["mem_fraction_static"] == (0.85, "profile")
+    assert origins["max_running_requests"] == (64, "env")
+    assert origins["max_prefill_tokens"] == (4096, "flag")
+    assert origins["--enable-metrics"] == (True, "flag")
+    assert all(s.reason for s in made.settings)
+
+
+def test_parts_and_environment_can_be_set() -> None:
+    """`server.port`, `deadlines.start`, `restart.limit` and `env.NAME` are set as settings are."""
+    made = plan(
+        "h100",
+        overrides={"server.port": "8001", "deadlines.start": "900", "restart.limit": "2", "env.OMP_NUM_THREADS": "4"},
+        environ={"QWEN3EMB_SET_SERVER__SERVED_NAME": "emb", "QWEN3EMB_SET_ENV__Mixed": "x"},
+    )
+    assert (made.port, made.served_model_name, made.deadlines.start, made.restart.limit) == (8001, "emb", 900, 2)
+    assert made.env["OMP_NUM_THREADS"] == "4"
+    assert made.env["Mixed"] == "x"
+    assert plan("h100", overrides={"server.port": "8001"}, port=8002).port == 8002
+
+
+def test_an_empty_override_gives_the_decision_back() -> None:
+    """`--set mem_fraction_static=` makes the planner decide what the profile had decided."""
+    made = plan("rtx4090", overrides={"mem_fraction_static": "", "kv_cache_dtype": "null"})
+    assert made.setting("mem_fraction_static") != 0.85
+    assert made.setting("kv_pool") == "none"
+
+
+BAD_OVERRIDES = [
+    ({"mem_fraction_statics": "1"}, "unknown_setting", "did you mean mem_fraction_static?"),
+    ({"enable-metrix": "1"}, "unknown_setting", "did you mean enable-metrics?"),
+    ({"tp": "two"}, "bad_setting", ""),
+    ({"tp": "3"}, "bad_setting", "--set tp=1"),
+    ({"mem_fraction_static": "1.5"}, "bad_setting", ""),
+    ({"dtype": "int4"}, "bad_setting", ""),
+    ({"quantization": "fp9"}, "bad_flag_value", "did you mean"),
+    ({"attention_backend": "fa33"}, "bad_flag_value", "did you mean fa3?"),
+    ({"enable-metrics": "perhaps"}, "bad_flag_value", "true or false"),
+    ({"host": "0.0.0.0"}, "reserved_flag", "--host"),
+    ({"api-key": "k"}, "reserved_flag", "gateway"),
+    ({"env.MY_API_KEY": "k"}, "bad_setting", ""),
+    ({"context_length": "50000"}, "context_too_long", "--set context_length=32768"),
+    ({"max_total_tokens": "1000"}, "pool_too_small", "--set max_total_tokens=32777"),
+    ({"kv_pool": "none"}, "incompatible_settings", "--set kv_pool=full"),
+    ({"kv_pool": "none", "kv_cache_dtype": "auto", "radix_cache": "true"}, "incompatible_settings", ""),
+    ({"prefill_graph_sizes": "64,40000"}, "bad_setting", ""),
+    ({"tokenizer_workers": "0"}, "bad_setting", ""),
+    ({"chunked_prefill_size": "0"}, "bad_setting", ""),
+]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "hint"), BAD_OVERRIDES, ids=lambda v: next(iter(v)) if isinstance(v, dict) else ""
+)
+def test_a_bad_override_says_what_is_meant(overrides: dict[str, str], code: str, hint: str) -> None:
+    """Nothing is ignored: an unknown key, a wrong type, a value out of range each name the way out."""
+    with pytest.raises(InvalidInputError) as caught:
+        plan("rtx4090", overrides=overrides)
+    assert caught.value.code == code
+    assert hint in caught.value.hint
+    assert caught.value.exit is Exit.INVALID
+
+
+def test_a_secret_is_not_repeated() -> None:
+    """An environment variable that names a secret is refused without showing its value."""
+    with pytest.raises(InvalidInputError) as caught:
+        plan("h100", overrides={"env.HF_TOKEN": "hf_verysecret"})
+    assert "verysecret" not in json.dumps(caught.value.to_dict())
+
+
+def test_the_issue_example_names_the_real_option() -> None:
+    """`--enable-prompt-trust-remote-code` is no option; `--trust-remote-code` is."""
+    profile = profile_files.load("rtx4090").model_copy(update={"extra_args": ("--enable-prompt-trust-remote-code",)})
+    with pytest.raises(InvalidInputError) as caught:
+        plan(profile)
+    assert caught.value.code == "unknown_flag"
+    assert "--trust-remote-code" in caught.value.hint
+
+
+def test_trust_remote_code_only_when_asked() -> None:
+    """Asked for by setting, it is passed."""
+    assert said(plan("h100", overrides={"trust_remote_code": "true"}), "--trust-remote-code") == []
+
+
+def test_a_rule_steps_back_where_the_engine_lacks_the_option() -> None:
+    """A release without an option gets a plan without it, and the reason says so; asking for it is an error."""
+    asked = request("h100")
+    flags = {n: f for n, f in asked.engine.flags.items() if n != "--enable-tokenizer-batch-encode"}
+    older = type(asked.engine)(**{**vars(asked.engine), "flags": flags})
+    made = plan("h100", engine=older)
+    batch = next(s for s in made.settings if s.key == "batch_tokenize")
+    assert (batch.value, "has no --enable-tokenizer-batch-encode" in batch.reason) == (None, True)
+    with pytest.raises(InvalidInputError) as caught:
+        plan("h100", engine=older, overrides={"batch_tokenize": "lists"})
+    assert caught.value.code == "unknown_flag"
+
+
+def test_a_shared_instruction_keeps_its_cache_and_width() -> None:
+    """With the prefix cache there is a pool, its values are not narrowed, and prefill goes in chunks."""
+    made = plan("h100", overrides={"radix_cache": "true"})
+    assert said(made, "--disable-radix-cache") is None
+    assert said(made, "--prefill-only-disable-kv-cache") is None
+    assert said(made, "--kv-cache-dtype") is None
+    assert said(made, "--chunked-prefill-size") == ["8192"]
+
+
+def test_a_profile_bends_to_a_shorter_model_and_a_flag_does_not() -> None:
+    """`up --profile demo --model short` serves the model's own length; asking for more by hand is an error."""
+    short = model("demo")
+    shape = type(short.shape)(**{**vars(short.shape), "max_positions": 512})
+    short = type(short)(**{**vars(short), "shape": shape})
+    made = plan("demo", model=short)
+    assert made.context_length == 512
+    with pytest.raises(InvalidInputError):
+        plan("demo", model=short, overrides={"context_length": "8192"})
+
+
+def test_addresses_and_ports() -> None:
+    """The engine port leaves room for port + 10000; an engine that others can reach is warned about."""
+    with pytest.raises(InvalidInputError) as caught:
+        plan("h100", port=55536)
+    assert caught.value.code == "port_too_high"
+    behind = plan("h100", port=60000, host="0.0.0.0", engine_host="127.0.0.1", engine_port=31000)
+    assert (behind.port, behind.engine_port, behind.warnings) == (60000, 31000, ())
+    assert said(behind, "--port") == ["31000"]
+    assert "without a key" in plan("h100", host="0.0.0.0").warnings[0]
+
+
+def test_the_chosen_card_is_the_one_used() -> None:
+    """On a host with several cards the engine sees the planned one only; splitting over GPUs sees all."""
+    third = card("NVIDIA H100 80GB HBM3", 79.6, (9, 0), index=2)
+    assert plan("h100", gpu=third).env["CUDA_VISIBLE_DEVICES"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in plan("h100", gpu=third, overrides={"tp": "2"}).env
+
+
+def test_no_plugin_is_said_to_the_engine() -> None:
+    """`plugin=false` gives the stock engine."""
+    assert plan("h100", overrides={"plugin": "false"}).env["QWEN3EMB_PLUGIN"] == "0"
+
+
+UNFIT = [
+    ({"gpu": None}, "no_gpu", "--profile demo"),
+    ({"gpu": card("Tesla T4", 15, (7, 5))}, "gpu_too_old", "--profile cpu"),
+    ({"gpu": card("NVIDIA RTX A2000", 6, (8, 6))}, "vram", "--model 0.6b"),
+    ({"gpu": card("NVIDIA H100 80GB HBM3", 79, (9, 0), free=3)}, "vram", "--model 0.6b"),
+    ({"gpu": card("tiny", 1, (9, 0))}, "vram", "larger GPU"),
+    ({"engine": recorded_flags.engine("0.5.15.post1", "cpu")}, "engine_flavour", "qwen3emb engine install cuda"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "hint"), UNFIT, ids=[c[1] + str(i) for i, c in enumerate(UNFIT)])
+def test_what_cannot_run_here_is_refused_before_anything_starts(
+    change: dict[str, object], code: str, hint: str
+) -> None:
+    """No GPU, an old one, a small one, a full one, the wrong engine: exit status 3 and the next command."""
+    with pytest.raises(UnfitError) as caught:
+        plan("h100", **change)
+    assert caught.value.code == code
+    assert hint in caught.value.hint
+
+
+def test_the_refusal_shows_its_arithmetic() -> None:
+    """The addends, their sum and what is free stand in the message and, in bytes, in the details."""
+    with pytest.raises(UnfitError) as caught:
+        plan("h100", "8b", gpu=card("NVIDIA H100 80GB HBM3", 79, (9, 0), free=12))
+    error = caught.value
+    assert "weights 15.13 GB + unused lm_head 1.24 GB" in error.message
+    assert "12.88 GB free of 84.83 GB" in error.message
+    assert error.details["needed"] == sum(error.details["terms"].values())
+    assert error.hint == "this would fit: qwen3emb up --profile h100:pooled --model 4b"
+
+
+def test_the_alternative_really_fits() -> None:
+    """Taking the hint's word gives a plan."""
+    small = card("NVIDIA GeForce RTX 4090", 24, (8, 9), free=12.5)
+    with pytest.raises(UnfitError) as caught:
+        plan("rtx4090", "8b", gpu=small)
+    words = caught.value.hint.split()
+    profile, key = words[words.index("--profile") + 1], words[words.index("--model") + 1]
+    assert plan(profile, key, gpu=small).memory.fits
+
+
+def test_host_memory_is_checked_without_a_gpu() -> None:
+    """The 8B does not go into 8 GB of RAM."""
+    with pytest.raises(UnfitError) as caught:
+        plan("cpu", "8b", ram_bytes=8 * GIB)
+    assert caught.value.code == "memory"
+
+
+def test_another_card_than_the_profiles_is_warned_about() -> None:
+    """It runs by the real card's memory, and says that the profile was meant for another."""
+    made = plan("rtx4090", gpu=card("NVIDIA H100 80GB HBM3", 79, (9, 0)))
+    assert "this is NVIDIA H100" in made.warnings[0]
+
+
+def test_versions_outside_the_profile_are_refused() -> None:
+    """A profile for later releases does not start an older one."""
+    profile = profile_files.load("h100")
+    narrow = profile.model_copy(update={"engine": profile.engine.model_copy(update={"versions": ">=0.5.20"})})
+    with pytest.raises(UnfitError) as caught:
+        plan(narrow, "4b", "0.5.16")
+    assert caught.value.code == "engine_version"
+
+
+@pytest.mark.parametrize("profile", shipped(), ids=lambda p: p.name)
+def test_a_plan_survives_json(profile: Profile) -> None:
+    """What `up` writes is what the supervisor reads."""
+    made = plan(profile)
+    data = json.loads(json.dumps(planning.plan_to_dict(made), allow_nan=False))
+    again = planning.plan_from_dict(data)
+    assert planning.plan_to_dict(again) == planning.plan_to_dict(made)
+    assert (again.argv, again.env, again.settings, again.gpu) == (made.argv, made.env, made.settings, made.gpu)
+    assert again.base_url == made.base_url
+
+
+@pytest.mark.parametrize(
+    "data", [{}, {"schema": 2}, {"schema": 1}, {"schema": 1, "model": 3}, {"schema": 1, "argv": []}]
+)
+def test_a_broken_plan_file_is_an_error_of_ours(data: dict[str, object]) -> None:
+    """Missing keys, other schemas and wrong types raise `bad_plan`, nothing else."""
+    with pytest.raises(InvalidInputError) as caught:
+        planning.plan_from_dict(data)
+    assert caught.value.code == "bad_plan"
+
+
+def test_read_overrides() -> None:
+    """`key=value` words; the value may hold `=`."""
+    assert planning.read_overrides(["tp=2", "env.X=a=b"]) == {"tp": "2", "env.X": "a=b"}
+    for words in (["tp"], ["=2"], ["tp=1", "tp=2"]):
+        with pytest.raises(InvalidInputError):
+            planning.read_overrides(words)
+
+
+def test_every_refusal_has_a_code_and_a_way_out() -> None:
+    """No error of the table above is without a hint, but for values whose choices stand in the message."""
+    for overrides, *_ in BAD_OVERRIDES:
+        with pytest.raises(LaunchError) as caught:
+            plan("rtx4090", overrides=overrides)
+        assert caught.value.hint
