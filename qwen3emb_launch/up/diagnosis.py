@@ -128,7 +128,8 @@ EXCEPTION = re.compile(r"^(?:\[[^]]*\]\s*)?(?P<x>[A-Za-z_][\w.]*(?:Error|Excepti
 def diagnose(lines: Sequence[str], status: int | None = None) -> Diagnosis | None:
     """The most telling cause in the last lines of a log; None when nothing is recognised.
 
-    `status` is the process's exit code, or minus the signal that ended it.
+    `status` is the exit code, or minus the signal, of an engine that ended by itself; None for one that was killed for
+    being of no use, where only the table's own causes are believed.
     """
     telling = [line for line in lines if not HARMLESS.search(line)]
     for known in PATTERNS:
@@ -137,6 +138,8 @@ def diagnose(lines: Sequence[str], status: int | None = None) -> Diagnosis | Non
             if match:
                 seen = (match.groupdict().get("x") or match.group(0)).strip()
                 return Diagnosis(known.code, known.message.format(x=seen), known.hint)
+    if status is None:
+        return None
     for line in reversed(telling):
         match = EXCEPTION.match(line)
         if match:

@@ -46,17 +46,19 @@ def main() -> None:
 def test(client: OpenAI, model: str, max_dims: int) -> list[str]:
     """What is wrong with the endpoint, a sentence each. Raises OpenAIError when a request fails."""
     few = min(MIN_DIMS, max_dims)
-    forward = embed(client, model, TEXTS)
-    backward = embed(client, model, TEXTS[::-1])
+    batch = embed(client, model, TEXTS)
+    alone = [vector for text in TEXTS for vector in embed(client, model, [text])]
+    again = embed(client, model, TEXTS[:1])
     narrow = embed(client, model, TEXTS[:1], dimensions=few)
     faults = []
     for what, vectors, count, width in (
-        ("a batch", forward, len(TEXTS), max_dims),
-        ("the reversed batch", backward, len(TEXTS), max_dims),
+        ("a batch", batch, len(TEXTS), max_dims),
+        ("single texts", alone, len(TEXTS), max_dims),
+        ("a repeated text", again, 1, max_dims),
         (f"dimensions={few}", narrow, 1, few),
     ):
         faults += shape_faults(what, vectors, count, width)
-    return faults or vector_faults(forward, backward, narrow[0])
+    return faults or vector_faults(batch, alone, again[0], narrow[0])
 
 
 def shape_faults(what: str, vectors: Sequence[Vector], count: int, width: int) -> list[str]:
@@ -74,18 +76,18 @@ def shape_faults(what: str, vectors: Sequence[Vector], count: int, width: int) -
     return []
 
 
-def vector_faults(forward: Sequence[Vector], backward: Sequence[Vector], narrow: Vector) -> list[str]:
-    """Order, repeatability, distinctness, and the smaller width being the cut and renormalised full vector."""
+def vector_faults(batch: Sequence[Vector], alone: Sequence[Vector], again: Vector, narrow: Vector) -> list[str]:
+    """Repeatability, distinctness, a batch's order, and the smaller width being the cut and renormalised vector."""
+    first = alone[0]
+    if cosine(first, again) < SAME:
+        return ["the same text gives another vector the second time"]
+    if all(cosine(first, other) >= SAME for other in alone[1:]):
+        return ["different texts give the same vector"]
     faults = []
-    again = list(reversed(backward))
-    if any(cosine(a, b) < SAME for a, b in zip(forward, again, strict=True)):
-        ordered = all(cosine(a, b) >= SAME for a, b in zip(forward, backward, strict=True))
-        faults.append(
-            "a batch's order is not kept" if ordered else "the same text gives another vector in another batch"
-        )
-    if cosine(forward[0], forward[1]) >= SAME and cosine(forward[0], forward[2]) >= SAME:
-        faults.append("different texts give the same vector")
-    if cosine(forward[0][: len(narrow)], narrow) < SAME:
+    if any(cosine(a, b) < SAME for a, b in zip(batch, alone, strict=True)):
+        found = all(any(cosine(a, b) >= SAME for b in batch) for a in alone)
+        faults.append("a batch's order is lost" if found else "a text's vector in a batch is not the one it has alone")
+    if cosine(first[: len(narrow)], narrow) < SAME:
         faults.append(f"{len(narrow)} dimensions are not the cut and renormalised full vector")
     return faults
 

@@ -37,7 +37,9 @@ def failure(fault: Fault, evidence: Evidence, stage: str) -> LaunchError:
     if evidence.unfit:
         return evidence.unfit
     lines = last_lines(evidence.log, DIAGNOSED_LINES) if evidence.log else []
-    found = diagnose(lines, evidence.status) if fault.cause in (Cause.EXIT, Cause.DEADLINE, Cause.LIVENESS) else None
+    found = None
+    if fault.cause in (Cause.EXIT, Cause.DEADLINE, Cause.LIVENESS):
+        found = diagnose(lines, evidence.status if fault.cause is Cause.EXIT else None)
     message = fault.reason
     if found:
         message = f"{message}: {found.message}"
