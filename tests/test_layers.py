@@ -17,7 +17,7 @@ LAYERS = {
         0: "__init__ errors lifecycle catalog facts paths results instructions profile progress",
         1: "planning argv profile_text vectors statistics cost",
         2: "engines engine_process hub gpu probe notify state demo_model files disk profile_files recorded_flags",
-        3: "up verify bench tune gateway embed doctor systemd deploy explain",
+        3: "up verify bench tune gateway client embed doctor systemd deploy explain",
         4: "cli console __main__",
     }.items()
     for part in parts.split()

@@ -16,7 +16,22 @@ from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import Exit, InterruptedByUser, InvalidInputError, LaunchError
 
 # One module a command (or group), in the order of `--help`. Each has `register(app)`.
-COMMANDS: tuple[str, ...] = ("up", "status", "logs", "down", "embed", "profiles", "download", "models", "engine", "verify", "diff")
+COMMANDS: tuple[str, ...] = (
+    "up",
+    "status",
+    "logs",
+    "down",
+    "embed",
+    "profiles",
+    "download",
+    "models",
+    "engine",
+    "verify",
+    "diff",
+    "bench",
+    "cost",
+    "gateway",
+)
 
 EPILOG = "Start here: qwen3emb up --profile demo (no GPU needed), or qwen3emb up (the profile that fits your GPU)."
 

@@ -1,0 +1,59 @@
+"""Calls to a gateway's admin socket: what `up` and rolling restarts use."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import socket
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from qwen3emb_launch.errors import CheckFailedError, NetworkError
+
+
+def call(path: str | Path, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
+    """One call; its JSON answer. Raises NetworkError when nobody answers, CheckFailedError when the answer is no."""
+    connection = _UnixConnection(str(path), timeout)
+    try:
+        data = orjson.dumps(body) if body is not None else None
+        connection.request(method, route, data, {"content-type": "application/json"})
+        response = connection.getresponse()
+        answer = orjson.loads(response.read())
+    except (OSError, http.client.HTTPException, orjson.JSONDecodeError) as exc:
+        raise NetworkError(
+            "gateway_silent", f"the gateway's admin socket {path} does not answer: {exc}", "is it running?"
+        ) from exc
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise CheckFailedError("gateway_refused", str(answer.get("error", {}).get("message", answer)), "")
+    return answer
+
+
+async def get(path: str | Path, route: str, timeout: float) -> Any:
+    """A GET from within an event loop. Raises OSError, TimeoutError."""
+    async with asyncio.timeout(timeout):
+        reader, writer = await asyncio.open_unix_connection(str(path))
+        try:
+            writer.write(f"GET {route} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
+            head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
+        finally:
+            writer.close()
+    if b" 200 " not in head[:20]:
+        raise ConnectionError(f"{route} was answered {head[:40]!r}")
+    return orjson.loads(body)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """http.client over a Unix socket."""
+
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

@@ -1,0 +1,442 @@
+"""Texts of many requests become few engine calls; equal texts in the air become one.
+
+Batches form by themselves: a text that finds an engine with a free slot leaves at once (a single client never waits),
+and what arrives while calls are in the air leaves together. A further call needs to be worth it, half the size of the
+last one, or its oldest text must have waited `wait` seconds. Long texts have slots of their own.
+
+Embedding is idempotent: what an engine took down with it is sent again, to another one or when it is back. Each
+failed or refused batch goes again in halves, so that one bad text is found and cannot fail its neighbours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import orjson
+
+from qwen3emb_launch.gateway.answer import Vector
+from qwen3emb_launch.gateway.api_errors import ApiError, from_engine
+from qwen3emb_launch.gateway.cache import VectorCache
+from qwen3emb_launch.gateway.fair_queue import FairQueue, share
+from qwen3emb_launch.gateway.http_client import Answer, EngineGoneError
+from qwen3emb_launch.gateway.metrics import Metrics
+from qwen3emb_launch.gateway.tokens import Prepared
+from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
+from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
+
+log = logging.getLogger(__name__)
+
+TRUNCATED = 1 << 31  # flag in the token count that goes with a cached vector
+ESTIMATED = 1 << 30
+TOKEN_MASK = ESTIMATED - 1
+SWEEP = 0.1
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The bounds. Tokens include EOS, times are seconds.
+
+    `hold` is how long a request waits for an engine when none is up; `stall` how long an engine may be silent with
+    calls in the air before they are tried elsewhere.
+    """
+
+    items: int = 128
+    tokens: int = 16_384
+    long_tokens: int = 512
+    wait: float = 0.05
+    queue: int = 8_192
+    attempts: int = 5
+    hold: float = 30.0
+    timeout: float = 120.0
+    stall: float = 30.0
+
+
+class Wait:
+    """A request waiting for vectors. `future` resolves to the list of (vector, token flags), in order."""
+
+    __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "started")
+
+    def __init__(self, client: str, count: int, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
+        self.client = client
+        self.results: list[tuple[Vector, int] | None] = [None] * count
+        self.left = count
+        self.items: list[Item] = []
+        self.future: asyncio.Future[list[Any]] = loop.create_future()
+        self.started = monotonic()
+        self.deadline = deadline
+        self.queued = 0.0
+        self.engine = 0.0
+
+    def give(self, index: int, vector: Vector, flags: int, queued: float, engine: float) -> None:
+        """One of the vectors is there."""
+        if self.future.done():
+            return
+        self.results[index] = (vector, flags)
+        self.queued, self.engine = max(self.queued, queued), max(self.engine, engine)
+        self.left -= 1
+        if not self.left:
+            self.future.set_result(self.results)
+
+    def fail(self, error: ApiError) -> None:
+        """The whole request fails with its first error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Item:
+    """One text, or list of ids, on its way; wanted by one or more requests."""
+
+    __slots__ = ("attempts", "call", "company", "key", "prepared", "queued_at", "waiters")
+
+    def __init__(self, key: bytes, prepared: Prepared) -> None:
+        self.key = key
+        self.prepared = prepared
+        self.waiters: list[tuple[Wait, int]] = []
+        self.attempts = 0
+        self.company = 1 << 30  # the largest batch it may be part of
+        self.queued_at = monotonic()
+        self.call: asyncio.Task[None] | None = None
+
+
+Lane = tuple[bool, bool]  # (long, token ids): a call cannot mix strings and ids
+
+
+class Batcher:
+    """Takes items, makes calls, gives vectors. One to a process; not for threads."""
+
+    def __init__(self, pool: UpstreamPool, cache: VectorCache, limits: BatchLimits, metrics: Metrics) -> None:
+        self.pool = pool
+        self.cache = cache
+        self.limits = limits
+        self.metrics = metrics
+        self.on_vector: Any = None  # called with (key, vector, flags) of each new vector: the disk cache
+        pool.on_change = self.kick
+        self._lanes: dict[Lane, FairQueue[Item]] = {
+            (long, ids): FairQueue() for long in (False, True) for ids in (False, True)
+        }
+        self._air: dict[bytes, Item] = {}
+        self._waits: set[Wait] = set()
+        self._last_size = {False: 0, True: 0}
+        self._kicked = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._calls: dict[asyncio.Task[None], tuple[Upstream, list[Item], float]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._sweeper = self._loop.create_task(self._sweep())
+
+    @property
+    def queued(self) -> int:
+        """Items waiting for a call."""
+        return sum(map(len, self._lanes.values()))
+
+    @property
+    def in_air(self) -> int:
+        """Items in calls."""
+        return sum(len(items) for _, items, _ in self._calls.values())
+
+    # -- in
+
+    def admit(self, client: str, count: int) -> None:
+        """Raise ApiError 429 when the queue, or the client's share of it, has no room for `count` more."""
+        queued = self.queued
+        limit = self.limits.queue
+        if queued + count > limit:
+            raise self._busy(f"{queued} inputs are waiting, the queue takes {limit}", queued)
+        mine = sum(lane.waiting(client) for lane in self._lanes.values())
+        others = len({c for lane in self._lanes.values() for c in lane.client_names()} | {client})
+        fair = share(limit, others)
+        if mine and mine + count > fair:
+            raise self._busy(f"{mine} of your inputs are waiting already, your share of the queue is {fair}", mine)
+
+    def _busy(self, why: str, ahead: int) -> ApiError:
+        seconds = min(60.0, ahead / max(1.0, self.metrics.items_per_second))
+        return ApiError(429, "overloaded", f"too much at once: {why}", retry_after=seconds)
+
+    def submit(self, wait: Wait, index: int, key: bytes, prepared: Prepared) -> None:
+        """Queue one input of a request, or join the equal one that is already on its way."""
+        self._waits.add(wait)
+        item = self._air.get(key)
+        if item is not None:
+            item.waiters.append((wait, index))
+            wait.items.append(item)
+            self.metrics.coalesced += 1
+            return
+        item = Item(key, prepared)
+        item.waiters.append((wait, index))
+        wait.items.append(item)
+        self._air[key] = item
+        self._enqueue(item, wait)
+        self.kick()
+
+    def _enqueue(self, item: Item, wait: Wait, front: bool = False) -> None:
+        lane = (item.prepared.tokens > self.limits.long_tokens, isinstance(item.prepared.payload, list))
+        group: Hashable = wait
+        self._lanes[lane].push(wait.client, group, item, front=front)
+
+    def leave(self, wait: Wait) -> None:
+        """The request is answered, failed or its client gone: what nobody else wants is dropped."""
+        self._waits.discard(wait)
+        if wait.left == 0:
+            return
+        for item in wait.items:
+            item.waiters = [(w, i) for w, i in item.waiters if w is not wait]
+        for lane in self._lanes.values():
+            for item in lane.drop(wait.client, wait):
+                if item.waiters:
+                    self._enqueue(item, item.waiters[0][0])
+                else:
+                    self._air.pop(item.key, None)
+        for call in {item.call for item in wait.items if item.call is not None}:
+            if call in self._calls and not any(item.waiters for item in self._calls[call][1]):
+                call.cancel()
+        wait.items.clear()
+
+    # -- out
+
+    def kick(self) -> None:
+        """Look for calls to make once this round of the event loop is over: what arrives together leaves together."""
+        if not self._kicked:
+            self._kicked = True
+            self._loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._kicked = False
+        for long in (False, True):
+            self._dispatch_kind(long)
+
+    def _dispatch_kind(self, long: bool) -> None:
+        lanes = [lane for lane in ((long, False), (long, True)) if self._lanes[lane]]
+        while lanes:
+            lane = lanes.pop(0)
+            queue = self._lanes[lane]
+            head = queue.peek()
+            due = (head.queued_at if head else 0.0) + self.limits.wait - monotonic()
+            upstream = self.pool.pick(long, extra=due <= 0)
+            if upstream is None or (due > 0 and not self._worth_it(upstream, long, len(queue))):
+                if due > 0:
+                    self._look_again_in(due)
+                continue
+            batch = self._take(queue)
+            if batch:
+                self._send(upstream, batch, long)
+            if queue:
+                lanes.append(lane)
+
+    def _worth_it(self, upstream: Upstream, long: bool, waiting: int) -> bool:
+        """Whether a further call beside one in the air is better than waiting for that one to end."""
+        in_air = upstream.slots.calls(long)
+        return in_air == 0 or waiting >= min(self.limits.items, (self._last_size[long] + 1) // 2)
+
+    def _look_again_in(self, seconds: float) -> None:
+        """For the text that no ending call takes along before it has waited long enough."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._woken)
+
+    def _woken(self) -> None:
+        self._timer = None
+        self._dispatch()
+
+    def _take(self, queue: FairQueue[Item]) -> list[Item]:
+        """A batch within the bounds, at least one item; items that nobody wants any more are let go."""
+        batch: list[Item] = []
+        tokens, company = 0, self.limits.items
+        while queue and len(batch) < company:
+            head = queue.peek()
+            if head is None:
+                break
+            if not head.waiters:
+                self._air.pop(queue.pop().key, None)
+                continue
+            company = min(company, head.company)
+            if batch and (len(batch) >= company or tokens + head.prepared.tokens > self.limits.tokens):
+                break
+            batch.append(queue.pop())
+            tokens += head.prepared.tokens
+        return batch
+
+    def _send(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
+        slots = upstream.slots
+        slots.items += len(batch)
+        if long:
+            slots.long += 1
+        else:
+            slots.short += 1
+        self._last_size[long] = len(batch)
+        call = self._loop.create_task(self._call(upstream, batch, long))
+        self._calls[call] = (upstream, batch, monotonic())
+        for item in batch:
+            item.call = call
+
+    async def _call(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
+        """One engine call, from request to vectors given or items queued again."""
+        body = orjson.dumps(
+            {"model": upstream.model, "input": [item.prepared.payload for item in batch], "encoding_format": "base64"}
+        )
+        began = monotonic()
+        try:
+            answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+            took = monotonic() - began
+            self._answered(upstream, batch, answer, began, took)
+        except EngineGoneError as error:
+            self.pool.gone(upstream, str(error))
+            self._again(batch, error.sent, str(error))
+        except TimeoutError:
+            self.pool.gone(upstream, f"no answer within {self.limits.timeout:g} s")
+            self._again(batch, True, "the engine did not answer in time")
+        except BadAnswerError as error:
+            self.pool.failed(upstream, str(error))
+            self._again(batch, True, str(error))
+        except asyncio.CancelledError:
+            wanted = [item for item in batch if item.waiters]
+            for item in batch:
+                if not item.waiters:
+                    self._air.pop(item.key, None)
+            self._again(wanted, True, "the engine fell silent")
+        finally:
+            upstream.slots.items -= len(batch)
+            if long:
+                upstream.slots.long -= 1
+            else:
+                upstream.slots.short -= 1
+            call = asyncio.current_task()
+            if call is not None:
+                self._calls.pop(call, None)
+            self.kick()
+
+    def _answered(self, upstream: Upstream, batch: list[Item], answer: Answer, began: float, took: float) -> None:
+        status = answer.status
+        if status == 200:
+            vectors, total = read_vectors(answer.body, len(batch), self.pool.width)
+            self.pool.answered(upstream)
+            self.metrics.call(len(batch), sum(i.prepared.tokens for i in batch), took)
+            for item, vector in zip(batch, vectors, strict=True):
+                self._give(item, vector, self._flags(item, len(batch), total), began, took)
+        elif status in (429, 503):
+            self.pool.overloaded(upstream, _retry_after(answer))
+            self._again(batch, False, f"the engine answered {status}")
+        elif status in (400, 413, 422):
+            self.pool.answered(upstream)
+            self._refused(batch, from_engine(400 if status == 422 else status, _json(answer)))
+        elif status >= 500:
+            raise BadAnswerError(f"the engine answered {status}")
+        else:  # 401, 403, 404: nothing the client could mend
+            reason = from_engine(502, _json(answer))
+            message = f"the engine refused the gateway itself ({status}): {reason.message}"
+            self.pool.failed(upstream, message)
+            for item in batch:
+                self._fail(item, ApiError(502, "upstream_misconfigured", message, source="engine"))
+
+    def _flags(self, item: Item, count: int, total: int) -> int:
+        """An item's token count with its flags, as it is kept with the vector."""
+        prepared = item.prepared
+        tokens, exact = prepared.tokens, prepared.exact
+        if not exact and count == 1 and total:
+            tokens, exact = total, True
+        return min(tokens, TOKEN_MASK) | (TRUNCATED if prepared.truncated else 0) | (0 if exact else ESTIMATED)
+
+    def _give(self, item: Item, vector: Vector, flags: int, began: float, took: float) -> None:
+        self._air.pop(item.key, None)
+        self.cache.put(item.key, vector, flags)
+        if self.on_vector is not None:
+            self.on_vector(item.key, vector, flags)
+        for wait, index in item.waiters:
+            wait.give(index, vector, flags, began - item.queued_at, took)
+        item.call = None
+
+    def _refused(self, batch: list[Item], error: ApiError) -> None:
+        """A refusal of a batch is one item's fault: halve until it is found. Its neighbours are answered."""
+        if len(batch) == 1:
+            self._fail(batch[0], error)
+        else:
+            self._again(batch, False, error.message, halved=True)
+
+    def _wanted(self, item: Item) -> bool:
+        item.waiters = [(w, i) for w, i in item.waiters if not w.future.done()]
+        if not item.waiters:
+            self._air.pop(item.key, None)
+        return bool(item.waiters)
+
+    def _again(self, batch: list[Item], counts: bool, reason: str, halved: bool = False) -> None:
+        """Queue items again, in front, in smaller batches if they may be the cause; too many tries are a failure."""
+        for item in reversed(batch):
+            item.call = None
+            if not self._wanted(item):
+                continue
+            if counts:
+                item.attempts += 1
+            if halved or item.attempts > 1:
+                item.company = max(1, len(batch) // 2)
+            if item.attempts >= self.limits.attempts:
+                message = f"{item.attempts} tries failed, the last one: {reason}"
+                self._fail(item, ApiError(502, "engine_failed", message, source="engine", retry_after=1))
+                continue
+            self.metrics.retries += 1
+            self._enqueue(item, item.waiters[0][0], front=True)
+
+    def _fail(self, item: Item, error: ApiError) -> None:
+        self._air.pop(item.key, None)
+        item.call = None
+        for wait, index in item.waiters:
+            wait.fail(error.at(index, len(wait.results)))
+
+    # -- time
+
+    async def _sweep(self) -> None:
+        """Deadlines of requests, the hold when no engine is up, engines that fell silent."""
+        while True:
+            await asyncio.sleep(SWEEP)
+            now = monotonic()
+            down_since = self.pool.unavailable_since
+            for wait in list(self._waits):
+                if now >= wait.deadline:
+                    wait.fail(self._late(now - wait.started))
+                elif down_since is not None and now - max(down_since, wait.started) >= self.limits.hold:
+                    wait.fail(self._nobody(down_since, now))
+            self._stalled(now)
+            if any(self._lanes.values()):
+                self.kick()
+
+    def _late(self, waited: float) -> ApiError:
+        return ApiError(504, "timeout", f"no vector within the {waited:.1f} s this request may take", retry_after=1)
+
+    def _nobody(self, since: float, now: float) -> ApiError:
+        states = "; ".join(f"{u.url} {u.state}: {u.reason}" for u in self.pool.upstreams.values()) or "there is none"
+        log.warning("a request waited %.1f s in vain: %s", self.limits.hold, states)
+        message = f"no engine has been up for {now - since:.0f} s; the request was held for {self.limits.hold:g} s"
+        return ApiError(503, "no_engine", message, retry_after=5)
+
+    def _stalled(self, now: float) -> None:
+        """Calls of a silent engine are tried elsewhere, when there is an elsewhere."""
+        for call, (upstream, _, began) in list(self._calls.items()):
+            silent = now - max(upstream.last_answer, began)
+            if silent > self.limits.stall and any(u is not upstream for u in self.pool.up):
+                self.pool.gone(upstream, f"no answer for {silent:.0f} s with calls in the air")
+                call.cancel()
+
+    async def close(self) -> None:
+        """Fail what is left and stop."""
+        self._sweeper.cancel()
+        for wait in list(self._waits):
+            wait.fail(ApiError(503, "shutting_down", "the gateway is stopping", retry_after=1))
+        for call in list(self._calls):
+            call.cancel()
+        if self._timer:
+            self._timer.cancel()
+
+
+def _json(answer: Answer) -> dict[str, Any] | None:
+    try:
+        data = orjson.loads(answer.body)
+    except orjson.JSONDecodeError:
+        return None
+    return data if isinstance(data, dict) else None
+
+
+def _retry_after(answer: Answer) -> float:
+    """Seconds to leave an overloaded engine alone: what it says, a tenth of a second otherwise."""
+    said = answer.headers.get("retry-after", "")
+    return min(5.0, float(said)) if said.isdigit() and int(said) > 0 else 0.1

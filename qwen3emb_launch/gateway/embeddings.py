@@ -1,0 +1,262 @@
+"""`POST /v1/embeddings`: from a request's bytes to an answer's, by the shortest way there is.
+
+All inputs cached: answered within this call, no task, no await. Otherwise the missing ones are counted, checked,
+batched and waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Protocol
+
+from qwen3emb_launch.gateway.answer import Encoding, Vector, embeddings, encode, shrink
+from qwen3emb_launch.gateway.api_errors import ApiError, invalid
+from qwen3emb_launch.gateway.batcher import ESTIMATED, TOKEN_MASK, TRUNCATED, Batcher, Wait
+from qwen3emb_launch.gateway.cache import Keyer, VectorCache
+from qwen3emb_launch.gateway.http_server import JSON, Request, Response
+from qwen3emb_launch.gateway.keys import Client
+from qwen3emb_launch.gateway.metrics import Metrics
+from qwen3emb_launch.gateway.request import EmbeddingRequest, parse
+from qwen3emb_launch.gateway.tasks import Chosen, TaskTable
+from qwen3emb_launch.gateway.tokens import Prepared, TokenRules, estimate
+
+MAX_SHOWN = 200  # indexes of truncated inputs a header lists
+
+
+class SecondLevel(Protocol):
+    """The cache on disk."""
+
+    def get(self, key: bytes) -> tuple[Vector, int] | None:
+        """The vector and its flags."""
+
+    def put(self, key: bytes, vector: Vector, flags: int) -> None:
+        """Keep it, some time soon."""
+
+
+@dataclass
+class Model:
+    """What is known once the first engine has proved itself."""
+
+    width: int
+    cache: VectorCache
+    keyer: Keyer
+    batcher: Batcher
+    disk: SecondLevel | None = None
+
+
+@dataclass
+class Served:
+    """For the access log and the metrics: what a request came to."""
+
+    items: int = 0
+    tokens: int = 0
+    hits: int = 0
+    task: str = ""
+
+
+class Embeddings:
+    """The endpoint. `model` is set once an engine is up; until then requests wait for `known`."""
+
+    def __init__(
+        self, rules: TokenRules, metrics: Metrics, *, names: tuple[str, ...], min_dims: int, max_items: int,
+        hold: float, timeout: float,
+    ) -> None:  # fmt: skip
+        self.rules = rules
+        self.metrics = metrics
+        self.names = names
+        self.min_dims = min_dims
+        self.max_items = max_items
+        self.hold = hold
+        self.timeout = timeout
+        self.tasks = TaskTable({})
+        self.model: Model | None = None
+        self.known = asyncio.Event()
+
+    def handle(self, request: Request, client: Client, served: Served) -> Response | Awaitable[Response]:
+        """Answer now or later. Raises ApiError."""
+        asked = parse(request.body, self.max_items)
+        served.items = asked.count
+        headers = request.headers
+        chosen = self.tasks.choose(asked.model, headers.get("x-embedding-task"), headers.get("x-embedding-role"))
+        if self.names and chosen.model not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                404, "model_not_found", f"no model {chosen.model[:80]!r} here: there is {known}", param="model"
+            )
+        served.task = chosen.task.name if chosen.task else ""
+        if self.model is None:
+            return self._when_known(request, asked, chosen, client, served)
+        return self._embed(self.model, request, asked, chosen, client, served)
+
+    async def _when_known(
+        self, request: Request, asked: EmbeddingRequest, chosen: Chosen, client: Client, served: Served
+    ) -> Response:
+        """No engine has been up yet, so not even the width is known."""
+        try:
+            async with asyncio.timeout(max(0.0, request.received + self.hold - monotonic())):
+                await self.known.wait()
+        except TimeoutError:
+            message = f"no engine has been up yet; the request was held for {self.hold:g} s"
+            raise ApiError(503, "no_engine", message, retry_after=5) from None
+        if self.model is None:  # the model was changed within this very turn of the loop
+            raise ApiError(503, "model_changes", "the model is being changed", retry_after=1)
+        answer = self._embed(self.model, request, asked, chosen, client, served)
+        return answer if isinstance(answer, Response) else await answer
+
+    def _embed(
+        self, model: Model, request: Request, asked: EmbeddingRequest, chosen: Chosen, client: Client, served: Served
+    ) -> Response | Awaitable[Response]:
+        reply = _Reply(asked.encoding, self._dims(asked, chosen, model.width), asked.count)
+        payloads = self._payloads(asked, chosen)
+        keyer, cache, disk = model.keyer, model.cache, model.disk
+        keys: list[bytes] = []
+        missing: list[int] = []
+        for index, payload in enumerate(payloads):
+            key = keyer.text(payload) if isinstance(payload, str) else keyer.prepared(payload)
+            keys.append(key)
+            found = cache.get(key)
+            if found is not None:
+                self.metrics.hits["memory"] += 1
+            elif disk is not None:
+                found = self._from_disk(disk, cache, key)
+            if found is None:
+                missing.append(index)
+            else:
+                reply.add(index, *found)
+        served.hits = len(payloads) - len(missing)
+        self.metrics.cached_tokens += reply.tokens
+        if client.requests.per_minute or client.tokens.per_minute:
+            client.check_rate(sum(estimate(p) if isinstance(p, str) else p.tokens for p in payloads))
+        if missing:
+            self.metrics.misses += len(missing)
+            wait = self._wait(model, client, request, len(missing))
+            return self._misses(
+                model, wait, request, asked, reply, served, [payloads[i] for i in missing], missing, keys
+            )
+        self.metrics.answered(monotonic() - request.received, 0.0, 0.0, request.received)
+        return self._answer(asked, reply, served)
+
+    def _wait(self, model: Model, client: Client, request: Request, count: int) -> Wait:
+        """A place in the queue. Raises ApiError 429."""
+        whose = client.name or request.peer  # without keys, fair shares go by address
+        model.batcher.admit(whose, count)
+        return Wait(whose, count, request.received + self.timeout, asyncio.get_running_loop())
+
+    def _from_disk(self, disk: SecondLevel, cache: VectorCache, key: bytes) -> tuple[Vector, int] | None:
+        found = disk.get(key)
+        if found is not None:
+            self.metrics.hits["disk"] += 1
+            cache.put(key, *found)
+        return found
+
+    async def _misses(
+        self,
+        model: Model,
+        wait: Wait,
+        request: Request,
+        asked: EmbeddingRequest,
+        reply: _Reply,
+        served: Served,
+        payloads: Sequence[str | Prepared],
+        missing: list[int],
+        keys: list[bytes],
+    ) -> Response:
+        """The rest of a request: `missing` are the positions of `payloads` in it."""
+        count = asked.count
+        prepared = await self._prepare(payloads, missing, count)
+        batcher = model.batcher
+        try:
+            for slot, index in enumerate(missing):
+                batcher.submit(wait, slot, keys[index], prepared[slot])
+            results = await wait.future
+        except ApiError as error:
+            raise (error if error.index is None else error.at(missing[error.index], count)) from None
+        finally:
+            batcher.leave(wait)
+        for index, (vector, flags) in zip(missing, results, strict=True):
+            reply.add(index, vector, flags)
+        self.metrics.answered(monotonic() - request.received, wait.queued, wait.engine, request.received)
+        return self._answer(asked, reply, served)
+
+    async def _prepare(self, payloads: Sequence[str | Prepared], missing: list[int], count: int) -> list[Prepared]:
+        """Token counts of the missing texts; the first that is too long is the request's error, named by index."""
+        ready = [p for p in payloads if isinstance(p, Prepared)]
+        if ready:
+            return ready
+        out: list[Prepared] = []
+        counted = await self.rules.texts([p for p in payloads if isinstance(p, str)])
+        for index, one in zip(missing, counted, strict=True):
+            if isinstance(one, ApiError):
+                raise one.at(index, count)
+            out.append(one)
+        return out
+
+    def _dims(self, asked: EmbeddingRequest, chosen: Chosen, width: int) -> int | None:
+        """Numbers wanted, None for the full width."""
+        dims, whose = asked.dimensions, "'dimensions'"
+        if dims is None and chosen.task is not None and chosen.task.dims is not None:
+            dims, whose = chosen.task.dims, f"task {chosen.task.name!r}: dims"
+        if dims is None or dims == width:
+            return None
+        least = min(self.min_dims, width)
+        if not least <= dims <= width:
+            raise invalid(f"{whose} {dims} is outside {least}..{width}", "dimensions", "bad_dimensions")
+        return dims
+
+    def _payloads(self, asked: EmbeddingRequest, chosen: Chosen) -> Sequence[str | Prepared]:
+        """The exact texts with their instruction, or checked token ids with their EOS."""
+        task = chosen.task
+        if asked.texts:
+            return asked.texts if task is None else [task.apply(text, chosen.role) for text in asked.texts]
+        if task is not None and task.instruction is not None and (chosen.role or task.role) == "query":
+            raise invalid(
+                f"task {task.name!r} puts an instruction before the text, which token ids do not allow: send text",
+                "input",
+                "ids_with_task",
+            )
+        out: list[Prepared] = []
+        for index, ids in enumerate(asked.ids):
+            try:
+                out.append(self.rules.ids(ids))
+            except ApiError as error:
+                raise error.at(index, len(asked.ids)) from None
+        return out
+
+    def _answer(self, asked: EmbeddingRequest, reply: _Reply, served: Served) -> Response:
+        count = len(reply.encoded)
+        served.tokens = reply.tokens
+        self.metrics.items += count
+        self.metrics.tokens += reply.tokens
+        word = "hit" if served.hits == count else "partial" if served.hits else "miss"
+        headers = {"x-qwen3emb-cache": word, "x-qwen3emb-cache-hits": f"{served.hits}/{count}"}
+        if reply.cut:
+            shown = sorted(reply.cut)[:MAX_SHOWN]
+            headers["x-qwen3emb-truncated"] = ",".join(map(str, shown)) + (",..." if len(reply.cut) > MAX_SHOWN else "")
+        if reply.flags & ESTIMATED:
+            headers["x-qwen3emb-usage"] = "estimated"
+        return Response(200, embeddings(reply.encoded, asked.model, reply.tokens), JSON, headers)
+
+
+class _Reply:
+    """An answer as it fills: encoded vectors in their places, tokens, what was cut."""
+
+    __slots__ = ("_dims", "_encoding", "cut", "encoded", "flags", "tokens")
+
+    def __init__(self, encoding: Encoding, dims: int | None, count: int) -> None:
+        self._encoding: Encoding = encoding
+        self._dims = dims
+        self.encoded = [b""] * count
+        self.tokens = 0
+        self.flags = 0
+        self.cut: list[int] = []
+
+    def add(self, index: int, vector: Vector, flags: int) -> None:
+        """A vector found its place."""
+        self.encoded[index] = encode(shrink(vector, self._dims), self._encoding)
+        self.tokens += flags & TOKEN_MASK
+        self.flags |= flags
+        if flags & TRUNCATED:
+            self.cut.append(index)

@@ -1,0 +1,225 @@
+"""HTTP/1.1 towards an engine: keep-alive connections, one request at a time on each, the answer parsed by llhttp."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import httptools
+
+from qwen3emb_launch.errors import InvalidInputError
+
+CONNECT_TIMEOUT = 5.0
+MAX_ANSWER = 1 << 30
+
+
+class EngineGoneError(Exception):
+    """The connection could not be made, broke, or what came back was not HTTP. `sent` when the request had left."""
+
+    def __init__(self, message: str, *, sent: bool, stale: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
+        self.stale = stale
+
+
+@dataclass(frozen=True)
+class Address:
+    """An engine's base URL as the OpenAI client takes it (ending in /v1), taken apart once."""
+
+    url: str
+    host: str
+    port: int
+    prefix: str
+    tls: bool
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Raises InvalidInputError (`bad_upstream`)."""
+        parts = urlsplit(url.strip())
+        try:
+            port = parts.port
+        except ValueError:
+            port = -1
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or port == -1
+        if bad or parts.query or parts.fragment or parts.username is not None:
+            raise InvalidInputError(
+                "bad_upstream",
+                f"{url!r} is no upstream: wanted http[s]://host[:port]/v1, without user, query or fragment",
+                "qwen3emb gateway --upstream http://127.0.0.1:30000/v1",
+            )
+        tls = parts.scheme == "https"
+        prefix = parts.path.rstrip("/") or "/v1"
+        clean = f"{parts.scheme}://{parts.netloc}{prefix}"
+        return cls(clean, str(parts.hostname), port or (443 if tls else 80), prefix, tls)
+
+    @property
+    def authority(self) -> str:
+        """The Host header's value."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Status, lower-case headers, whole body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+class _Link(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.used = False
+        self._future: asyncio.Future[Answer] | None = None
+        self._fresh()
+
+    def _fresh(self) -> None:
+        self._parser = httptools.HttpResponseParser(self)
+        self._headers: dict[str, str] = {}
+        self._body: list[bytes] = []
+        self._size = 0
+        self._started = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def send(self, data: bytes) -> asyncio.Future[Answer]:
+        future = self._future = asyncio.get_running_loop().create_future()
+        if self.transport is None:
+            future.set_exception(EngineGoneError("the engine closed the connection", sent=False, stale=True))
+        else:
+            self.transport.write(data)
+        return future
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as exc:
+            self._fail(EngineGoneError(f"the engine answered something that is not HTTP: {exc}", sent=True))
+            self.close()
+
+    def on_message_begin(self) -> None:
+        self._started = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+        self._size += len(body)
+        if self._size > MAX_ANSWER:
+            self._fail(EngineGoneError(f"the engine's answer is larger than {MAX_ANSWER} bytes", sent=True))
+            self.close()
+
+    def on_message_complete(self) -> None:
+        status = self._parser.get_status_code()
+        keep = self._parser.should_keep_alive()
+        if status == 100:  # an interim answer: the real one follows
+            self._headers, self._body = {}, []
+            return
+        answer = Answer(status, self._headers, self._body[0] if len(self._body) == 1 else b"".join(self._body))
+        self._fresh()
+        self.used = True
+        if not keep:
+            self.close()
+        if self._future is not None and not self._future.done():
+            self._future.set_result(answer)
+        self._future = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.transport = None
+        stale = self.used and not self._started
+        self._fail(
+            EngineGoneError(f"the engine closed the connection{f': {exc}' if exc else ''}", sent=True, stale=stale)
+        )
+
+    def _fail(self, error: EngineGoneError) -> None:
+        if self._future is not None and not self._future.done():
+            self._future.set_exception(error)
+        self._future = None
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+            self.transport = None
+
+
+class HttpClient:
+    """Connections to one engine."""
+
+    def __init__(self, address: Address, api_key: str | None = None, verify_tls: bool = True) -> None:
+        self.address = address
+        self._idle: deque[_Link] = deque()
+        self._tls: ssl.SSLContext | None = None
+        if address.tls:
+            self._tls = ssl.create_default_context()
+            if not verify_tls:
+                self._tls.check_hostname = False
+                self._tls.verify_mode = ssl.CERT_NONE
+        auth = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+        self._common = (
+            f"host: {address.authority}\r\nuser-agent: qwen3emb-gateway\r\naccept: application/json\r\n{auth}"
+        )
+
+    async def request(self, method: str, path: str, body: bytes, timeout: float) -> Answer:
+        """Send and wait. `path` is below the base URL's prefix.
+
+        Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError.
+        """
+        content = "content-type: application/json\r\n" if body else ""
+        head = (
+            f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._common}{content}"
+            f"content-length: {len(body)}\r\n\r\n"
+        ).encode("latin-1")
+        async with asyncio.timeout(timeout):
+            while True:
+                link = self._take()
+                kept = link is not None
+                if link is None:
+                    link = await self._connect()
+                try:
+                    answer = await link.send(head + body)
+                except EngineGoneError as error:
+                    if kept and error.stale:
+                        continue
+                    raise
+                except BaseException:
+                    link.close()  # its answer, when it comes, belongs to nobody
+                    raise
+                if link.transport is not None:
+                    self._idle.append(link)
+                return answer
+
+    def _take(self) -> _Link | None:
+        while self._idle:
+            link = self._idle.pop()
+            if link.transport is not None and not link.transport.is_closing():
+                return link
+        return None
+
+    async def _connect(self) -> _Link:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                _, link = await loop.create_connection(_Link, self.address.host, self.address.port, ssl=self._tls)
+        except TimeoutError:
+            raise EngineGoneError(
+                f"no connection to {self.address.url} within {CONNECT_TIMEOUT:g} s", sent=False
+            ) from None
+        except (OSError, ssl.SSLError) as exc:
+            raise EngineGoneError(f"no connection to {self.address.url}: {exc}", sent=False) from exc
+        return link
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            with contextlib.suppress(OSError):
+                self._idle.pop().close()

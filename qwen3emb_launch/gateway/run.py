@@ -1,0 +1,183 @@
+"""The gateway as a process: one worker in this process, or several beside each other on one port.
+
+Several workers listen on the same port (SO_REUSEPORT, the kernel deals connections out). Each has its own batcher and
+its share of the memory; what they share is the cache on disk. Worker 0 gathers the others' numbers for /metrics and
+/ui through their admin sockets. A worker that dies is started again; the parent's death ends them all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from qwen3emb_launch.errors import EngineFailedError, LaunchError
+from qwen3emb_launch.gateway.config import GatewayConfig
+from qwen3emb_launch.gateway.http_client import EngineGoneError
+from qwen3emb_launch.gateway.metrics import add_up
+from qwen3emb_launch.gateway.service import Service
+
+log = logging.getLogger(__name__)
+
+PR_SET_PDEATHSIG = 1
+RESTART_PAUSE = 0.5
+MAX_DEATHS = 10  # of workers within a minute
+START_TIMEOUT = 30.0
+
+Listening = Callable[[Mapping[str, Any]], None]
+
+
+def run(config: GatewayConfig, listening: Listening = lambda _: None) -> None:
+    """Serve until SIGTERM or SIGINT. `listening` is called once clients can connect, with host, port and pid."""
+    if config.workers == 1:
+        _loop(Service(config), lambda service: listening(_where(config, service)))
+    else:
+        Workers(config, listening).run()
+
+
+def _where(config: GatewayConfig, service: Service) -> dict[str, Any]:
+    return {
+        "host": config.host,
+        "port": service.port,
+        "pid": os.getpid(),
+        "workers": config.workers,
+        "admin_socket": config.admin_socket,
+        "admin_port": service.admin_port,
+    }
+
+
+def _loop(service: Service, started: Callable[[Service], None]) -> None:
+    import uvloop
+
+    uvloop.run(service.run(started))
+
+
+def worker_socket(base: str, number: int) -> str:
+    """The admin socket of one worker; worker 0 has the configured one."""
+    return base if number == 0 else f"{base}.{number}"
+
+
+class Workers:
+    """The parent: starts the workers, restarts the dead, passes signals on."""
+
+    def __init__(self, config: GatewayConfig, listening: Listening) -> None:
+        self._folder = None if config.admin_socket else tempfile.TemporaryDirectory(prefix="qwen3emb-gateway-")
+        socket = config.admin_socket or str(Path(self._folder.name if self._folder else "") / "admin.sock")
+        self._config = dataclasses.replace(config, admin_socket=socket)
+        self._listening = listening
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: dict[int, SpawnProcess] = {}
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until told to stop. Raises EngineFailedError when the workers keep dying, their own error at the start."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._stop)
+        signal.signal(signal.SIGHUP, self._pass_on)
+        Service(self._config)  # a configuration that cannot work is found here, once, not in every worker
+        reader, writer = self._context.Pipe(duplex=False)
+        try:
+            for number in range(self._config.workers):
+                self._start(number, writer)
+            self._await_first(reader)
+            self._watch(writer)
+        finally:
+            self._end()
+
+    def _start(self, number: int, writer: Any) -> None:
+        process = self._context.Process(target=_worker, args=(self._config, number, writer, os.getpid()), daemon=False)
+        process.start()
+        self._processes[number] = process
+
+    def _await_first(self, reader: Any) -> None:
+        for _ in range(self._config.workers):
+            if not reader.poll(START_TIMEOUT):
+                raise EngineFailedError("workers_late", f"no worker listened within {START_TIMEOUT:g} s", "see its log")
+            news = reader.recv()
+            if isinstance(news, LaunchError):
+                raise news
+        self._listening({**news, "pid": os.getpid()})
+
+    def _watch(self, writer: Any) -> None:
+        deaths: list[float] = []
+        while not self._stopping:
+            for number, process in list(self._processes.items()):
+                process.join(0.1)
+                if process.exitcode is None or self._stopping:
+                    continue
+                log.error("worker %d ended with status %s and is started again", number, process.exitcode)
+                deaths = [at for at in deaths if time.monotonic() - at < 60] + [time.monotonic()]
+                if len(deaths) >= MAX_DEATHS:
+                    raise EngineFailedError(
+                        "workers_die", f"{len(deaths)} workers died within a minute", "their log says why"
+                    )
+                time.sleep(RESTART_PAUSE)
+                self._start(number, writer)
+
+    def _stop(self, _signal: int, _frame: FrameType | None) -> None:
+        self._stopping = True
+        self._pass_on(signal.SIGTERM, None)
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        for process in self._processes.values():
+            if process.pid and process.is_alive():
+                os.kill(process.pid, number)
+
+    def _end(self) -> None:
+        self._pass_on(signal.SIGTERM, None)
+        deadline = time.monotonic() + self._config.drain + 5
+        for process in self._processes.values():
+            process.join(max(0.1, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join(5)
+        if self._folder:
+            self._folder.cleanup()
+
+
+def _worker(config: GatewayConfig, number: int, writer: Any, parent: int) -> None:
+    """One child. Dies with its parent, whatever way that dies."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        return
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(levelname)s worker {number}: %(message)s")
+    own = dataclasses.replace(config, admin_socket=worker_socket(config.admin_socket, number))
+    try:
+        service = Service(own, number)
+        service.app.gather = Gatherer(service, config).gather
+        _loop(service, lambda s: writer.send(_where(config, s)))
+    except LaunchError as error:
+        writer.send(error)
+        raise SystemExit(1) from None
+
+
+class Gatherer:
+    """Adds up all workers' series; a worker that does not answer is left out."""
+
+    def __init__(self, service: Service, config: GatewayConfig) -> None:
+        self._service = service
+        self._others = [worker_socket(config.admin_socket, n) for n in range(config.workers) if n != service.number]
+
+    async def gather(self) -> dict[str, float]:
+        """The sum."""
+        from qwen3emb_launch.gateway.admin_client import get
+
+        answers = await asyncio.gather(
+            *(get(socket, "/metrics", 2.0) for socket in self._others), return_exceptions=True
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, (EngineGoneError, OSError, TimeoutError)):
+                raise answer
+        return add_up([self._service.app.snapshot(), *(a for a in answers if isinstance(a, dict))])

@@ -1,0 +1,284 @@
+"""One running gateway process: put together from its configuration, served, changed while it runs, ended in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import ssl
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.gateway import keys, tasks
+from qwen3emb_launch.gateway.access_log import AccessLog
+from qwen3emb_launch.gateway.admin import Admin
+from qwen3emb_launch.gateway.app import App
+from qwen3emb_launch.gateway.batcher import Batcher, BatchLimits
+from qwen3emb_launch.gateway.cache import Keyer, VectorCache
+from qwen3emb_launch.gateway.config import UPSTREAM_KEY_VARIABLE, GatewayConfig
+from qwen3emb_launch.gateway.disk_cache import DiskCache
+from qwen3emb_launch.gateway.embeddings import Embeddings, Model
+from qwen3emb_launch.gateway.http_client import Address
+from qwen3emb_launch.gateway.http_server import HttpLimits, HttpServer
+from qwen3emb_launch.gateway.metrics import Metrics
+from qwen3emb_launch.gateway.tokens import TokenRules
+from qwen3emb_launch.gateway.upstream import UpstreamPool
+
+log = logging.getLogger(__name__)
+
+WATCH_EVERY = 1.0  # seconds between looks at the tasks and keys files
+OWN_FDS = 256  # file descriptors beside the clients' connections
+
+
+class Service:
+    """Everything of one worker process."""
+
+    def __init__(self, config: GatewayConfig, number: int = 0) -> None:
+        self.config = config
+        self.number = number
+        self.metrics = Metrics()
+        self.pool = UpstreamPool(calls=config.calls, model=config.upstream_model or None)
+        rules = self._rules()
+        self.endpoint = Embeddings(
+            rules, self.metrics, names=config.models, min_dims=config.min_dims, max_items=config.max_items,
+            hold=config.hold, timeout=config.timeout,
+        )  # fmt: skip
+        self.endpoint.tasks = tasks.load(Path(config.tasks_file) if config.tasks_file else None)
+        keyring = keys.load(Path(config.keys_file) if config.keys_file else None)
+        price = (config.price_name, config.price_per_million, config.currency) if config.price_per_million else None
+        self.access_log = AccessLog(config.access_log) if config.access_log else None
+        self.app = App(
+            self.endpoint, self.pool, self.metrics, keys=keyring, loopback=config.loopback,
+            access_log=self.access_log, price=price,
+        )  # fmt: skip
+        limits = HttpLimits(body=config.max_body, connections=config.connections)
+        self.server = HttpServer(self.app.handle, limits, config.cors_origins)
+        self.app.server = self.server
+        self.operators = HttpServer(self.app.operator, HttpLimits(body=0, connections=64))
+        self.admin = Admin(self)
+        self.admin_server = HttpServer(self.admin.handle, HttpLimits(connections=64))
+        self.batch_limits = BatchLimits(
+            items=config.batch_items, tokens=config.batch_tokens, long_tokens=config.long_tokens,
+            wait=config.batch_wait, queue=config.queue, hold=config.hold, timeout=config.timeout, stall=config.stall,
+        )  # fmt: skip
+        self.port = config.port
+        self.admin_port: int | None = None
+        self._watcher: asyncio.Task[None] | None = None
+        self._seen = self._stamps()
+        self.stop = asyncio.Event()
+
+    def _rules(self) -> TokenRules:
+        config = self.config
+        if config.model_path:
+            return TokenRules.from_model(
+                Path(config.model_path), context_length=config.context_length, overflow=config.overflow,
+                foreign=config.foreign_ids,
+            )  # fmt: skip
+        if config.overflow != "refuse" or config.foreign_ids == "decode":
+            raise InvalidInputError(
+                "no_tokenizer",
+                "truncating and decoding need the model's tokenizer, and no model folder was given",
+                "--model-path FOLDER (config.json and tokenizer.json are enough)",
+            )
+        return TokenRules(foreign=config.foreign_ids)
+
+    # -- start and end
+
+    async def start(self) -> None:
+        """Listen, and begin to prove the upstreams. Raises UnfitError when an address cannot be had."""
+        config = self.config
+        _raise_fd_limit(config.connections + OWN_FDS)
+        try:
+            self.port = await self.server.listen(
+                config.host, config.port, tls=_tls(config), reuse_port=config.workers > 1
+            )
+            if config.admin_port is not None and self.number == 0:
+                self.admin_port = await self.operators.listen("127.0.0.1", config.admin_port)
+        except OSError as exc:
+            raise UnfitError(
+                "port_in_use" if exc.errno == 98 else "cannot_listen",
+                f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}",
+                "another --port, or stop what holds it (ss -ltnp shows it)",
+            ) from exc
+        if config.admin_socket:
+            await self._listen_admin(Path(config.admin_socket))
+        for upstream in config.upstreams:
+            self.pool.add(
+                Address.parse(upstream.url),
+                upstream.api_key or os.environ.get(UPSTREAM_KEY_VARIABLE),
+                config.tls_verify_upstream,
+            )
+        self._chain_on_change()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def _listen_admin(self, path: Path) -> None:
+        """A socket that only this user may open; a dead one of an earlier run is replaced."""
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+            path.unlink()
+        old = os.umask(0o177)
+        try:
+            await self.admin_server.listen_unix(str(path))
+        except OSError as exc:
+            raise UnfitError("cannot_listen", f"cannot listen on {path}: {exc}", "is the path too long?") from exc
+        finally:
+            os.umask(old)
+
+    def _chain_on_change(self) -> None:
+        """Until the first engine has proved itself nobody knows the width; then the cache and batcher are made."""
+        if self.pool.width is not None:
+            self._model_known()
+        else:
+            self.pool.on_change = self._model_known
+
+    def _model_known(self) -> None:
+        config, pool = self.config, self.pool
+        if self.endpoint.model is not None or pool.width is None or pool.reference is None:
+            return
+        first = pool.up[0]
+        if not self.endpoint.names:
+            self.endpoint.names = tuple(dict.fromkeys((first.model.rstrip("/").rsplit("/", 1)[-1], first.model)))
+        rules = self.endpoint.rules
+        if rules.max_tokens is None and first.context_length and rules.tokenizer is not None:
+            rules.max_tokens = first.context_length - 1
+        disk = None
+        if config.disk_cache:
+            disk = DiskCache(Path(config.disk_cache), config.fingerprint, pool.reference, config.disk_bytes)
+        cache = VectorCache(pool.width, config.cache_bytes // config.workers)
+        keyer = Keyer(config.fingerprint, disk.secret if disk else None)
+        batcher = Batcher(pool, cache, self.batch_limits, self.metrics)
+        if disk is not None:
+            batcher.on_vector = disk.put
+        self.endpoint.model = Model(pool.width, cache, keyer, batcher, disk)
+        self.endpoint.known.set()
+
+    async def new_model(self, fingerprint: str) -> None:
+        """The engines are about to serve something else: forget every vector, prove the upstreams again."""
+        model = self.endpoint.model
+        self.endpoint.known.clear()
+        self.endpoint.model = None
+        self.config = _with(self.config, fingerprint=fingerprint)
+        if model is not None:
+            await model.batcher.close()
+            if isinstance(model.disk, DiskCache):
+                await asyncio.to_thread(model.disk.close)
+        self.pool.on_change = self._model_known
+        self.pool.forget_reference()
+
+    async def run(self, started: Callable[[Service], None] = lambda _: None) -> None:
+        """Serve until SIGTERM or SIGINT, then let requests in work finish."""
+        loop = asyncio.get_running_loop()
+        for name in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(name, self.stop.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        await self.start()
+        started(self)
+        try:
+            await self.stop.wait()
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Stop listening, finish what is in work, close everything."""
+        if self._watcher:
+            self._watcher.cancel()
+        await self.server.close(self.config.drain)
+        self.app.stopping = True
+        model = self.endpoint.model
+        if model is not None:
+            await model.batcher.close()
+            if isinstance(model.disk, DiskCache):
+                await asyncio.to_thread(model.disk.close)
+        self.pool.close()
+        await self.operators.close(1.0)
+        await self.admin_server.close(1.0)
+        if self.config.admin_socket:
+            Path(self.config.admin_socket).unlink(missing_ok=True)
+        if self.access_log:
+            self.access_log.close()
+
+    # -- change while running
+
+    def reload(self) -> None:
+        """SIGHUP: tasks and keys read again, the access log reopened."""
+        self._reload_files()
+        if self.access_log:
+            self.access_log.reopen()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_EVERY)
+            stamps = self._stamps()
+            if stamps != self._seen:
+                self._seen = stamps
+                self._reload_files()
+
+    def _stamps(self) -> list[tuple[int, int] | None]:
+        out: list[tuple[int, int] | None] = []
+        for name in (self.config.tasks_file, self.config.keys_file):
+            try:
+                info = Path(name).stat() if name else None
+            except OSError:
+                info = None
+            out.append((info.st_mtime_ns, info.st_size) if info else None)
+        return out
+
+    def _reload_files(self) -> None:
+        """An invalid file keeps what was there and says why."""
+        config = self.config
+        try:
+            self.endpoint.tasks = tasks.load(Path(config.tasks_file) if config.tasks_file else None)
+        except LaunchError as error:
+            log.error("the tasks stay as they were: %s", error.message)
+        try:
+            self.app.keys = keys.load(Path(config.keys_file) if config.keys_file else None)
+        except LaunchError as error:
+            log.error("the API keys stay as they were: %s", error.message)
+
+    def state(self) -> dict[str, Any]:
+        """For the admin socket."""
+        model = self.endpoint.model
+        return {
+            "pid": os.getpid(),
+            "port": self.port,
+            "ready": bool(self.pool.up),
+            "fingerprint": self.config.fingerprint,
+            "width": self.pool.width,
+            "models": list(self.endpoint.names),
+            "upstreams": [u.describe() for u in self.pool.upstreams.values()],
+            "queued": model.batcher.queued if model else 0,
+            "in_air": model.batcher.in_air if model else 0,
+        }
+
+
+def _with(config: GatewayConfig, **changes: Any) -> GatewayConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, **changes)
+
+
+def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
+    if not config.tls_cert:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as exc:
+        raise InvalidInputError(
+            "bad_tls", f"cannot use {config.tls_cert} and {config.tls_key}: {exc}", "PEM files?"
+        ) from exc
+    return context
+
+
+def _raise_fd_limit(wanted: int) -> None:
+    """As many connections as configured need as many descriptors."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))

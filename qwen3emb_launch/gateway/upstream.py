@@ -1,0 +1,301 @@
+"""The engines behind the gateway: which are alive, which has the least to do, and whether they mean the same vectors.
+
+An upstream is proved by a real embedding before it gets traffic, and again after every failure. Its probe vector must
+agree with the one that the first upstream gave: a different model on a restarted port is refused, not mixed in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import orjson
+
+from qwen3emb_launch.gateway.answer import Vector
+from qwen3emb_launch.gateway.http_client import Address, Answer, EngineGoneError, HttpClient
+from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
+
+log = logging.getLogger(__name__)
+
+PROBE_TEXT = "Which vectors do you make?"
+SAME_MODEL_COSINE = 0.99
+PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
+FAILURES_TO_DOWN = 3
+
+
+class UpstreamState(StrEnum):
+    """Whether an upstream gets traffic."""
+
+    DOWN = "down"  # not proved yet, or failed; probed until it answers
+    UP = "up"
+    DRAINING = "draining"  # finishes what it has, gets nothing new
+    REFUSED = "refused"  # alive, but its vectors are another model's
+
+
+@dataclass
+class Slots:
+    """Calls in the air of one upstream, short texts and long ones apart, so that these never hold those back."""
+
+    short: int = 0
+    long: int = 0
+    items: int = 0
+
+    def calls(self, long: bool) -> int:
+        """Calls of one kind."""
+        return self.long if long else self.short
+
+
+class Upstream:
+    """One engine."""
+
+    def __init__(self, address: Address, api_key: str | None, verify_tls: bool = True) -> None:
+        self.address = address
+        self.client = HttpClient(address, api_key, verify_tls)
+        self.state = UpstreamState.DOWN
+        self.reason = "not probed yet"
+        self.slots = Slots()
+        self.model = ""
+        self.context_length: int | None = None
+        self.failures = 0
+        self.not_before = 0.0  # an overloaded engine is left alone until then
+        self.last_answer = monotonic()
+        self.answered_calls = 0
+        self.failed_calls = 0
+        self.draining = False
+        self.prober: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        """The base URL, as it was given."""
+        return self.address.url
+
+    def describe(self) -> dict[str, Any]:
+        """For `/ready`, the admin socket and the status page."""
+        return {
+            "url": self.url,
+            "state": str(self.state),
+            "reason": self.reason,
+            "model": self.model,
+            "calls": self.slots.short + self.slots.long,
+            "items": self.slots.items,
+            "answered": self.answered_calls,
+            "failed": self.failed_calls,
+        }
+
+
+class UpstreamPool:
+    """All upstreams. `on_change` is called whenever one may have become usable, or all have gone."""
+
+    def __init__(
+        self,
+        *,
+        calls: int = 2,
+        extra_calls: int = 2,
+        model: str | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.calls = calls
+        self.extra_calls = extra_calls
+        self.on_change = on_change
+        self.upstreams: dict[str, Upstream] = {}
+        self.width: int | None = None
+        self.reference: Vector | None = None
+        self.unavailable_since: float | None = monotonic()
+        self._model = model
+
+    # -- membership
+
+    def add(self, address: Address, api_key: str | None = None, verify_tls: bool = True) -> Upstream:
+        """Add an engine, or bring a draining one back; it gets traffic once it has proved itself."""
+        known = self.upstreams.get(address.url)
+        if known is not None:
+            known.draining = False
+            if known.state is UpstreamState.DRAINING:
+                self._down(known, "brought back")
+            return known
+        upstream = Upstream(address, api_key, verify_tls)
+        self.upstreams[address.url] = upstream
+        self._down(upstream, "not probed yet")
+        return upstream
+
+    async def drain(self, url: str, timeout: float) -> bool:
+        """Give it nothing new and wait for what it has; True when nothing is left in the air."""
+        upstream = self.upstreams.get(url)
+        if upstream is None:
+            return True
+        upstream.draining = True
+        self._move(upstream, UpstreamState.DRAINING, "asked to drain")
+        deadline = monotonic() + timeout
+        while upstream.slots.short + upstream.slots.long and monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not upstream.slots.short + upstream.slots.long
+
+    async def remove(self, url: str, timeout: float) -> bool:
+        """Drain it and forget it."""
+        drained = await self.drain(url, timeout)
+        upstream = self.upstreams.pop(url, None)
+        if upstream is not None:
+            self._close(upstream)
+            self._availability()
+        return drained
+
+    def forget_reference(self) -> None:
+        """The model is about to change on purpose: the next upstream to prove itself sets the reference."""
+        self.reference = None
+        self.width = None
+        for upstream in self.upstreams.values():
+            if upstream.state is not UpstreamState.DRAINING:
+                self._down(upstream, "the model changes")
+
+    def close(self) -> None:
+        """Stop probing, close connections."""
+        for upstream in self.upstreams.values():
+            self._close(upstream)
+
+    def _close(self, upstream: Upstream) -> None:
+        if upstream.prober:
+            upstream.prober.cancel()
+        upstream.client.close()
+
+    # -- choice
+
+    @property
+    def up(self) -> list[Upstream]:
+        """Those that get traffic."""
+        return [u for u in self.upstreams.values() if u.state is UpstreamState.UP]
+
+    def pick(self, long: bool, extra: bool = False) -> Upstream | None:
+        """The upstream with the fewest items in the air among those with a free slot; None when all are full.
+
+        `extra` lends it slots beyond the usual ones: what waited too long goes out now.
+        """
+        limit = self.calls + (self.extra_calls if extra else 0)
+        best: Upstream | None = None
+        now = 0.0
+        for upstream in self.upstreams.values():
+            if upstream.state is not UpstreamState.UP or upstream.slots.calls(long) >= limit:
+                continue
+            if upstream.not_before:
+                now = now or monotonic()
+                if upstream.not_before > now:
+                    continue
+                upstream.not_before = 0.0
+            if best is None or upstream.slots.items < best.slots.items:
+                best = upstream
+        return best
+
+    # -- health
+
+    def answered(self, upstream: Upstream) -> None:
+        """A call was answered."""
+        upstream.failures = 0
+        upstream.answered_calls += 1
+        upstream.last_answer = monotonic()
+
+    def gone(self, upstream: Upstream, reason: str) -> None:
+        """Its connection broke or it did not answer in time: nothing more until it has proved itself again."""
+        upstream.failed_calls += 1
+        if upstream.state is UpstreamState.UP:
+            log.warning("upstream %s is down: %s", upstream.url, reason)
+            self._down(upstream, reason)
+
+    def failed(self, upstream: Upstream, reason: str) -> None:
+        """It answered with a fault of its own (5xx, nonsense)."""
+        upstream.failures += 1
+        upstream.failed_calls += 1
+        if upstream.failures >= FAILURES_TO_DOWN and upstream.state is UpstreamState.UP:
+            log.warning("upstream %s is down after %d faults: %s", upstream.url, upstream.failures, reason)
+            self._down(upstream, reason)
+
+    def overloaded(self, upstream: Upstream, seconds: float) -> None:
+        """It asked for less: leave it alone for a moment."""
+        upstream.not_before = monotonic() + seconds
+        asyncio.get_running_loop().call_later(seconds + 0.001, self.on_change)
+
+    def _down(self, upstream: Upstream, reason: str) -> None:
+        self._move(upstream, UpstreamState.DOWN, reason)
+        upstream.client.close()
+        if upstream.prober is None or upstream.prober.done():
+            upstream.prober = asyncio.get_running_loop().create_task(self._probe_until_up(upstream))
+
+    def _move(self, upstream: Upstream, state: UpstreamState, reason: str) -> None:
+        if upstream.state is not state:
+            log.info("upstream %s: %s -> %s (%s)", upstream.url, upstream.state, state, reason)
+        upstream.state, upstream.reason = state, reason
+        self._availability()
+
+    def _availability(self) -> None:
+        if self.up:
+            self.unavailable_since = None
+        elif self.unavailable_since is None:
+            self.unavailable_since = monotonic()
+
+    async def _probe_until_up(self, upstream: Upstream) -> None:
+        pause = PROBE_FIRST
+        while not upstream.draining:
+            try:
+                state, reason = await self._probe(upstream)
+            except (EngineGoneError, BadAnswerError, TimeoutError) as exc:
+                state, reason = UpstreamState.DOWN, str(exc) or f"no answer to a probe within {PROBE_TIMEOUT:g} s"
+            if upstream.draining:
+                return
+            if state is UpstreamState.REFUSED and upstream.state is not UpstreamState.REFUSED:
+                log.error("upstream %s is refused: %s", upstream.url, reason)
+            self._move(upstream, state, reason)
+            if state is UpstreamState.UP:
+                upstream.failures = 0
+                upstream.last_answer = monotonic()
+                self.on_change()
+                return
+            await asyncio.sleep(pause)
+            pause = min(PROBE_LONGEST, pause * 2)
+
+    async def _probe(self, upstream: Upstream) -> tuple[UpstreamState, str]:
+        """One real embedding, compared with the reference."""
+        if self._model:
+            upstream.model = self._model
+        else:
+            await self._ask_model(upstream)
+        body = orjson.dumps({"model": upstream.model, "input": [PROBE_TEXT], "encoding_format": "base64"})
+        answer = await upstream.client.request("POST", "/embeddings", body, PROBE_TIMEOUT)
+        if answer.status != 200:
+            return UpstreamState.DOWN, f"a probe was answered {answer.status}{_why(answer)}"
+        vectors, _ = read_vectors(answer.body, 1, self.width)
+        vector = vectors[0]
+        if self.reference is None:
+            self.reference, self.width = vector, int(vector.shape[0])
+            return UpstreamState.UP, "proved"
+        cosine = float(
+            np.dot(vector, self.reference) / (np.linalg.norm(vector) * np.linalg.norm(self.reference) or 1.0)
+        )
+        if cosine < SAME_MODEL_COSINE:
+            return (
+                UpstreamState.REFUSED,
+                f"its vectors are another model's: cosine {cosine:.3f} to the others on the probe text",
+            )
+        return UpstreamState.UP, "proved"
+
+    async def _ask_model(self, upstream: Upstream) -> None:
+        """The name under which it wants to be called, and its context length where it tells (SGLang, vLLM)."""
+        answer = await upstream.client.request("GET", "/models", b"", PROBE_TIMEOUT)
+        if answer.status != 200:
+            raise BadAnswerError(f"GET /models was answered {answer.status}{_why(answer)}")
+        try:
+            first = orjson.loads(answer.body)["data"][0]
+            upstream.model = str(first["id"])
+            length = first.get("max_model_len")
+        except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as exc:
+            raise BadAnswerError(f"GET /models answered no list of models: {exc!r}") from exc
+        upstream.context_length = length if type(length) is int else None
+
+
+def _why(answer: Answer) -> str:
+    if answer.status in (401, 403):
+        return ": it wants an API key (--upstream-api-key)"
+    return ""

@@ -1,0 +1,209 @@
+"""The gateway as its clients meet it, before an engine that gives every text its own vector."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+import numpy as np
+import orjson
+import pytest
+
+from tests.gateway_bench import error, gateway, rows
+from tests.null_engine import NullEngine, Served
+
+
+def run(test) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def test_every_form_of_input_gets_its_own_vectors_in_order() -> None:
+    """A text, texts, ids and lists of ids; float and base64; the answer's shape is OpenAI's."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            for inputs in ("one", ["one", "two", "one"], [5, 6, 7], [[5, 6], [7]]):
+                single = isinstance(inputs, str) or isinstance(inputs[0], int)
+                wanted = np.array([engine.vector(i) for i in ([inputs] if single else inputs)])
+                for encoding in ("float", "base64"):
+                    answer = await gw.post({"model": "null", "input": inputs, "encoding_format": encoding})
+                    assert answer.status == 200, answer.body
+                    assert np.array_equal(rows(answer), wanted)
+                    body = orjson.loads(answer.body)
+                    assert set(body) == {"object", "data", "model", "usage"}
+                    assert body["model"] == "null"
+                    assert isinstance(body["data"][0]["embedding"], str) == (encoding == "base64")
+
+    run(main())
+
+
+def test_fewer_dims_are_a_slice_brought_back_to_norm_1_cold_and_warm() -> None:
+    async def main() -> None:
+        engine = NullEngine(128)
+        async with Served(engine) as served, gateway(served) as gw:
+            full = engine.vector("text")
+            for dims in (32, 100, 127, 128, 32):
+                for _ in range(2):
+                    got = (await gw.vectors("text", dimensions=dims))[0]
+                    wanted = full[:dims] / np.linalg.norm(full[:dims]) if dims < 128 else full
+                    assert np.allclose(got, wanted, atol=1e-7)
+            assert engine.items == 2  # the probe and one text: every size came from the one cached vector
+
+    run(main())
+
+
+def test_hits_are_counted_per_item_and_shown() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            first = await gw.post({"model": "null", "input": ["a", "b"]})
+            second = await gw.post({"model": "null", "input": ["b", "c", "a"]})
+            third = await gw.post({"model": "null", "input": ["c", "b"]})
+            assert [a.headers["x-qwen3emb-cache"] for a in (first, second, third)] == ["miss", "partial", "hit"]
+            assert second.headers["x-qwen3emb-cache-hits"] == "2/3"
+            assert np.array_equal(rows(second), [engine.vector(t) for t in "bca"])
+            metrics = (await gw.request("GET", "/metrics")).body.decode()
+            assert 'qwen3emb_cache_hits_total{level="memory"} 4' in metrics
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "param"),
+    [
+        (b"", 400, "bad_json", None),
+        (b"{", 400, "bad_json", None),
+        (b"[1]", 400, "bad_json", None),
+        (b"\xff\xfe", 400, "bad_json", None),
+        (b'{"model":"null","input":"\\ud800"}', 400, "bad_json", None),
+        (b"[" * 5000, 400, "bad_json", None),
+        ({"input": "x"}, 400, "bad_model", "model"),
+        ({"model": 7, "input": "x"}, 400, "bad_model", "model"),
+        ({"model": "gpt-4", "input": "x"}, 404, "model_not_found", "model"),
+        ({"model": "null:nope", "input": "x"}, 404, "task_not_found", "model"),
+        ({"model": "null:query:nobody", "input": "x"}, 400, "bad_role", "model"),
+        ({"model": "null"}, 400, "bad_input", "input"),
+        ({"model": "null", "input": None}, 400, "bad_input", "input"),
+        ({"model": "null", "input": []}, 400, "empty_input", "input"),
+        ({"model": "null", "input": {}}, 400, "bad_input", "input"),
+        ({"model": "null", "input": 3}, 400, "bad_input", "input"),
+        ({"model": "null", "input": [None]}, 400, "bad_input", "input"),
+        ({"model": "null", "input": ""}, 400, "blank_input", "input"),
+        ({"model": "null", "input": " \n\t\u3000"}, 400, "blank_input", "input"),
+        ({"model": "null", "input": "a\x00b"}, 400, "nul_in_input", "input"),
+        ({"model": "null", "input": ["a", 3]}, 400, "mixed_input", "input"),
+        ({"model": "null", "input": ["a", [3]]}, 400, "mixed_input", "input"),
+        ({"model": "null", "input": [[1], "a"]}, 400, "mixed_input", "input"),
+        ({"model": "null", "input": [1, True]}, 400, "mixed_input", "input"),
+        ({"model": "null", "input": [1, 2.5]}, 400, "mixed_input", "input"),
+        ({"model": "null", "input": [[]]}, 400, "blank_input", "input"),
+        ({"model": "null", "input": [-1]}, 400, "bad_token_id", "input"),
+        ({"model": "null", "input": "x", "dimensions": 0}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": -1}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": 31}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": 65}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": 10**9}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": "256"}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": 64.0}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": True}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "encoding_format": "hex"}, 400, "bad_encoding_format", "encoding_format"),
+        ({"model": "null", "input": "x", "encoding_format": []}, 400, "bad_encoding_format", "encoding_format"),
+        ({"model": "null", "input": "x", "user": 5}, 400, "bad_user", "user"),
+        ({"model": "null", "input": "x", "dimension": 64}, 400, "unknown_field", "dimension"),
+        ({"model": "null", "input": ["x"] * 2049}, 400, "too_many_items", "input"),
+        ({"model": "null", "input": ["x"] * 100_000}, 400, "too_many_items", "input"),
+        ({"model": "null:faq_match", "input": "x"}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null:query", "input": [1, 2]}, 400, "ids_with_task", "input"),
+    ],
+    ids=lambda v: str(v)[:40] if not isinstance(v, (int, type(None))) else None,
+)
+def test_what_is_wrong_is_a_4xx_in_openai_form_and_the_next_request_is_served(
+    body: object, status: int, code: str, param: str | None
+) -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            answer = await gw.post(body)
+            found = error(answer)
+            assert (answer.status, found["code"], found["param"]) == (status, code, param)
+            assert found["source"] == "gateway"
+            assert engine.items == 1  # the probe: nothing of it reached the engine
+            assert (await gw.vectors("fine")).shape == (1, 64)
+
+    run(main())
+
+
+def test_a_bad_item_is_named_by_its_index() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            found = error(await gw.post({"model": "null", "input": ["a", "b", " ", "c"]}))
+            assert found["index"] == 2
+            assert found["message"].startswith("input[2]")
+
+    run(main())
+
+
+def test_an_engines_refusal_is_found_in_its_batch_and_rewritten_without_paths() -> None:
+    """One bad item among many: it is named, the engine's file paths are gone, requests batched with it are served."""
+
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.01)
+        async with Served(engine) as served, gateway(served, calls=1) as gw:
+            inputs = [f"text {i}" for i in range(40)]
+            inputs[23] = "REFUSE this"
+            bad, good = await asyncio.gather(
+                gw.post({"model": "null", "input": inputs}), gw.vectors([f"other {i}" for i in range(20)])
+            )
+            found = error(bad)
+            assert (bad.status, found["source"], found["index"]) == (400, "engine", 23)
+            assert "/usr" not in found["message"]
+            assert "<path>" in found["message"]
+            assert np.array_equal(good, [engine.vector(f"other {i}") for i in range(20)])
+
+    run(main())
+
+
+def test_routes_methods_and_unknown_paths() -> None:
+    """The engine's own routes are not reachable, with or without path tricks."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            for path in ("/", "/flush_cache", "/update_weights_from_disk", "/v1/embeddings/", "/v1/../flush_cache",
+                         "//v1/embeddings", "/v1/embeddings%2f", "/v1/chat/completions", "/generate", "/v1/models/x"):  # fmt: skip
+                answer = await gw.request("POST" if path != "/v1/models/x" else "GET", path, b"{}")
+                assert answer.status == 404, path
+                assert error(answer)["source"] == "gateway"
+            assert (await gw.request("GET", "/v1/embeddings")).status == 405
+            assert (await gw.request("DELETE", "/v1/models")).status == 405
+            models = orjson.loads((await gw.request("GET", "/v1/models")).body)
+            assert {"null", "null:query", "null:faq_match"} <= {m["id"] for m in models["data"]}
+            assert orjson.loads((await gw.request("GET", "/v1/models/null")).body)["id"] == "null"
+            assert (await gw.request("GET", "/health")).status == 200
+            assert (await gw.request("GET", "/ready")).status == 200
+            head = await gw.request("HEAD", "/health")
+            assert (head.status, head.body) == (200, b"")
+            assert "openapi" in orjson.loads((await gw.request("GET", "/openapi.json")).body)
+
+    run(main())
+
+
+def test_tasks_choose_instruction_and_dims() -> None:
+    async def main() -> None:
+        engine = NullEngine(256)
+        async with Served(engine) as served, gateway(served) as gw:
+            answer = await gw.post({"model": "null:faq_match", "input": "lost parcel"})
+            sent = engine.bodies[-1]["input"]
+            assert rows(answer).shape == (1, 128)
+            assert sent[0].startswith("Instruct: ") and sent[0].endswith("\nQuery:lost parcel")
+            documents = await gw.post({"model": "null:faq_match:document", "input": "lost parcel"})
+            assert engine.bodies[-1]["input"] == ["lost parcel"]
+            assert rows(documents).shape == (1, 128)
+            by_header = await gw.post({"model": "null", "input": "lost parcel"}, x_embedding_task="faq_match")
+            assert by_header.headers["x-qwen3emb-cache"] == "hit"
+            assert np.array_equal(rows(by_header), rows(answer))
+            own_dims = await gw.post({"model": "null:faq_match", "input": "lost parcel", "dimensions": 64})
+            assert rows(own_dims).shape == (1, 64)
+            assert base64.b64encode(rows(answer).tobytes())  # finite numbers, float32
+
+    run(main())
