@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,14 +190,11 @@ def adopt(repo: str, revision: str | None) -> Record | None:
 
 
 def remove(repo: str, commit: str) -> int:
-    """Delete one commit's files from the cache through the library, and our partial files; the bytes freed."""
+    """Delete one commit's files from the cache through the library, and unfinished ones; the bytes freed."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
 
-    freed = 0
+    freed = remove_unfinished(repo)
     try:
-        for partial in repo_folder(repo).glob(f"blobs/*{PARTIAL}"):
-            freed += partial.stat().st_size
-            partial.unlink()
         strategy = scan_cache_dir(cache()).delete_revisions(commit)
         strategy.execute()
     except CacheNotFound:
@@ -204,6 +202,22 @@ def remove(repo: str, commit: str) -> int:
     except OSError as error:
         raise disk_error(error, repo_folder(repo)) from error
     return freed + strategy.expected_freed_size
+
+
+def remove_unfinished(repo: str) -> int:
+    """Delete what interrupted downloads left: partial files, and whole ones that no snapshot names; the bytes freed."""
+    root = repo_folder(repo)
+    pattern = f"blobs/*{PARTIAL}" if any(root.glob("snapshots/*")) else "blobs/*"
+    freed = 0
+    try:
+        for path in root.glob(pattern):
+            freed += path.stat().st_size
+            path.unlink()
+        if not any(root.glob("snapshots/*")):
+            shutil.rmtree(root, ignore_errors=True)
+    except OSError as error:
+        raise disk_error(error, root) from error
+    return freed
 
 
 def translate(error: Exception, repo: str, revision: str) -> LaunchError:

@@ -136,7 +136,7 @@ def discard(result: VerifyResult) -> None:
 
 
 def remove(name: ModelName, revision: str | None) -> RemoveResult:
-    """Delete a model's files. From the shared Hugging Face cache that is one commit, for every tool.
+    """Delete a model's files, those of interrupted downloads too. The Hugging Face cache loses them for every tool.
 
     Raises InvalidInputError for a folder of the user's own, UnfitError `model_missing`.
     """
@@ -149,9 +149,12 @@ def remove(name: ModelName, revision: str | None) -> RemoveResult:
         return RemoveResult(DEMO, (folder,), _delete(folder))
     known = [r for r in ondisk.downloads() if r.repo == name.repo]
     chosen = [r for r in known if r.named(revision)]
-    if not chosen:
-        raise missing(name, revision)
     freed = 0
+    if revision is None:
+        freed += huggingface.remove_unfinished(name.repo)
+        freed += modelscope.remove_unfinished(name.repo, [r.folder for r in known])
+    if not chosen and not freed:
+        raise missing(name, revision)
     for record in chosen:
         if record.source == huggingface.SOURCE:
             freed += huggingface.remove(record.repo, record.pin)

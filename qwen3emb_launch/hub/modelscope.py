@@ -57,6 +57,7 @@ def describe(repo: str, revision: str | None) -> Listing:
 def open_body(listing: Listing, file: RemoteFile, offset: int) -> Iterator[Body]:
     """One file's bytes from `offset` on. Raises BrokenTransfer for what may be tried again, LaunchError otherwise."""
     import requests
+    import urllib3
     from modelscope_hub import APIError, HubError, NetworkError, RateLimitError, ServerError
 
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={offset}-"} if offset else {})}
@@ -65,10 +66,11 @@ def open_body(listing: Listing, file: RemoteFile, offset: int) -> Iterator[Body]
         with response:
             match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
             resumed = response.status_code == 206 and match is not None and int(match.group(1)) == offset
-            yield Body(offset if resumed else 0, response.iter_content(_CHUNK))
+            # read1 hands over what has arrived; iter_content fills whole chunks, and a cut would cost the last one
+            yield Body(offset if resumed else 0, iter(lambda: response.raw.read1(_CHUNK), b""))
     except (RateLimitError, ServerError, NetworkError) as error:
         raise BrokenTransfer(f"{host()}: {_short(error)}", getattr(error, "retry_after", None)) from error
-    except requests.RequestException as error:
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise BrokenTransfer(f"{host()}: {_short(error)}") from error
     except APIError as error:
         if error.status_code != 416 or not offset:
@@ -91,19 +93,25 @@ def target(listing: Listing, file: RemoteFile) -> Path:
     return folder(listing) / file.path
 
 
-def remove(repo: str, folder: Path) -> int:
+def remove(repo: str, commit_folder: Path) -> int:
     """Delete one download; the bytes freed."""
-    freed = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    freed = sum(p.stat().st_size for p in commit_folder.rglob("*") if p.is_file())
     try:
-        shutil.rmtree(folder)
-        rest = [p for p in repo_folder(repo).iterdir() if p.name != ".lock"]
-        if not rest:
+        shutil.rmtree(commit_folder)
+        if not any(p.is_dir() for p in repo_folder(repo).iterdir()):
             shutil.rmtree(repo_folder(repo))
     except FileNotFoundError:
-        pass
+        return freed
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, commit_folder) from error
     return freed
+
+
+def remove_unfinished(repo: str, finished: list[Path]) -> int:
+    """Delete what interrupted downloads left; the bytes freed."""
+    root = repo_folder(repo)
+    left = [p for p in (root.iterdir() if root.is_dir() else ()) if p.is_dir() and p not in finished]
+    return sum(remove(repo, folder) for folder in left)
 
 
 def host() -> str:

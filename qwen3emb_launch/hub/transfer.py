@@ -202,7 +202,8 @@ def _receive(
             if fruitless >= retries.fruitless or tries >= retries.in_all:
                 raise NetworkError(
                     "transfer_broken",
-                    f"{file.path}: {broken.reason}, for the {tries}. time; {done} of {file.size} bytes are kept",
+                    f"{file.path}: gave up after {tries} tries, the last: {broken.reason}; "
+                    f"{done} of {file.size} bytes are kept",
                     "run the same command again: it goes on where this stopped",
                     details={"file": file.path, "bytes": done, "of": file.size},
                 ) from broken
@@ -212,15 +213,15 @@ def _receive(
 
 def _prefix(file: RemoteFile, out: BinaryIO) -> tuple[int, Any]:
     """How many bytes an earlier run left, and their running hash. More than the file has is no part of it."""
+    there = os.fstat(out.fileno()).st_size
+    if there > file.size:
+        out.truncate(0)
+        there = 0
     digest = file.hasher()
     done = 0
-    while block := out.read(1 << 20):
+    while done < there and (block := out.read(min(1 << 20, there - done))):
         digest.update(block)
         done += len(block)
-    if done > file.size:
-        out.seek(0)
-        out.truncate()
-        return 0, file.hasher()
     return done, digest
 
 
