@@ -60,9 +60,14 @@ class Builder:
         if (self._pip_version() or ()) < NEW_PIP:
             self.progress.step("updating pip")
             self.pip("install", "--progress-bar", "off", "--upgrade", PIP)
-        self.pip("install", "--progress-bar", "raw", *wanted.locked, expected=_expected(wanted))
+        self.pip("install", "--progress-bar", "raw", *wanted.locked, reader=self._reader(wanted))
         if wanted.bare:
-            self.pip("install", "--progress-bar", "raw", "--no-deps", *wanted.bare)
+            self.progress.step(f"installing {' '.join(wanted.bare)}")
+            self.pip("install", "--progress-bar", "off", "--no-deps", *wanted.bare)
+
+    def _reader(self, wanted: releases.Build) -> pip_output.PipReader:
+        """How many packages pip will name is known for a lock, unknown where pip resolves."""
+        return pip_output.PipReader(self.progress, len(wanted.locked) if wanted.bare else None)
 
     def clear(self) -> None:
         """Delete what is there: the next build starts from nothing."""
@@ -74,11 +79,11 @@ class Builder:
         """Install one local wheel over whatever version is there; no index is asked."""
         self.pip("install", "--progress-bar", "off", "--no-index", "--no-deps", "--force-reinstall", str(wheel))
 
-    def pip(self, *arguments: str, expected: int | None = None) -> None:
+    def pip(self, *arguments: str, reader: pip_output.PipReader | None = None) -> None:
         """Run the environment's pip under the user's own settings; a failure carries pip's last lines."""
-        reader = pip_output.PipReader(self.progress, expected)
         said: list[str] = []
         scratch = self.env.parent / "tmp"
+        before = len(self._packages())
         with translated(scratch):
             scratch.mkdir(exist_ok=True)
         try:
@@ -86,11 +91,15 @@ class Builder:
                 log.write(f"$ python -m pip {' '.join(arguments)}\n")
 
                 def line(text: str) -> None:
-                    if reader.feed(text):
+                    if reader is None or reader.feed(text):
                         clean = pip_output.redact(text)
                         said.append(clean)
                         log.write(clean + "\n")
                         log.flush()
+
+                def count() -> None:
+                    if reader is not None and reader.installing:
+                        reader.installed(len(self._packages()) - before)
 
                 status = child.run(
                     [environment_python(self.env), "-m", "pip", *arguments],
@@ -98,6 +107,7 @@ class Builder:
                     line,
                     _DEADLINE,
                     hold=(self.hold,),
+                    idle=count,
                 )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -132,16 +142,14 @@ class Builder:
                 raise UnfitError("disk_full", f"no space left on the disk of {self.env}", "free some space")
             raise UnfitError("venv_failed", f"python -m venv failed: {text[-500:]}", "try it by hand")
 
-    def _pip_version(self) -> tuple[int, ...] | None:
+    def _packages(self) -> list[Path]:
         packages = site_packages(self.env)
-        found = sorted(packages.glob("pip-*.dist-info")) if packages else []
-        versions = [p.name.removeprefix("pip-").removesuffix(".dist-info") for p in found]
+        return list(packages.glob("*.dist-info")) if packages else []
+
+    def _pip_version(self) -> tuple[int, ...] | None:
+        found = [p.name for p in self._packages() if p.name.startswith("pip-")]
+        versions = [name.removeprefix("pip-").removesuffix(".dist-info") for name in found]
         return max((version_key(f"{version}.0.0") for version in versions), default=None)
-
-
-def _expected(wanted: releases.Build) -> int | None:
-    """How many packages pip will name: known for a lock, unknown where it resolves."""
-    return len(wanted.locked) if wanted.bare else None
 
 
 def check_disk(env: Path, needed: int) -> None:
@@ -226,8 +234,9 @@ def users(folder: Path) -> list[int]:
     return sorted(set(found) - {os.getpid()})
 
 
-def remove_others(parent: Path, keep: Path) -> None:
-    """Delete environments of older locks that nothing uses any more; one still in use goes next time."""
-    for old in parent.glob("env-*"):
+def remove_others(keep: Path) -> None:
+    """Delete what `keep` replaced, its siblings of the same kind (`env-…`), unless a process still uses them."""
+    kind = keep.name.split("-")[0]
+    for old in keep.parent.glob(f"{kind}-*"):
         if old != keep and not users(old):
             shutil.rmtree(old, ignore_errors=True)

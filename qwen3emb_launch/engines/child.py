@@ -17,6 +17,7 @@ from pathlib import Path
 from qwen3emb_launch.errors import UnfitError
 
 _PR_SET_PDEATHSIG = 1
+_IDLE = 2.0  # seconds without a line
 _STOP = 10.0  # seconds from SIGTERM to SIGKILL
 
 # Settings that would send packages elsewhere than into the environment, or load others than its own.
@@ -34,11 +35,13 @@ def run(
     on_line: Callable[[str], None],
     deadline: float,
     hold: tuple[int, ...] = (),
+    idle: Callable[[], None] | None = None,
 ) -> int:
     """Run a command, its stdout and stderr line by line to `on_line`; the exit status.
 
-    `deadline` is seconds from now. Raises UnfitError: `engine_timeout` when it passes, `engine_python` when the
-    command cannot be started. On Ctrl-C the child is stopped before KeyboardInterrupt goes on.
+    `deadline` is seconds from now; `idle` is called every few seconds in which nothing was said. Raises UnfitError:
+    `engine_timeout` when the deadline passes, `engine_python` when the command cannot be started. On Ctrl-C the child
+    is stopped before KeyboardInterrupt goes on.
     """
     libc = ctypes.CDLL(None)
     parent = os.getpid()
@@ -64,7 +67,7 @@ def run(
             "engine_python", f"cannot run {argv[0]}: {exc.strerror or exc}", "qwen3emb engine list shows what there is"
         ) from exc
     try:
-        _read(process, on_line, time.monotonic() + deadline)
+        _read(process, on_line, time.monotonic() + deadline, idle or (lambda: None))
         return process.wait()
     except TimeoutError:
         raise UnfitError(
@@ -76,15 +79,21 @@ def run(
         _stop(process)
 
 
-def _read(process: subprocess.Popen[bytes], on_line: Callable[[str], None], until: float) -> None:
+def _read(
+    process: subprocess.Popen[bytes], on_line: Callable[[str], None], until: float, idle: Callable[[], None]
+) -> None:
     assert process.stdout is not None  # noqa: S101 - PIPE was asked for
     stream = process.stdout
     rest = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stream, selectors.EVENT_READ)
         while True:
-            if not selector.select(max(0.0, until - time.monotonic())):
+            left = until - time.monotonic()
+            if left <= 0:
                 raise TimeoutError
+            if not selector.select(min(_IDLE, left)):
+                idle()
+                continue
             chunk = os.read(stream.fileno(), 65536)
             # pip ends a progress line with \r on some terminals
             *lines, rest = (rest + chunk).replace(b"\r", b"\n").split(b"\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,41 +86,3 @@ def fresh(inspection: Inspection) -> bool | None:
         return Path(inspection.dist_info).stat().st_mtime_ns == inspection.stamp
     except OSError:
         return None
-
-
-def launch_environment(
-    flavour: Flavour,
-    python: Path,
-    site_packages: Path,
-    plugin_path: Path | None = None,
-    environ: Mapping[str, str] | None = None,
-) -> dict[str, str]:
-    """What every start of this engine needs in its environment, beside the launcher's own.
-
-    Kernels are compiled on first use: `ninja` is found on PATH, the compiler by CUDA_HOME. A machine without a CUDA
-    toolkit is pointed at the one that came with the environment's packages (nvidia/cu13).
-    """
-    outer = os.environ if environ is None else environ
-    env: dict[str, str] = {}
-    if plugin_path:
-        env["PYTHONPATH"] = str(plugin_path)
-    if flavour == "cpu":
-        return env | {"SGLANG_USE_CPU_ENGINE": "1"}
-    search = outer.get("PATH", os.defpath)
-    env["PATH"] = f"{python.parent}{os.pathsep}{search}"
-    own = site_packages / "nvidia" / "cu13"
-    if not system_compiler(outer) and (own / "bin" / "nvcc").is_file():
-        env["CUDA_HOME"] = str(own)
-    return env
-
-
-def system_compiler(environ: Mapping[str, str], usual: Path = Path("/usr/local/cuda")) -> Path | None:
-    """The nvcc that SGLang would find by itself, in its own order of search."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if environ.get(variable):
-            nvcc = Path(environ[variable]) / "bin" / "nvcc"
-            return nvcc if nvcc.is_file() else None
-    found = shutil.which("nvcc", path=environ.get("PATH", os.defpath))
-    if found:
-        return Path(found)
-    return usual / "bin" / "nvcc" if (usual / "bin" / "nvcc").is_file() else None

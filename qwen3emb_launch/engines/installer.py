@@ -67,22 +67,18 @@ def install(
     return Installed("nothing", registry.facts(done), time.monotonic() - started, done.size_bytes, None, notes)
 
 
-def _unchanged(name: str, wanted: releases.Build, wheel: PluginWheel | None) -> Record | None:
+def _unchanged(name: str, wanted: releases.Build, wheel: PluginWheel) -> Record | None:
     found = record.load(name)
     if found is None or found.adopted or registry.trouble(found):
         return None
-    same = (
-        found.key == wanted.key
-        and found.plugin_mark == (wheel.mark if wheel else "")
-        and inspection.fresh(found.inspection)
-    )
+    same = found.key == wanted.key and found.plugin_mark == wheel.mark and inspection.fresh(found.inspection)
     return found if same else None
 
 
 def _build(
     name: str,
     wanted: releases.Build,
-    wheel: PluginWheel | None,
+    wheel: PluginWheel,
     force: bool,
     shown: Progress,
     hold: int,
@@ -102,7 +98,8 @@ def _build(
     if force:
         _refuse_in_use(name, env)
         builder.clear()
-    elif wheel and whole and current is not None:
+    elif whole and current is not None:
+        shown.step("bringing the plugin up to date")
         builder.install_wheel(wheel.path)
         found = current.with_(plugin=wheel.version, plugin_mark=wheel.mark)
         record.save(found)
@@ -111,8 +108,7 @@ def _build(
         )
     record.write_note(name, wanted.flavour, wanted.version)
     builder.build(wanted)
-    if wheel:
-        builder.install_wheel(wheel.path)
+    builder.install_wheel(wheel.path)
     shown.step("checking that it starts")
     seen = inspection.inspect(environment_python(env), wanted.flavour)
     found = Record(
@@ -124,11 +120,11 @@ def _build(
         installed_at=time.time(),
         size_bytes=disk_usage(env),
         inspection=seen,
-        plugin=wheel.version if wheel else None,
-        plugin_mark=wheel.mark if wheel else "",
+        plugin=wheel.version,
+        plugin_mark=wheel.mark,
     )
     record.save(found)
-    remove_others(folder, keep=env)
+    remove_others(keep=env)
     did: Literal["installed", "repaired", "rebuilt"] = (
         "installed" if before is None else "rebuilt" if force or current is None else "repaired"
     )
@@ -179,11 +175,7 @@ def _adopt(
                 f"{name!r} is {before.python} already",
                 f"give another --name, or `qwen3emb engine remove {name}` first",
             )
-        same = (
-            before is not None
-            and (before.plugin_mark, before.broken) == (wheel.mark if wheel else "", None)
-            and not force
-        )
+        same = before is not None and (before.plugin_mark, before.broken) == (wheel.mark, None) and not force
         if before and same and flavour in (None, before.flavour) and inspection.fresh(before.inspection):
             return Installed("nothing", registry.facts(before), time.monotonic() - started, None, None)
         shown.step(f"looking at {path}")
@@ -200,11 +192,13 @@ def _adopt(
             installed_at=time.time(),
             size_bytes=None,
             inspection=seen,
-            plugin=wheel.version if wheel else None,
-            plugin_mark=wheel.mark if wheel else "",
-            plugin_path=unpack(wheel, record.folder(name)) if wheel else None,
+            plugin=wheel.version,
+            plugin_mark=wheel.mark,
+            plugin_path=unpack(wheel, record.folder(name)),
         )
         record.save(found)
+        if found.plugin_path:
+            remove_others(keep=found.plugin_path)
     note = releases.untested(seen.version)
     return Installed("adopted", registry.facts(found), time.monotonic() - started, None, None, (note,) if note else ())
 

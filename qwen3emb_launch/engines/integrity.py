@@ -27,7 +27,13 @@ class Damage:
 
 def damages(site_packages: Path) -> list[Damage]:
     """Every damaged package of the folder, in order of name."""
-    found = (_damage(dist) for dist in sorted(site_packages.glob("*.dist-info")))
+    infos = sorted(site_packages.glob("*.dist-info"))
+    records = {info: _rows(info) for info in infos}
+    claims: dict[str, set[int]] = {}  # some packages ship a file of the same name: whichever came last is right
+    for rows in records.values():
+        for file, size in rows or ():
+            claims.setdefault(file, set()).add(size)
+    found = (_damage(info, rows, claims) for info, rows in records.items())
     return [damage for damage in found if damage]
 
 
@@ -40,27 +46,27 @@ def forget_damaged(site_packages: Path) -> list[str]:
     return names
 
 
-def _damage(dist_info: Path) -> Damage | None:
-    package = dist_info.name.removesuffix(".dist-info").rpartition("-")[0] or dist_info.name
-
-    def damaged(file: str, why: str) -> Damage:
-        return Damage(package, file, why, dist_info)
-
-    record = dist_info / "RECORD"
+def _rows(dist_info: Path) -> list[tuple[str, int]] | None:
+    """Files and sizes of a finished RECORD, without compiled ones (Python writes those again); None otherwise."""
     try:
-        rows = list(csv.reader(record.read_text(encoding="utf-8").splitlines()))
+        text = (dist_info / "RECORD").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return damaged(f"{dist_info.name}/RECORD", "is missing")
+        return None
+    rows = list(csv.reader(text.splitlines()))
     if not any(row and row[0] == f"{dist_info.name}/INSTALLER" for row in rows):
-        return damaged(f"{dist_info.name}/RECORD", "was never finished: its installation was cut off")
-    for row in rows:
-        # Compiled files have no size; Python writes them again.
-        if len(row) < 3 or not row[2].isdigit() or row[0].endswith(".pyc"):
-            continue
+        return None
+    return [(r[0], int(r[2])) for r in rows if len(r) > 2 and r[2].isdigit() and not r[0].endswith(".pyc")]
+
+
+def _damage(dist_info: Path, rows: list[tuple[str, int]] | None, claims: dict[str, set[int]]) -> Damage | None:
+    package = dist_info.name.removesuffix(".dist-info").rpartition("-")[0] or dist_info.name
+    if rows is None:
+        return Damage(package, f"{dist_info.name}/RECORD", "is missing or was never finished", dist_info)
+    for file, expected in rows:
         try:
-            size = (dist_info.parent / row[0]).stat().st_size
+            size = (dist_info.parent / file).stat().st_size
         except OSError:
-            return damaged(row[0], "is missing")
-        if size != int(row[2]):
-            return damaged(row[0], f"has {size} bytes, not {row[2]}")
+            return Damage(package, file, "is missing", dist_info)
+        if size not in claims[file]:
+            return Damage(package, file, f"has {size} bytes, not {expected}", dist_info)
     return None

@@ -23,39 +23,59 @@ _NOISE = ("WARNING: Location ", "Looking in ", "[notice]")
 
 
 class PipReader:
-    """Turns pip's lines into progress. `expected` is the number of packages asked for, None when unknown."""
+    """Turns pip's lines into progress. `expected` is the number of packages asked for, None when unknown.
+
+    `installing` is how many packages pip said it is installing now; it names none of them while it does.
+    """
 
     def __init__(self, progress: Progress, expected: int | None = None) -> None:
+        self.installing: int | None = None
         self._progress = progress
         self._expected = expected
         self._seen: set[str] = set()
-        self._tenth = 0
+        self._shown = 0
+        self._big = False
 
     def feed(self, line: str) -> bool:
         """Take one line; False when it is mere progress, which no log should keep."""
         if raw := _RAW.match(line):
-            self._progress.update(int(raw[1]), int(raw[2]) or None)
+            if self._big:
+                self._progress.update(int(raw[1]), int(raw[2]) or None)
             return False
         if want := _WANT.match(line):
             self._collect(want[1])
         elif fetch := _FETCH.match(line):
-            amount = int(float(fetch[3]) * _UNITS[fetch[4]])
-            if amount >= BIG and fetch[1] == "Downloading":
+            self._big = fetch[1] == "Downloading" and float(fetch[3]) * _UNITS[fetch[4]] >= BIG
+            if self._big:
                 self._progress.step(f"downloading {_package(fetch[2])} ({fetch[3]} {fetch[4]})")
         elif line.startswith("Installing collected packages:"):
-            self._progress.step(f"installing {line.count(',') + 1} packages")
+            self.installing, self._shown = line.count(",") + 1, 0
+            self._progress.step(f"installing {self.installing} packages")
+        elif line.startswith("Successfully installed"):
+            self.installing = None
         return True
+
+    def installed(self, done: int) -> None:
+        """So many of them are on disk by now."""
+        if self.installing and done < self.installing and _passes(done, self._shown, self.installing):
+            self._shown = done
+            self._progress.step(f"installing package {done} of {self.installing}")
 
     def _collect(self, wanted: str) -> None:
         self._seen.add(wanted)
-        if self._expected is None:
-            if len(self._seen) % 25 == 1:
-                self._progress.step(f"collecting packages ({len(self._seen)} so far)")
+        done, total = len(self._seen), self._expected
+        if not _passes(done, self._shown, total or 250):
             return
-        tenth = 10 * len(self._seen) // self._expected
-        if len(self._seen) == 1 or (tenth > self._tenth and tenth <= 10):
-            self._tenth = tenth
-            self._progress.step(f"collecting package {min(len(self._seen), self._expected)} of {self._expected}")
+        self._shown = done
+        if total is None:
+            self._progress.step(f"collecting packages ({done} so far)")
+        elif done <= total:
+            self._progress.step(f"collecting package {done} of {total}")
+
+
+def _passes(done: int, shown: int, total: int) -> bool:
+    """Whether `done` is the first, or a tenth of the total further than what was last shown."""
+    return shown == 0 or 10 * (done - shown) >= total
 
 
 def _package(file: str) -> str:

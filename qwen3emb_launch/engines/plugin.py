@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
+from qwen3emb_launch.engines.plugin_wheel import build_plugin_wheel
 from qwen3emb_launch.engines.record import translated
 
 
 @dataclass(frozen=True)
 class PluginWheel:
-    """The wheel, on disk as long as the `with` lasts. `mark` is its version and content: another one is installed."""
+    """The wheel, on disk as long as the `with` lasts. `mark` is its version and content: another one gets installed."""
 
     path: Path
     version: str
@@ -24,17 +25,12 @@ class PluginWheel:
 
 
 @contextmanager
-def plugin_wheel() -> Iterator[PluginWheel | None]:
+def plugin_wheel() -> Iterator[PluginWheel]:
     """Build the wheel from what the launcher carries; nothing is fetched."""
-    try:
-        from qwen3emb_launch.engines.plugin_wheel import build_plugin_wheel
-    except ImportError:
-        yield None
-        return
     with tempfile.TemporaryDirectory(prefix="qwen3emb-plugin-") as scratch:
         path = build_plugin_wheel(Path(scratch))
         version = path.name.split("-")[1]
-        yield PluginWheel(path, version, f"{version}+{_content(path)}")
+        yield PluginWheel(path, version, f"{version}+{sha256(path.read_bytes()).hexdigest()[:8]}")
 
 
 def unpack(wheel: PluginWheel, folder: Path) -> Path:
@@ -42,17 +38,14 @@ def unpack(wheel: PluginWheel, folder: Path) -> Path:
     target = folder / f"plugin-{wheel.mark}"
     if target.is_dir():
         return target
-    with translated(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".plugin-") as scratch:
-        with zipfile.ZipFile(wheel.path) as archive:
-            archive.extractall(scratch)
-        shutil.copytree(scratch, target)
+    with translated(folder):
+        scratch = Path(tempfile.mkdtemp(dir=folder, prefix=".plugin-"))
+        try:
+            with zipfile.ZipFile(wheel.path) as archive:
+                archive.extractall(scratch)
+            scratch.chmod(0o755)
+            scratch.rename(target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
     return target
-
-
-def _content(path: Path) -> str:
-    """Eight hex digits over names and bytes, whatever the archive's times."""
-    digest = hashlib.sha256()
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(archive.namelist()):
-            digest.update(name.encode() + b"\0" + archive.read(name))
-    return digest.hexdigest()[:8]

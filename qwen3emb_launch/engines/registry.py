@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen3emb_launch import gpu
-from qwen3emb_launch.engines import build, inspection, integrity, record
+from qwen3emb_launch.engines import build, inspection, integrity, record, toolkit
 from qwen3emb_launch.engines.record import Record
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError, nearest
 from qwen3emb_launch.facts import EngineFacts, Flavour, version_key
@@ -183,7 +183,14 @@ def facts(found: Record) -> EngineFacts:
         python=found.python,
         adopted=found.adopted,
         flags=seen.flags,
-        environment=inspection.launch_environment(found.flavour, found.python, seen.site_packages, found.plugin_path),
+        environment=toolkit.launch_environment(
+            found.flavour,
+            found.python,
+            seen.site_packages,
+            record.folder(found.name),
+            seen.device.get("cuda_build"),
+            found.plugin_path,
+        ),
         packages={k: v for k, v in seen.packages.items() if k != "sglang"},
         plugin=found.plugin,
     )

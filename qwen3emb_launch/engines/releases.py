@@ -53,6 +53,11 @@ class Gate:
     link: str
 
 
+# What sglang's own pins leave open. uvicorn is faster with httptools and uvloop. cuda-toolkit is pinned by torch; its
+# nvcc extra ties the compiler to that version, else pip takes the newest one, whose headers then refuse torch's:
+# "CUDA compiler and CUDA toolkit headers are incompatible" in every kernel compiled on first use.
+_BESIDE = ("httptools", "uvloop", "cuda-toolkit[nvcc]")
+
 # Only defects that no launch flag avoids. `--tokenizer-worker-num` and the like are the planner's business.
 GATES = (
     Gate("0.5.11", "0.5.13.post1", "returns NaN for many short inputs under a prefill CUDA graph", ISSUES + "27343"),
@@ -76,8 +81,7 @@ def build(flavour: Flavour, version: str | None = None) -> Build:
         return Build("cpu", CPU_VERSION, _lock("cpu"), (f"sglang=={CPU_VERSION}",))
     chosen = version or CUDA_VERSION
     check_version(chosen)
-    # httptools and uvloop are what uvicorn prefers; sglang does not pin the first.
-    return Build("cuda", chosen, (f"sglang=={chosen}", "httptools", "uvloop"), ())
+    return Build("cuda", chosen, (f"sglang=={chosen}", *_BESIDE), ())
 
 
 def check_version(version: str) -> None:
