@@ -4,6 +4,7 @@ What it does wrong comes as JSON in FAKE_ENGINE (see Behaviour). Run by tests in
 `python -m sglang.launch_server`.
 """
 
+# ruff: noqa: T201 - an engine speaks by printing
 from __future__ import annotations
 
 import argparse
@@ -140,7 +141,7 @@ def main() -> None:
     args, _ = parser.parse_known_args()
     behaviour = Behaviour(**json.loads(os.environ.get("FAKE_ENGINE", "{}")))
     if behaviour.starts:
-        with open(behaviour.starts, "a") as file:
+        with Path(behaviour.starts).open("a") as file:
             print(os.getpid(), file=file)
         if behaviour.faulty_starts and len(Path(behaviour.starts).read_text().split()) > behaviour.faulty_starts:
             behaviour = Behaviour(width=behaviour.width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 import threading
 import time
@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from conftest import free_port
+
 from qwen3emb_launch import state
 from qwen3emb_launch.catalog import ModelShape
 from qwen3emb_launch.facts import Deadlines, EngineFacts, LaunchPlan, ModelFacts, RestartPolicy
 from qwen3emb_launch.lifecycle import State, Transition
 from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor
-from conftest import free_port
 
 FAKE = Path(__file__).with_name("fake_engine.py")
 QUICK = Deadlines(start=20, probe=0.3, probe_every=0.1, probe_failures=2, drain=5, reap=5)
@@ -37,8 +38,6 @@ def until(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:
 
 def fake_plan(behaviour: dict[str, Any] | None = None, **changes: Any) -> LaunchPlan:
     """A plan that starts the fake engine with the given faults."""
-    import json
-
     port = free_port()
     width = 64
     shape = ModelShape(width, 1, 1, 1, 64, 64, 264, 1024, True)
@@ -130,7 +129,3 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
-
-
-def engine_lives(pid: int) -> bool:
-    return not gone(pid) and os.path.exists(f"/proc/{pid}")

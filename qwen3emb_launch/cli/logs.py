@@ -42,10 +42,11 @@ def logs(
         path = _path(instance.name, events)
         if path is None:
             raise InvalidInputError("no_log", f"{instance.name} has never been started", "qwen3emb up")
+        if follow:
+            _follow(instance.name, path, lines, events, console)
+            return
         shown = last_lines(path, lines)
         console.result({"path": path, "lines": shown}, lambda c: _print(c, shown))
-        if follow:
-            _follow(instance.name, path, events, console)
 
 
 def _print(console: Console, lines: list[str]) -> None:
@@ -66,16 +67,18 @@ def _path(name: str, events: bool) -> Path | None:
     return max(instance.folder.glob("logs/engine-*.log"), default=None)
 
 
-def _follow(name: str, path: Path, events: bool, console: Console) -> None:
+def _follow(name: str, path: Path, lines: int, events: bool, console: Console) -> None:
+    """The last lines, then every new one, until the instance has ended and all is shown."""
     from qwen3emb_launch import state
     from qwen3emb_launch.engine_process.log_tail import LogTail
 
-    tail = LogTail(path, from_end=True)
+    tail = LogTail(path)
+    seen = tail.poll()
+    _print(console, seen[max(0, len(seen) - lines) :])
     pause = threading.Event()
     while True:
         running = state.find(name).running  # asked before reading, so that the last lines are not missed
-        for line in tail.poll():
-            console.raw(line)
+        _print(console, tail.poll())
         newest = _path(name, events)
         if newest and newest != tail.path:
             tail = LogTail(newest)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,17 +23,18 @@ class StatusRow:
     name: str
     state: str
     running: bool
-    model: str | None
-    base_url: str | None
-    seconds: float | None
-    restarts: int | None
-    pid: int | None
-    engine_pids: tuple[int, ...]
-    profile: str | None
-    max_dims: int | None
-    context_length: int | None
-    reason: str | None
-    log: str | None
+    model: str | None = None
+    base_url: str | None = None
+    seconds: float | None = None
+    restarts: int | None = None
+    pid: int | None = None
+    engine_pids: tuple[int, ...] = ()
+    profile: str | None = None
+    max_dims: int | None = None
+    context_length: int | None = None
+    reason: str | None = None
+    error: Mapping[str, Any] | None = None
+    log: str | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,7 @@ def row(instance: Instance, now: float) -> StatusRow:
     """An instance as a row. Pids of processes that ended are left out."""
     record = instance.record
     if record is None:
-        nothing = (None,) * 5
-        return StatusRow(instance.name, instance.state, False, *nothing, (), None, None, None, instance.warning, None)
+        return StatusRow(instance.name, instance.state, running=False, reason=instance.warning)
     live = instance.running
     return StatusRow(
         name=instance.name,
@@ -84,6 +85,7 @@ def row(instance: Instance, now: float) -> StatusRow:
         max_dims=record.max_dims,
         context_length=record.context_length,
         reason=record.reason,
+        error=record.error,
         log=record.log,
     )
 
@@ -99,7 +101,7 @@ def _show(console: Console, result: StatusResult, *, detail: bool) -> None:
             [
                 ("name", one.name),
                 ("state", one.state),
-                ("because", one.reason),
+                ("because", one.error["message"] if one.error else one.reason),
                 ("model", one.model),
                 ("address", one.base_url),
                 ("profile", one.profile),

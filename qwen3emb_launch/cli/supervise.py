@@ -51,7 +51,8 @@ def main() -> int:
 def finish(view: UpView, outcome: Outcome) -> int:
     """Say how it ended. A stop by SIGTERM after serving is what was asked for: 0, for service managers."""
     if outcome.error:
-        view.failed(outcome.error)
+        if outcome.was_ready or not view.behind:  # else the command that waits tells it, from the record
+            view.failed(outcome.error)
         return int(outcome.error.exit)
     if outcome.state is State.STOPPED and outcome.was_ready and outcome.stopped_by != "SIGINT":
         return int(Exit.OK)

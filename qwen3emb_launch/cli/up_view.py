@@ -21,7 +21,7 @@ class UpView:
 
     def __init__(self, console: Console, *, behind: bool = False) -> None:
         self._console = console
-        self._behind = behind  # nobody reads stdout: whoever waits for ready prints the endpoint
+        self.behind = behind  # nobody reads stdout: whoever waits for ready prints the endpoint
         self._begin = time.monotonic()
         self._live: Status | None = None
         self._answered = False  # the result was printed: with --json nothing more goes to stdout
@@ -37,7 +37,7 @@ class UpView:
         """A change of state: one line, and the endpoint at the first ready."""
         if transition.after is State.STARTING:
             self._show("starting the engine again")
-        elif transition.after is State.READY and not self._answered and not self._behind:
+        elif transition.after is State.READY and not self._answered and not self.behind:
             self._hide()
             self._answered = True
             answer = serving(record)

@@ -1,0 +1,262 @@
+"""up, status, logs and down as commands: what they print, what they refuse, how they exit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import free_port
+from supervised import fake_plan, gone, until
+
+from qwen3emb_launch import gpu, state
+from qwen3emb_launch.cli import launching
+from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.facts import GpuFacts, LaunchPlan
+from qwen3emb_launch.lifecycle import State
+
+OUTER = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has: no GPU."""
+    monkeypatch.setattr(gpu, "inventory", lambda *_: [])
+
+
+def envelope(capsys: OUTER, *args: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and the one JSON envelope on stdout."""
+    status = run([*args, "--json"])
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    return status, json.loads(out)
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes `up` plan the fake engine, whatever profile it was asked for."""
+
+    def use(behaviour: dict[str, Any] | None = None) -> LaunchPlan:
+        plan = fake_plan(behaviour, name="demo")
+        monkeypatch.setattr("qwen3emb_launch.cli.up.make_plan", lambda *_: plan)
+        return plan
+
+    return use
+
+
+def test_up_detached_status_logs_down(capsys: OUTER, planned: Any) -> None:
+    """The daily round: up behind the shell, seen by status, read by logs, ended by down."""
+    plan = planned()
+    status, up = envelope(capsys, "up", "--profile", "demo", "--detach", "--port", str(plan.port))
+    assert status == 0, up
+    assert up["command"] == "up"
+    assert up["result"]["base_url"] == plan.base_url
+    status, seen = envelope(capsys, "status")
+    row = seen["result"]["instances"][0]
+    assert (status, row["name"], row["state"], row["pid"]) == (0, "demo", "ready", up["result"]["pid"])
+    status, logs = envelope(capsys, "logs", "-n", "1")
+    assert (status, logs["result"]["lines"]) == (0, ["The server is fired up and ready to roll!"])
+    status, down = envelope(capsys, "down")
+    assert (status, down["result"]["stopped"][0]["killed"]) == (0, False)
+    assert gone(row["engine_pids"][0])
+    status, seen = envelope(capsys, "status", "demo")
+    assert (status, seen["result"]["instances"][0]["state"]) == (0, "stopped")
+
+
+def test_up_says_where_and_how(capsys: OUTER, planned: Any) -> None:
+    """For people the endpoint and a snippet are on stdout, talk is on stderr."""
+    plan = planned()
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    out, err = capsys.readouterr()
+    assert plan.base_url in out
+    assert "from openai import OpenAI" in out
+    assert "curl" in out
+    assert "qwen3emb down demo" in err
+    assert run(["status"]) == 0
+    assert "demo\tready" in capsys.readouterr().out
+    assert run(["down", "--all"]) == 0
+    assert "demo stopped" in capsys.readouterr().out
+
+
+def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
+    """A failing engine: exit 4, its last words before the error, the same envelope with --json."""
+    planned({"last_words": "RuntimeError: Not enough memory. Please try"})
+    assert run(["up", "--profile", "demo", "-d"]) == 4
+    err = capsys.readouterr().err
+    assert err.index("last lines of") < err.index("error: ")
+    assert err.count("error: ") == 1
+    status, body = envelope(capsys, "up", "--profile", "demo", "-d")
+    assert (status, body["ok"], body["error"]["code"]) == (4, False, "engine_oom_pool")
+
+
+def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: Any) -> None:
+    """--dry-run shows environment and command, ready to paste; no instance is made."""
+    plan = planned()
+    assert run(["up", "--profile", "demo", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert f"--port {plan.port}" in out
+    assert "FAKE_ENGINE=" in out
+    status, body = envelope(capsys, "up", "--profile", "demo", "--dry-run")
+    assert (status, body["result"]["argv"]) == (0, list(plan.argv))
+    assert state.instances() == []
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "code"),
+    [
+        (("--profile", "rtx4091"), 2, "unknown_profile"),
+        (("--profile", "demo", "--name", "a/b"), 2, "bad_name"),
+        (("--profile", "demo", "--set", "nonsense"), 2, "bad_setting"),
+        (("--profile", "demo", "--port", "70000"), 2, "bad_port"),
+        (("--profile", "demo", "--host", "256.1.1.1"), 2, "bad_host"),
+        (("--profile", "demo", "--host", "192.0.2.1"), 2, "bad_host"),
+        (("--profile", "rtx4090"), 3, "no_gpu"),
+        ((), 3, "no_gpu"),
+        (("--frobnicate",), 2, "usage"),
+        (("--profile", "demo", "--port", "many"), 2, "usage"),
+    ],
+)
+def test_bad_input_starts_nothing(capsys: OUTER, args: tuple[str, ...], status: int, code: str) -> None:
+    """Each mistake has its code, its exit status and a next step; nothing is started."""
+    seen, body = envelope(capsys, "up", *args)
+    assert (seen, body["error"]["code"]) == (status, code)
+    assert body["error"]["hint"]
+    assert not any(i.running for i in state.instances())
+
+
+def test_port_in_use_names_its_holder(capsys: OUTER) -> None:
+    """A taken port is refused before anything is fetched, with the holder's pid and a port that is free."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        status, body = envelope(capsys, "up", "--profile", "demo", "--port", str(port))
+    assert (status, body["error"]["code"]) == (3, "port_in_use")
+    assert f"pid {os.getpid()}" in body["error"]["message"]
+    assert "--port" in body["error"]["hint"]
+
+
+def test_privileged_port_is_said(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port below 1024 without the right to it is no traceback."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    monkeypatch.setattr("qwen3emb_launch.engine_process.ports.free_port", lambda *_: 30000)
+    status, body = envelope(capsys, "up", "--profile", "demo", "--port", "80")
+    assert (status, body["error"]["code"]) == (3, "port_privileged")
+
+
+def test_second_up_of_a_name_is_refused(capsys: OUTER, planned: Any) -> None:
+    """While an instance lives its name is taken, and the error says by whom."""
+    planned()
+    claim = state.claim("demo")
+    status, body = envelope(capsys, "up", "--profile", "demo", "-d")
+    assert (status, body["error"]["code"]) == (3, "already_running")
+    assert f"pid {os.getpid()}" in body["error"]["message"]
+    claim.release()
+
+
+def test_unwritable_state_folder(capsys: OUTER, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A state folder that cannot be used is exit 3, before anything is started."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QWEN3EMB_STATE_DIR", str(tmp_path / "file" / "x"))
+    status, body = envelope(capsys, "up", "--profile", "demo", "--port", str(free_port()))
+    assert (status, body["error"]["code"]) == (3, "state_unwritable")
+
+
+def test_offline_installs_nothing(capsys: OUTER, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """--offline with no engine environment is exit 3 with the command that installs one."""
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
+    status, body = envelope(capsys, "up", "--profile", "demo", "--offline", "--port", str(free_port()))
+    assert (status, body["error"]["code"]) == (3, "engine_missing")
+    assert "engine install cpu" in body["error"]["hint"]
+
+
+def test_best_card_of_the_profile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs the one that the profile is for wins, then the one with the most free memory."""
+    from qwen3emb_launch import profile_files
+
+    gib = 2**30
+    cards = [
+        GpuFacts(0, "NVIDIA A10", "a", 23 * gib, 23 * gib, (8, 6)),
+        GpuFacts(1, "NVIDIA GeForce RTX 4090", "b", 24 * gib, 10 * gib, (8, 9)),
+        GpuFacts(2, "NVIDIA GeForce RTX 4090", "c", 24 * gib, 20 * gib, (8, 9)),
+    ]
+    monkeypatch.setattr(gpu, "inventory", lambda *_: cards)
+    assert launching._card(profile_files.load("rtx4090")).index == 2
+
+
+def test_status_of_nothing(capsys: OUTER) -> None:
+    """With no instance status is quiet, exit 0, and says how to begin."""
+    assert run(["status"]) == 0
+    assert "qwen3emb up" in capsys.readouterr().err
+    status, body = envelope(capsys, "status")
+    assert (status, body["result"]) == (0, {"instances": []})
+
+
+def test_status_survives_a_broken_record(capsys: OUTER) -> None:
+    """A record that cannot be read is shown as failed, with a warning on stderr."""
+    claim = state.claim("broken")
+    (claim.folder / "instance.json").write_text('{"schema": 1, "na')
+    assert run(["status"]) == 0
+    out, err = capsys.readouterr()
+    assert "broken\tfailed" in out
+    assert "cannot be read" in err
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "down"])
+def test_unknown_instance(capsys: OUTER, command: str) -> None:
+    """A name that does not exist is exit 2 everywhere."""
+    status, body = envelope(capsys, command, "nobody")
+    assert (status, body["error"]["code"]) == (2, "unknown_instance")
+
+
+def test_down_of_nothing_is_no_error(capsys: OUTER) -> None:
+    """Nothing to stop, or an instance that is not running: said, exit 0."""
+    assert run(["down"]) == 0
+    assert run(["down", "--all"]) == 0
+    state.claim("idle").release()
+    assert run(["down", "idle"]) == 0
+    assert "idle was not running" in capsys.readouterr().out
+
+
+def test_down_kills_what_does_not_end(capsys: OUTER, planned: Any) -> None:
+    """With --timeout 0 running requests are not waited for, and everything is gone all the same."""
+    planned({"drain": 600})
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    engine = state.running("demo")[1].engines[0].pid
+    capsys.readouterr()
+    status, body = envelope(capsys, "down", "--timeout", "0")
+    assert (status, body["result"]["stopped"][0]["killed"]) == (0, True)
+    assert gone(engine)
+    assert state.find("demo").state is State.STOPPED
+
+
+def test_logs_follow_over_a_restart(planned: Any) -> None:
+    """logs -f goes on with the next start's file, and ends with the instance."""
+    planned()
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    following = subprocess.Popen(
+        [sys.executable, "-m", "qwen3emb_launch", "logs", "-f", "demo"], stdout=subprocess.PIPE, text=True
+    )
+    assert following.stdout is not None
+    assert following.stdout.readline().startswith("server_args")
+    before = state.running("demo")[1]
+    os.kill(before.engines[0].pid, signal.SIGKILL)
+    until(lambda: (r := state.running("demo")[1]).restarts == 1 and r.state is State.READY, "the restart")
+    assert run(["down", "demo"]) == 0
+    rest, _ = following.communicate(timeout=20)
+    assert rest.count("fired up") == 2
+
+
+def test_logs_of_a_never_started_instance(capsys: OUTER) -> None:
+    """No log yet is said, not an empty answer."""
+    state.claim("idle").release()
+    status, body = envelope(capsys, "logs", "idle")
+    assert (status, body["error"]["code"]) == (2, "no_log")
