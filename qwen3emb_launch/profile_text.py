@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.profile import Profile
 
 LONGEST = 256 * 1024  # characters; a profile is a page or two
+DEEPEST = 20  # levels; a profile has five, and the YAML reader's time grows with the square of them
 VALIDATE_HINT = (
     "qwen3emb profiles validate FILE shows every problem of a profile; docs/profile.schema.json has the keys"
 )
@@ -77,16 +78,18 @@ def _compose(text: str, source: str) -> yaml.Node:
             "bad_yaml", f"{source}: {len(text)} characters; a profile has at most {LONGEST}", VALIDATE_HINT
         )
     try:
+        depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
                 raise _bad_yaml(source, event.start_mark, f"alias *{event.anchor}: write the value out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEEPEST:
+                raise _bad_yaml(source, event.start_mark, f"nested more than {DEEPEST} deep")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as exc:
         raise _bad_yaml(source, exc.problem_mark or exc.context_mark, exc.problem or exc.context or "broken") from None
     except (yaml.YAMLError, ValueError) as exc:
         raise _bad_yaml(source, None, " ".join(str(exc).split())) from None
-    except RecursionError:
-        raise _bad_yaml(source, None, "nested too deeply") from None
     if root is None:
         raise _bad_yaml(source, None, "empty: a profile starts with `schema: 1`")
     return root
@@ -101,7 +104,7 @@ def _construct(root: yaml.Node, source: str) -> Any:
         return loader.construct_document(root)
     except yaml.MarkedYAMLError as exc:
         raise _bad_yaml(source, exc.problem_mark or exc.context_mark, exc.problem or "broken") from None
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as exc:
+    except (yaml.YAMLError, ValueError, OverflowError) as exc:
         raise _bad_yaml(source, root.start_mark, f"a value that cannot be read: {exc}") from None
     finally:
         loader.dispose()
