@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
         device=_text(info.get("device")),
         revision=_text(info.get("revision")),
         folder=folder,
-        catalog=find_model(chosen) or find_model(path),
+        catalog=catalog_of(chosen) or catalog_of(path),
         layers=_positive(config.get("num_hidden_layers")),
         demo="qwen3emb_demo" in config,
         gateway=gateway,
@@ -102,11 +103,17 @@ def from_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
         "device": {"cpu": "cpu", "cuda": "cuda"}.get(str(flavour)),
         "revision": _text(model.get("revision")),
         "folder": folder,
-        "catalog": find_model(str(model.get("catalog_key") or model.get("name") or "")),
+        "catalog": catalog_of(str(model.get("catalog_key") or model.get("name") or "")),
         "layers": _positive(shape.get("layers")),
         "demo": "qwen3emb_demo" in _read_json(folder / "config.json") if folder else None,
     }
     return {key: value for key, value in told.items() if value is not None}
+
+
+def catalog_of(name: str) -> CatalogModel | None:
+    """The official model of an id, or of a snapshot's folder in Hugging Face's cache."""
+    cached = re.search(r"/models--([^/]+?)--([^/]+)/", name)
+    return find_model("/".join(cached.groups()) if cached else name)
 
 
 def _part(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ def probe_answers(session: Session) -> Outcome:
 def probe_steady(session: Session) -> Outcome:
     """Many requests, several at a time, each text several times: noise, rare faults and cross-talk."""
     full = session.options.level == "full"
-    rounds, threads = (12, 8) if full else (4, 4)
+    rounds, threads = (12, 8) if full else (3, 4)
     allowed = session.precision.distance
     expected = f"the same text, the same vector: 1 - cosine ≤ {allowed:.1e}"
     usable = [t for t, v in zip(BASE, session.base, strict=True) if finite(v)]

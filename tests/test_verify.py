@@ -1,0 +1,484 @@
+"""`verify` and `diff` without an engine: a small endpoint with vectors from hashes, and the pure parts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from qwen3emb_launch.catalog import CATALOG
+from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.verify import texts, tolerance
+from qwen3emb_launch.verify.diff import compare_sets, spearman
+from qwen3emb_launch.verify.fingerprint import differences, weights_hash, with_id
+from qwen3emb_launch.verify.identity import catalog_of, from_plan
+from qwen3emb_launch.verify.probes_reference import CAUSES, allowed_distance, diagnose
+from qwen3emb_launch.verify.reference import ReferenceSet, load, save
+from qwen3emb_launch.verify.report import Check, Report, Verdict, markdown
+from qwen3emb_launch.verify.runner import Request, verify
+from qwen3emb_launch.verify.session import Options
+
+WIDTH = 64
+
+
+def hashed(text: str, width: int = WIDTH) -> list[float]:
+    """A unit vector that the text decides."""
+    source = random.Random(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+    values = [source.gauss(0, 1) for _ in range(width)]
+    return [x / math.hypot(*values) for x in values]
+
+
+class SmallEndpoint:
+    """An OpenAI-compatible endpoint without a model. `vectors` overrides the hash; `key` is required when set."""
+
+    def __init__(self) -> None:
+        self.vectors: dict[str, list[float]] = {}
+        self.width = WIDTH
+        self.key: str | None = None
+        self.model: dict[str, Any] = {"id": "hash", "object": "model", "owned_by": "test"}
+
+    def get(self, path: str) -> tuple[int, Any]:
+        if path == "/v1/models":
+            return 200, {"object": "list", "data": [self.model]}
+        return 404, {"error": {"message": "no such route"}}
+
+    def embed(self, body: Any) -> tuple[int, Any]:
+        def refuse(why: str) -> tuple[int, Any]:
+            return 400, {"error": {"message": why, "type": "invalid_request_error", "code": "bad"}}
+
+        if not isinstance(body, dict) or "input" not in body:
+            return refuse("no input")
+        given, dims = body["input"], body.get("dimensions")
+        inputs = [given] if isinstance(given, str) else given
+        if not isinstance(inputs, list) or not inputs or not all(isinstance(t, str) and t.strip() for t in inputs):
+            return refuse("bad input")
+        if dims is not None and (not isinstance(dims, int) or not 1 <= dims <= self.width):
+            return refuse("bad dimensions")
+        if body.get("model") != self.model["id"]:
+            return 404, {"error": {"message": "no such model", "type": "invalid_request_error", "code": "model"}}
+        data = []
+        for i, text in enumerate(inputs):
+            vector = self.vectors.get(text, hashed(text, self.width))[:dims]
+            data.append({"index": i, "embedding": [x / math.hypot(*vector) for x in vector]})
+        tokens = sum(len(t.encode()) + 1 for t in inputs)
+        return 200, {"data": data, "model": "hash", "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    endpoint: SmallEndpoint
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        if self.endpoint.key and self.headers.get("authorization") != f"Bearer {self.endpoint.key}":
+            self.reply(401, {"error": {"message": "wrong key"}})
+        else:
+            self.reply(*self.endpoint.get(self.path))
+
+    def do_POST(self) -> None:
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        if self.path != "/v1/embeddings":
+            self.reply(404, {"error": {"message": "no such route"}})
+            return
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            body = None
+        self.reply(*self.endpoint.embed(body))
+
+    def reply(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def serving(endpoint: SmallEndpoint) -> Iterator[str]:
+    handler = type("Handler", (_Handler,), {"endpoint": endpoint})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def endpoint() -> SmallEndpoint:
+    return SmallEndpoint()
+
+
+@pytest.fixture
+def url(endpoint: SmallEndpoint) -> Iterator[str]:
+    with serving(endpoint) as address:
+        yield address
+
+
+def report_of(url: str, folder: Path, *only: str, **more: Any) -> Report:
+    options = more.pop("options", Options())
+    return verify(Request(url, options, folder / "w.json", only=frozenset(only), **more))[0]
+
+
+def envelope(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_endpoint_of_another_make_passes_quick(url: str, tmp_path: Path) -> None:
+    """Nothing but the OpenAI interface is needed; ranking without a known model is no failure."""
+    report = report_of(url, tmp_path)
+    assert report.passed, [(c.title, c.cause) for c in report.failures]
+    assert not report.fingerprint["complete"]
+    assert report.fingerprint["id"].endswith("?")
+
+
+def golden_vectors(scores: tuple[tuple[float, float], tuple[float, float]], width: int) -> dict[str, list[float]]:
+    """Vectors whose inner products are these scores."""
+    (a, b), (c, d) = scores
+
+    def padded(*head: float) -> list[float]:
+        return [*head, *[0.0] * (width - len(head))]
+
+    first, second = texts.INSTRUCTED
+    one, two = texts.DOCUMENTS
+    return {
+        first: padded(1.0),
+        second: padded(0.0, 1.0),
+        one: padded(a, c, math.sqrt(1 - a * a - c * c)),
+        two: padded(b, d, 0.0, math.sqrt(1 - b * b - d * d)),
+    }
+
+
+@pytest.mark.parametrize("key", list(CATALOG))
+def test_golden_scores_are_required_of_the_official_models(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path, key: str
+) -> None:
+    """The published scores pass; 0.02 off fails and says that these are not the model's vectors."""
+    endpoint.model["id"] = CATALOG[key].hub_id
+    right = texts.GOLDEN[key]
+    endpoint.width = width = CATALOG[key].shape.hidden_size
+    endpoint.vectors = golden_vectors(right, width)
+    report = report_of(url, tmp_path, "golden", "ranking", "width")
+    assert report.passed, [(c.title, c.cause) for c in report.failures]
+    off = ((right[0][0] - 0.02, right[0][1]), right[1])
+    endpoint.vectors = golden_vectors(off, width)
+    failed = report_of(url, tmp_path, "golden").failures
+    assert [c.id for c in failed] == ["golden"]
+    assert "EOS" in failed[0].cause
+
+
+def test_the_hub_cache_tells_which_model_is_served(tmp_path: Path) -> None:
+    """A snapshot's path names the official model; a folder that only sounds like it does not."""
+    snapshot = "/home/u/.cache/huggingface/hub/models--Qwen--Qwen3-Embedding-8B/snapshots/0123"
+    assert catalog_of(snapshot) is CATALOG["8b"]
+    assert catalog_of("/models/Qwen3-Embedding-8B") is None
+
+
+def test_a_model_of_another_width_is_not_the_named_one(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
+    """64 dims under the name of the 0.6B."""
+    endpoint.model["id"] = "Qwen/Qwen3-Embedding-0.6B"
+    assert "not Qwen/Qwen3-Embedding-0.6B" in report_of(url, tmp_path, "width").failures[0].cause
+
+
+def test_an_endpoint_that_is_down_exits_5(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing listens: a network error with the address, not a failed check."""
+    assert run(["verify", "--base-url", "http://127.0.0.1:9/v1", "--json"]) == 5
+    assert envelope(capsys)["error"]["code"] == "endpoint_unreachable"
+
+
+def test_a_wrong_key_exits_5_with_the_option_to_give_it(
+    endpoint: SmallEndpoint, url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """401 is said as such; the right key from a file is taken; no key is ever printed."""
+    endpoint.key = "sesame"
+    assert run(["verify", "--base-url", url, "--json"]) == 5
+    assert "--api-key-file" in envelope(capsys)["error"]["hint"]
+    file = tmp_path / "key"
+    file.write_text("sesame\n", encoding="utf-8")
+    assert run(["verify", "--base-url", url, "--json", "--only", "norm", "--api-key-file", str(file)]) == 0
+    assert "sesame" not in "".join(capsys.readouterr())
+
+
+def test_a_key_in_the_command_line_is_warned_of(
+    endpoint: SmallEndpoint, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everyone on the machine sees it in the process list."""
+    assert run(["verify", "--base-url", url, "--only", "norm", "--api-key", "x"]) == 0
+    assert "process list" in capsys.readouterr().err
+
+
+def test_a_missing_v1_is_found_with_a_warning(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The address without /v1 works, and is said to be incomplete."""
+    assert run(["verify", "--base-url", url.removesuffix("/v1"), "--only", "norm", "--json"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["result"]["endpoint"] == url
+    assert "/v1" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "code"),
+    [
+        (["--base-url", "ftp://somewhere/v1"], 2, "bad_url"),
+        (["--base-url", "nonsense"], 2, "bad_url"),
+        (["demo", "--base-url", "http://127.0.0.1:9/v1"], 2, "usage"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "int4"], 2, "bad_dtype"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--report", "r.txt"], 2, "bad_report"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--report", "/no/such/folder/r.md"], 3, "unwritable"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--reference", "/no/such/file.json"], 2, "bad_reference"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--checkpoint", "/no/such/folder"], 2, "not_a_model"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--engine-python", "/no/such/python"], 2, "bad_python"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--api-key-file", "/no/such/key"], 2, "bad_key_file"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--max-latency", "-1"], 2, "usage"),
+        (["no-such-instance"], 2, "unknown_instance"),
+        ([], 3, "not_running"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_asked(
+    arguments: list[str], status: int, code: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its own code and exit status."""
+    assert run(["verify", *arguments, "--json"]) == status
+    assert envelope(capsys)["error"]["code"] == code
+
+
+def test_an_unknown_check_is_named_with_the_nearest(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--only dim` is no check; dims is."""
+    assert run(["verify", "--base-url", url, "--only", "dim", "--json"]) == 2
+    assert "dims" in envelope(capsys)["error"]["hint"]
+
+
+def test_a_failing_endpoint_leaves_no_reference(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Vectors that fail are not saved for later deployments to be held to."""
+    endpoint.vectors = {t: [1.0] * WIDTH for t in texts.BASE}
+    saved = tmp_path / "saved.json"
+    assert run(["verify", "--base-url", url, "--only", "distinct", "--save-reference", str(saved)]) == 1
+    assert "not written" in capsys.readouterr().err
+    assert not saved.exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"schema": 2, "vectors": []}', '{"schema": 1, "vectors": [], "origin": ""}']
+)
+def test_what_is_no_reference_set_is_refused(content: str, tmp_path: Path) -> None:
+    """Empty, foreign, newer, without vectors."""
+    file = tmp_path / "set.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(Exception, match="no reference set"):
+        load(file)
+
+
+def test_a_reference_set_survives_its_file(tmp_path: Path) -> None:
+    """float32 values come back as they were."""
+    reference = ReferenceSet("here", "float32", {"a": (0.5, -0.25), "ü": (1.0, 0.0)}, "m", {"id": "x"}, "now")
+    save(reference, tmp_path / "set.json")
+    again = load(tmp_path / "set.json")
+    assert (again.vectors, again.dtype, again.fingerprint) == (reference.vectors, "float32", {"id": "x"})
+
+
+# -- tolerances ---------------------------------------------------------------------------------------------------
+
+
+def test_tolerances_follow_the_number_format() -> None:
+    """The documented figures: 36 layers and two, bfloat16 and float32, float8 weights."""
+    bf16 = tolerance.Precision("bfloat16", "as told", 36)
+    assert bf16.distance == pytest.approx(2.9e-3, rel=0.02)
+    assert tolerance.Precision("bfloat16", "as told", 2).distance == pytest.approx(1.6e-4, rel=0.02)
+    assert tolerance.Precision("float32", "as told", 36).distance == 1e-5
+    assert tolerance.Precision("bfloat16", "as told", 36, "fp8").distance == 0.02
+    assert bf16.norm == pytest.approx(0.005)
+    assert bf16.component(0.1) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [("bf16", "bfloat16"), ("torch.float16", "float16"), ("auto", None), (None, None), ("float", "float32")],
+)
+def test_number_formats_by_any_name(given: str | None, name: str | None) -> None:
+    """As engines, configs and people write them."""
+    assert tolerance.canonical_dtype(given) == name
+
+
+def test_a_checkpoint_that_amplifies_rounding_widens_the_tolerance_within_bounds() -> None:
+    """Four times its own bfloat16 error, 0.01 at most, and nothing for a float32 endpoint."""
+    bf16 = tolerance.Precision("bfloat16", "as told", 2)
+    assert allowed_distance(bf16, None) == bf16.distance
+    assert allowed_distance(bf16, 1e-3) == pytest.approx(4e-3)
+    assert allowed_distance(bf16, 0.5) == 0.01
+    assert allowed_distance(tolerance.Precision("float32", "as told", 2), 1e-3) == 1e-5
+
+
+def test_every_cause_has_a_wrong_way_behind_it() -> None:
+    """The causes name what the reference script computes, and nothing else."""
+    script = (Path(__file__).resolve().parents[1] / "qwen3emb_launch/engine_scripts/reference.py").read_text("utf-8")
+    for name in CAUSES:
+        assert f'"{name}"' in script or f'f"{name}_' in script, name
+
+
+def test_a_diagnosis_needs_half_of_the_texts() -> None:
+    """One text that happens to match names nothing; all of them do."""
+    wrong = ["a", "b", "c", "d"]
+    right = {t: tuple(hashed(t)) for t in wrong}
+    mean = {t: tuple(hashed(f"mean {t}")) for t in wrong}
+    seen = {**right, "a": mean["a"]}
+    assert diagnose(seen, wrong, 1e-4, {"mean_pooling": mean}) == ""
+    assert diagnose(mean, wrong, 1e-4, {"mean_pooling": mean}) == CAUSES["mean_pooling"]
+
+
+# -- fingerprints ------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_hangs_on_weights_not_on_how_they_came() -> None:
+    """With the weights known, a hub revision adds nothing; another dtype is another fingerprint."""
+    parts = {"weights_sha256": "w", "model_revision": None, "dtype": "bfloat16", "dims": 8}
+    plain = with_id(parts)
+    assert plain["complete"]
+    assert with_id({**parts, "model_revision": "abc"})["id"] == plain["id"]
+    other = with_id({**parts, "dtype": "float32"})
+    assert other["id"] != plain["id"]
+    assert differences(plain, other) == {"dtype": ("bfloat16", "float32")}
+
+
+def test_an_unknown_part_makes_the_fingerprint_incomplete() -> None:
+    """Unknown is not equal to unknown."""
+    found = with_id({"weights_sha256": "w", "model_revision": None, "dtype": None})
+    assert not found["complete"]
+    assert found["id"].endswith("?")
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(tmp_path: Path) -> None:
+    """The memory is keyed by path, size and time; a hub blob's name is taken as its hash unread."""
+    folder, memory = tmp_path / "model", tmp_path / "cache" / "weights.json"
+    folder.mkdir()
+    file = folder / "model.safetensors"
+    file.write_bytes(b"one")
+    first = weights_hash(folder, memory)
+    assert first == hashlib.sha256(b"one").hexdigest()
+    remembered = json.loads(memory.read_text("utf-8"))
+    memory.write_text(json.dumps(dict.fromkeys(remembered, "kept")), encoding="utf-8")
+    assert weights_hash(folder, memory) == "kept"
+    file.write_bytes(b"other")
+    assert weights_hash(folder, memory) == hashlib.sha256(b"other").hexdigest()
+    blob = tmp_path / "blobs" / ("ab" * 32)
+    blob.parent.mkdir()
+    blob.write_bytes(b"not that hash")
+    file.unlink()
+    file.symlink_to(blob)
+    assert weights_hash(folder, memory) == "ab" * 32
+    assert weights_hash(tmp_path / "nothing", memory) is None
+
+
+def test_a_plan_tells_what_it_knows_and_nothing_else() -> None:
+    """Missing parts of plan.json stay unknown instead of becoming wrong."""
+    plan = {
+        "context_length": 8192,
+        "model": {"path": "/m", "revision": "abc", "shape": {"layers": 2, "dtype": "bfloat16"}},
+        "engine": {"version": "0.5.15.post1", "flavour": "cpu"},
+        "settings": [{"key": "dtype", "value": "auto"}, {"key": "quantization", "value": "fp8"}],
+    }
+    told = from_plan(plan)
+    assert (told["dtype"], told["device"], told["layers"], told["quantization"]) == ("bfloat16", "cpu", 2, "fp8")
+    assert set(from_plan({})) == {"engine"}
+
+
+# -- diff --------------------------------------------------------------------------------------------------------
+
+
+def as_set(change: float, name: str, width: int = WIDTH) -> ReferenceSet:
+    """All texts' hash vectors, moved by so much in a direction of their own."""
+    vectors = {
+        t: tuple(x + change * y for x, y in zip(hashed(t, width), hashed(f"~{t}", width), strict=True))
+        for t in texts.ALL
+    }
+    return ReferenceSet(name, "bfloat16", vectors, fingerprint=with_id({"dtype": "bfloat16"}))
+
+
+@pytest.mark.parametrize(("change", "verdict"), [(0.0, "same"), (0.01, "same"), (0.1, "close"), (1.0, "other")])
+def test_diff_judges_by_distance_and_by_what_searches_find(change: float, verdict: str) -> None:
+    """Rounding is the same index, a coarser format a close one, another model another one."""
+    found = compare_sets(as_set(0.0, "a"), as_set(change, "b"), allowed=3e-3)
+    assert found.verdict == verdict, found
+    assert found.may_share == (verdict != "other")
+
+
+def test_diff_of_two_widths_never_shares() -> None:
+    """One index has one width."""
+    found = compare_sets(as_set(0.0, "a"), as_set(0.0, "b", 32), allowed=3e-3)
+    assert (found.verdict, found.cosine) == ("other", {})
+
+
+def test_diff_without_a_common_text_or_with_nan_never_shares() -> None:
+    """Nothing was compared, so nothing is claimed."""
+    empty = ReferenceSet("b", "bfloat16", {"something else": (1.0, 0.0)})
+    assert not compare_sets(as_set(0.0, "a"), empty, allowed=1e-3).may_share
+    bad = as_set(0.0, "b")
+    broken = ReferenceSet("b", "bfloat16", {**bad.vectors, texts.ALL[0]: (math.nan,) * WIDTH})
+    assert "NaN" in compare_sets(as_set(0.0, "a"), broken, allowed=1e-3).reason
+
+
+def test_spearman_of_equal_and_opposite_orders() -> None:
+    """1 and -1."""
+    assert spearman([1, 2, 3, 4], [1, 2, 3, 4]) == 1
+    assert spearman([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+
+
+def test_diff_of_a_saved_set_and_an_endpoint(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file is as good a side as an endpoint; exit 1 when the two may not share."""
+    saved = tmp_path / "saved.json"
+    assert run(["verify", "--base-url", url, "--only", "norm", "--save-reference", str(saved), "--json"]) == 0
+    capsys.readouterr()
+    assert run(["diff", str(saved), url, "--json"]) == 0
+    assert envelope(capsys)["result"]["verdict"] == "same"
+    endpoint.vectors = {t: hashed(f"other {t}") for t in texts.ALL}
+    assert run(["diff", str(saved), url]) == 1
+    said = capsys.readouterr()
+    assert "may NOT share" in said.out
+    assert "qwen3emb" not in said.out
+
+
+def test_diff_with_a_side_that_is_down_exits_5(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which address did not answer is said."""
+    assert run(["diff", url, "http://127.0.0.1:9/v1", "--json"]) == 5
+    assert "127.0.0.1:9" in envelope(capsys)["error"]["message"]
+
+
+# -- the report --------------------------------------------------------------------------------------------------
+
+
+def test_the_report_fails_only_by_required_checks() -> None:
+    """Warnings and skips pass; the Markdown page shows causes and keeps its table whole."""
+    checks = (
+        Check("a", "a|b", True, Verdict.PASS, "x", "y"),
+        Check("c", "c", False, Verdict.WARN, "x", "y", "a cause"),
+        Check("d", "d", True, Verdict.SKIP, "", "", "a reason"),
+    )
+    common: dict[str, Any] = {
+        "endpoint": "e", "model": "m", "level": "quick", "fingerprint": {"id": "i", "parts": {"dims": None}},
+        "width": 8, "precision": "p", "seconds": 1.0, "requests": 3, "tool": "t", "at": "now",
+    }  # fmt: skip
+    good = Report(checks=checks, **common)
+    assert good.passed
+    assert good.summary == "1 passed, 1 warning, 1 skipped in 1.0 s (3 requests)"
+    page = markdown(good)
+    assert "a\\|b" in page
+    assert "| dims | unknown |" in page
+    bad = Report(checks=(*checks, Check("e", "e", True, Verdict.FAIL, "x", "y")), **common)
+    assert not bad.passed
+    assert bad.to_dict()["passed"] is False
