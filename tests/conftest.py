@@ -11,7 +11,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,8 +95,17 @@ def demo_endpoint(
 class start_engine:  # noqa: N801 - used as `with start_engine(...)`
     """A bare SGLang for a test: started, awaited by a real embedding, killed with all its workers."""
 
-    def __init__(self, python: Path, model: Path, log: Path, *extra: str, context_length: int = 8192) -> None:
+    def __init__(
+        self,
+        python: Path,
+        model: Path,
+        log: Path,
+        *extra: str,
+        context_length: int = 8192,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
         self.log = log
+        self.environ = environ or {}
         self.port = free_port()
         self.context_length = context_length
         self.model = model
@@ -113,7 +122,7 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"},
+                env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", **self.environ},
             )
         deadline = time.monotonic() + 300
         while not self._answers():

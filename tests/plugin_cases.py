@@ -1,0 +1,392 @@
+"""The engine plugin's own decisions, without a server. Run by the engine environment's python (see test_plugin.py)."""
+# ruff: noqa: PT009, PT027 - unittest: the engine environment has no pytest
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import random
+import unittest
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from fastapi import HTTPException
+from qwen3emb_engine_plugin import asked, switches
+from qwen3emb_engine_plugin.answer import AnswerWriter
+from qwen3emb_engine_plugin.asked import Asked
+from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
+from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
+from qwen3emb_engine_plugin.tokens import PROBES, encoder
+from starlette.routing import Match
+
+USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": None}
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps(fields).encode()
+
+
+class Reading(unittest.TestCase):
+    def test_plain_requests_are_taken(self) -> None:
+        """A text, texts, ids and lists of ids, with the fields that OpenAI's clients send."""
+        self.assertEqual(asked.read(body(input="a")), Asked(["a"], None, None, "float"))
+        self.assertEqual(asked.read(body(input=["a", "b"], model="m")), Asked(["a", "b"], None, None, "float"))
+        self.assertEqual(asked.read(body(input=[1, 2])), Asked(None, [[1, 2]], None, "float"))
+        self.assertEqual(asked.read(body(input=[[1], [2, 3]])), Asked(None, [[1], [2, 3]], None, "float"))
+        full = body(input="a", model="m", dimensions=32, encoding_format="base64", user="u")
+        self.assertEqual(asked.read(full), Asked(["a"], None, 32, "base64"))
+        self.assertEqual(asked.read(body(input="a", dimensions=None, user=None)), Asked(["a"], None, None, "float"))
+
+    def test_everything_else_is_left_to_the_stock_route(self) -> None:
+        """What pydantic would coerce, refuse or treat apart is not judged here."""
+        for unusual in (
+            b"",
+            b"{",
+            b"[]",
+            b'"text"',
+            b'{"input": "\\ud800"}',
+            b'{"input": NaN}',
+            body(),
+            body(input=None),
+            body(input=""),
+            body(input=" \n"),
+            body(input=[]),
+            body(input=["a", " "]),
+            body(input=["a", 1]),
+            body(input=[1, "a"]),
+            body(input=[True, False]),
+            body(input=[1.0, 2.0]),
+            body(input=[-1]),
+            body(input=[2**40]),
+            body(input=[[]]),
+            body(input=[[1], []]),
+            body(input=[[1], ["a"]]),
+            body(input={"text": "a"}),
+            body(input=[{"text": "a"}]),
+            body(input="a", model=None),
+            body(input="a", model="base:adapter"),
+            body(input="a", model=3),
+            body(input="a", dimensions="32"),
+            body(input="a", dimensions=32.0),
+            body(input="a", dimensions=True),
+            body(input="a", encoding_format="int8"),
+            body(input="a", encoding_format=None),
+            body(input="a", user=7),
+            body(input="a", rid="r"),
+            body(input="a", priority=1),
+            body(input="a", embed_overrides=[]),
+            body(input="a", unknown=1),
+        ):
+            with self.subTest(unusual):
+                self.assertIsNone(asked.read(unusual))
+
+
+class Writing(unittest.TestCase):
+    def setUp(self) -> None:
+        self.writer = AnswerWriter(USAGE)
+        self.random = random.Random(3)
+
+    def test_an_array_prints_as_the_list_of_the_same_numbers(self) -> None:
+        """Also for numbers whose shortest float32 text would name another double, and for NaN and infinity."""
+        numbers = [self.random.uniform(-1, 1) for _ in range(500)] + [0.0, -0.0, 1e-38, math.nan, math.inf, 0.1]
+        row = np.array(numbers, dtype=np.float32)
+        as_array = self.writer.write([row], 3, "m", "float")
+        self.assertEqual(as_array, self.writer.write([row.tolist()], 3, "m", "float"))
+
+    def test_the_answer_has_the_keys_in_the_engine_s_order(self) -> None:
+        """data, model, object, usage; embedding, index, object; the counts in the engine's own usage."""
+        answer = json.loads(self.writer.write([[0.5], [1.0]], 7, 'a "b"', "float"))
+        self.assertEqual(list(answer), ["data", "model", "object", "usage"])
+        self.assertEqual([list(item) for item in answer["data"]], [["embedding", "index", "object"]] * 2)
+        self.assertEqual([item["index"] for item in answer["data"]], [0, 1])
+        self.assertEqual(answer["model"], 'a "b"')
+        self.assertEqual(answer["usage"], {**USAGE, "prompt_tokens": 7, "total_tokens": 7})
+        self.assertEqual(list(answer["usage"]), list(USAGE))
+
+    def test_base64_is_little_endian_float32(self) -> None:
+        """From an array and from a list alike."""
+        row = np.array([0.5, -0.25, 3.0], dtype=np.float32)
+        for vector in (row, row.tolist()):
+            text = json.loads(self.writer.write([vector], 1, "m", "base64"))["data"][0]["embedding"]
+            self.assertEqual(base64.b64decode(text), row.astype("<f4").tobytes())
+
+
+class Tokens(unittest.TestCase):
+    class Tokenizer:
+        """Answers as a transformers tokenizer does: ids of characters, with or without an end that Rust adds too."""
+
+        def __init__(self, same: bool) -> None:
+            self._tokenizer = SimpleNamespace(truncation=None, padding=None, encode_batch_fast=self.rust)
+            self.same, self.calls = same, 0
+
+        def rust(self, texts: list[str], add_special_tokens: bool) -> list[Any]:
+            return [SimpleNamespace(ids=[ord(c) for c in text] + [9]) for text in texts]
+
+        def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
+            self.calls += 1
+            return {"input_ids": [[ord(c) for c in text] + [9 if self.same else 8] for text in texts]}
+
+    def test_the_rust_tokenizer_is_used_where_it_says_the_same(self) -> None:
+        """Proven on probes once; transformers is not called again."""
+        tokenizer = self.Tokenizer(same=True)
+        self.assertEqual(encoder(tokenizer)(["ab"]), [[97, 98, 9]])
+        self.assertEqual(tokenizer.calls, 1)
+
+    def test_a_tokenizer_that_adds_something_in_python_is_called_whole(self) -> None:
+        """The probes differ: every text goes through transformers."""
+        self.assertEqual(encoder(self.Tokenizer(same=False))(["ab"]), [[97, 98, 8]])
+
+    def test_truncation_left_by_another_call_is_noticed(self) -> None:
+        """The shared Rust object carries settings: with any set, transformers resets them first."""
+        tokenizer = self.Tokenizer(same=True)
+        encode = encoder(tokenizer)
+        tokenizer._tokenizer.truncation = {"max_length": 2}
+        encode(["ab"])
+        self.assertEqual(tokenizer.calls, 2)
+
+    def test_the_probes_cover_what_tokenizers_differ_in(self) -> None:
+        """Special tokens in the text, spaces, other scripts, a long text."""
+        self.assertTrue(any("<|endoftext|>" in p for p in PROBES) and any(len(p) > 100 for p in PROBES))
+
+
+class Lock:
+    async def __aenter__(self) -> None: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+class Manager:
+    """As much of the tokenizer manager as the plugin calls; `answers` decides what the scheduler says."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokens.Tokenizer(same=True)
+        self.model_update_lock = SimpleNamespace(reader_lock=Lock())
+        self.request_logger = SimpleNamespace(log_requests=False)
+        self.is_pause, self.dump_requests_folder, self.model_path = False, "", "the/model"
+        self.rid_to_state: dict[str, Any] = {}
+        self.asyncio_tasks: set[Any] = set()
+        self.messages: list[list[Any]] = []
+        self.aborted: list[str] = []
+        self.silent = False
+        self.finish: dict[str, Any] = {"type": "length", "length": 0}
+
+    def auto_create_handle_loop(self) -> None: ...
+
+    def _set_default_priority(self, one: Any) -> None: ...
+
+    def _init_req_state(self, one: Any, request: Any) -> None:
+        self.rid_to_state[one.rid] = SimpleNamespace(obj=one, event=None, out_list=[], finished=False)
+
+    def _validate_one_request(self, one: Any, ids: list[int]) -> None:
+        if len(ids) > 20:
+            raise ValueError("too long")
+
+    def _create_tokenized_object(self, one: Any, text: str | None, ids: list[int]) -> Any:
+        return SimpleNamespace(rid=one.rid, ids=ids)
+
+    def _send_one_request(self, tokenized: Any) -> None:
+        self._send_batch_request([tokenized])
+
+    def _send_batch_request(self, tokenized: list[Any]) -> None:
+        self.messages.append(tokenized)
+        if not self.silent:
+            asyncio.get_running_loop().call_soon(self.answer, tokenized)
+
+    def answer(self, tokenized: list[Any]) -> None:
+        for one in reversed(tokenized):
+            state = self.rid_to_state.pop(one.rid)
+            state.finished = True
+            meta = {"prompt_tokens": len(one.ids), "finish_reason": self.finish}
+            state.out_list.append({"embedding": [float(one.ids[0])], "meta_info": meta})
+            state.event.set()
+
+    async def _handle_abort_finish_reason(self, out: Any, state: Any, is_stream: bool) -> None:
+        if out["meta_info"]["finish_reason"].get("type") == "abort":
+            raise HTTPException(503, "queue full")
+
+    def abort_request(self, rid: str) -> None:
+        self.aborted.append(rid)
+
+
+async def connected() -> bool:
+    return False
+
+
+def plain(*texts: str) -> Asked:
+    return Asked(list(texts), None, None, "float")
+
+
+class Calls(unittest.IsolatedAsyncioTestCase):
+    def setUp(self) -> None:
+        self.manager = Manager()
+        self.calls = EngineCalls(self.manager, SimpleNamespace, 0.01)
+
+    async def test_requests_of_one_tick_travel_in_one_message_and_come_back_apart(self) -> None:
+        """Order within a request is kept though the scheduler answers in another."""
+        found = await asyncio.gather(
+            self.calls.vectors(plain("a", "b"), connected), self.calls.vectors(plain("c"), connected)
+        )
+        self.assertEqual(found, [([[97.0], [98.0]], 4), ([[99.0]], 2)])
+        self.assertEqual([len(message) for message in self.manager.messages], [3])
+        self.assertFalse(self.manager.rid_to_state)
+
+    async def test_ids_pass_untouched(self) -> None:
+        """No tokenizer call, no added end."""
+        found = await self.calls.vectors(Asked(None, [[5, 6], [7]], None, "float"), connected)
+        self.assertEqual(found, ([[5.0], [7.0]], 3))
+
+    async def test_a_request_that_the_engine_refuses_does_not_touch_its_neighbours(self) -> None:
+        """Too long: left to the stock route, no state behind, the others answered."""
+        long, short = await asyncio.gather(
+            self.calls.vectors(plain("a", "b" * 30), connected),
+            self.calls.vectors(plain("c"), connected),
+            return_exceptions=True,
+        )
+        self.assertIsInstance(long, NotPlainError)
+        self.assertEqual(short, ([[99.0]], 2))
+        self.assertFalse(self.manager.rid_to_state)
+
+    async def test_an_abort_by_the_scheduler_is_raised_as_the_stock_path_raises_it(self) -> None:
+        """A full queue is a 503."""
+        self.manager.finish = {"type": "abort", "status_code": 503}
+        with self.assertRaises(HTTPException):
+            await self.calls.vectors(plain("a"), connected)
+
+    async def test_a_client_that_left_is_aborted(self) -> None:
+        """Found out while waiting, each of its items is taken back."""
+        self.manager.silent = True
+
+        async def gone() -> bool:
+            return True
+
+        with self.assertRaisesRegex(ValueError, "disconnected"):
+            await self.calls.vectors(plain("a", "b"), gone)
+        self.assertEqual(len(self.manager.aborted), 2)
+
+    async def test_a_long_wait_is_no_error(self) -> None:
+        """The client is there: waiting goes on past the time between two looks."""
+        self.manager.silent = True
+        task = asyncio.create_task(self.calls.vectors(plain("a"), connected))
+        looks = 0
+
+        async def look() -> bool:
+            nonlocal looks
+            looks += 1
+            return False
+
+        second = asyncio.create_task(self.calls.vectors(plain("b"), look))
+        while looks < 2:
+            await asyncio.sleep(0)
+        for message in self.manager.messages:
+            self.manager.answer(message)
+        self.assertEqual(await asyncio.gather(task, second), [([[97.0]], 2), ([[98.0]], 2)])
+
+    async def test_a_paused_or_logging_engine_is_left_alone(self) -> None:
+        """accepts() is asked for every request."""
+        self.assertTrue(self.calls.accepts())
+        self.manager.request_logger.log_requests = True
+        self.assertFalse(self.calls.accepts())
+
+    async def test_a_failing_tokenizer_leaves_the_answer_to_the_stock_route(self) -> None:
+        """Nothing was sent."""
+        self.calls._encode = None
+        with self.assertRaises(NotPlainError):
+            await self.calls.vectors(plain("a"), connected)
+        self.assertFalse(self.manager.messages)
+
+
+class Stock:
+    """FastAPI's route: records what reached it."""
+
+    endpoint = staticmethod(lambda: None)
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+
+    def matches(self, scope: Any) -> tuple[Match, Any]:
+        return Match.FULL, {"path_params": {}}
+
+    async def handle(self, scope: Any, receive: Any, send: Any) -> None:
+        found, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                break
+            found += message["body"]
+            more = message.get("more_body", False)
+        self.bodies.append(found)
+
+
+class Route(unittest.IsolatedAsyncioTestCase):
+    def setUp(self) -> None:
+        self.manager, self.stock, self.sent = Manager(), Stock(), []
+        calls = EngineCalls(self.manager, SimpleNamespace, 5.0)
+        self.route = EmbeddingsRoute(self.stock, None, calls, AnswerWriter(USAGE))
+
+    async def post(self, *chunks: bytes, headers: Any = ((b"content-type", b"application/json"),)) -> None:
+        messages = iter(
+            {"type": "http.request", "body": chunk, "more_body": i + 1 < len(chunks)} for i, chunk in enumerate(chunks)
+        )
+
+        async def receive() -> Any:
+            return next(messages, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            self.sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": PATH, "headers": list(headers)}
+        await self.route.handle(scope, receive, send)
+
+    async def test_a_plain_request_never_reaches_the_stock_route(self) -> None:
+        """Also when its body comes in pieces."""
+        whole = body(input="ab")
+        await self.post(whole[:5], whole[5:])
+        self.assertEqual(self.stock.bodies, [])
+        answer = json.loads(self.sent[1]["body"])
+        self.assertEqual(answer["data"][0]["embedding"], [97.0])
+        self.assertEqual(dict(self.sent[0]["headers"])[b"content-length"], str(len(self.sent[1]["body"])).encode())
+
+    async def test_what_is_not_plain_reaches_it_with_its_whole_body(self) -> None:
+        """Bad JSON, another content type, a routing header, a text that is too long."""
+        routed = ((b"content-type", b"application/json"), (b"x-smg-routing-key", b"k"))
+        await self.post(b"{bad", b" json")
+        await self.post(body(input="a"), headers=((b"content-type", b"text/plain"),))
+        await self.post(body(input="a"), headers=())
+        await self.post(body(input="a"), headers=routed)
+        await self.post(body(input="a" * 50))
+        wanted = [b"{bad json", *[body(input="a")] * 3, body(input="a" * 50)]
+        self.assertEqual(self.stock.bodies, wanted)
+        self.assertEqual(self.sent, [])
+
+    async def test_only_post_on_the_path_is_matched(self) -> None:
+        """GET, another path and a mounted application fall through to the stock routes."""
+        scope = {"type": "http", "method": "POST", "path": PATH}
+        self.assertEqual(self.route.matches(scope)[0], Match.FULL)
+        for other in ({"method": "GET"}, {"path": "/v1/rerank"}, {"root_path": "/engine"}, {"type": "websocket"}):
+            self.assertEqual(self.route.matches({**scope, **other})[0], Match.NONE)
+
+
+class Fitting(unittest.TestCase):
+    def test_releases_outside_the_read_range_are_refused(self) -> None:
+        """0.5.14 to 0.5.23, post releases included; what cannot be parsed is not trusted."""
+        for known in ("0.5.14", "0.5.15.post1", "0.5.16", "0.5.23"):
+            self.assertIsNone(switches.misfit_of_version(known))
+        for unknown in ("0.5.13.post1", "0.5.24", "0.6.0", "1.0", "main"):
+            self.assertIn(unknown, switches.misfit_of_version(unknown) or "")
+
+    def test_a_changed_function_is_named(self) -> None:
+        """Other parameters, or a line gone that the hook rests on."""
+
+        def known(self: Any, value: int) -> int:
+            return value + 1
+
+        self.assertIsNone(switches.misfit(known, "self value", "value + 1"))
+        self.assertIn("(self value)", switches.misfit(known, "self other") or "")
+        self.assertIn("value + 2", switches.misfit(known, "self value", "value + 2") or "")
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)

@@ -1,0 +1,26 @@
+"""The engine plugin's units, run where it lives: in the engine environment's python."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.engine
+def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path) -> None:
+    """Reading, writing, tokenising, batching, falling back: plugin_cases.py, without a server."""
+    found = subprocess.run(
+        [str(engine_python), str(ROOT / "tests" / "plugin_cases.py")],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "engine_plugin")},
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-6000:]
+    assert "OK" in found.stderr.splitlines()[-1]
