@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, model, plan, request, said, shipped
 
 from qwen3emb_launch import planning, profile_files, recorded_flags
 from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.planning.ledger import setting_keys
 from qwen3emb_launch.profile import Profile
 
 COMBINATIONS = [
@@ -346,3 +351,33 @@ def test_every_refusal_has_a_code_and_a_way_out() -> None:
         with pytest.raises(LaunchError) as caught:
             plan("rtx4090", overrides=overrides)
         assert caught.value.hint
+
+
+WORDS = (
+    st.text(max_size=12)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["true", "null", "[1]", "{a: 1}"])
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([*setting_keys(), "load-format", "enable-metrics", "env.X", "x"]), WORDS)
+@example("prefill_graph_sizes", "64 128")
+@example("prefill_graph_sizes", "64,x")
+@example("quantization", "true")
+@example("served-model-name", "a b")
+def test_any_override_is_planned_or_refused(key: str, value: str) -> None:
+    """No value of any setting raises anything but our own errors, and what is planned survives JSON."""
+    try:
+        made = plan("h100", overrides={key: value})
+    except (InvalidInputError, UnfitError):
+        return
+    json.dumps(planning.plan_to_dict(made), allow_nan=False)
+
+
+def test_the_supervisor_reads_a_plan_without_heavy_packages() -> None:
+    """Reading a plan back needs neither pydantic nor yaml: the supervisor stays small."""
+    code = "import sys, qwen3emb_launch.planning; print({'pydantic', 'yaml', 'typer', 'httpx'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

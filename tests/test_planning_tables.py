@@ -90,6 +90,12 @@ REFUSED = [
         {"settings": {"kv_pool": "full", "kv_cache_dtype": "fp8_e4m3"}, "capability": (8, 9)},
         {"capability": (9, 0)},
     ),
+    ("float32_attention", {"settings": {"dtype": "float32"}}, {"settings": {"dtype": "bfloat16"}}),
+    (
+        "no_pool_prefill_backend",
+        {"options": {"--prefill-attention-backend": Option("--prefill-attention-backend", ("triton",))}},
+        {"options": {"--prefill-attention-backend": Option("--prefill-attention-backend", ("fa3",))}},
+    ),
     ("fa3_capability", {"capability": (12, 0)}, {"capability": (8, 6)}),
 ]
 WARNED = [

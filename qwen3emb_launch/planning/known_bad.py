@@ -175,6 +175,26 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         "--set attention_backend=flashinfer",
     ),
     KnownBad(
+        "float32_attention",
+        lambda c: (
+            c.flavour == "cuda"
+            and c.settings.get("dtype") == "float32"
+            and c.settings.get("attention_backend") in (None, "fa3", "fa4", "flashinfer")
+        ),
+        "FlashAttention and FlashInfer compute in 16 bits or less",
+        "--set dtype=bfloat16, or for a reference: --set attention_backend=triton --set dtype=float32",
+    ),
+    KnownBad(
+        "no_pool_prefill_backend",
+        lambda c: (
+            _no_pool(c)
+            and "--prefill-attention-backend" in c.options
+            and c.options["--prefill-attention-backend"].values not in (("fa3",), ("fa4",))
+        ),
+        "only fa3 and fa4 can prefill without a KV pool",
+        "--set kv_pool=full, or leave --prefill-attention-backend out",
+    ),
+    KnownBad(
         "fp8_weights_capability",
         lambda c: c.settings.get("quantization") == "fp8" and c.capability is not None and c.capability < (8, 9),
         "before compute capability 8.9 there is no fp8 arithmetic: fp8 weights save memory and cost speed",
