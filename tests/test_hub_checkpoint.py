@@ -48,6 +48,11 @@ def damage_shard(folder: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
 
 
+def cut_tokenizer(folder: Path) -> None:
+    text = (folder / "tokenizer.json").read_text()
+    (folder / "tokenizer.json").write_text(text[: len(text) // 2] + "1")
+
+
 def pickle_only(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
@@ -67,6 +72,7 @@ def pickle_only(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "damaged_shard", "model.safetensors"),
         (lambda f: (f / "tokenizer.json").unlink(), "missing_tokenizer", "tokenizer.json"),
         (lambda f: (f / "tokenizer.json").write_text("x"), "damaged_file", "tokenizer.json"),
+        (cut_tokenizer, "damaged_file", "tokenizer.json"),
         (
             lambda f: (f / "tokenizer.json").write_text(
                 '{"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "?"}}]}}'
@@ -82,6 +88,15 @@ def test_a_folder_that_cannot_be_served_says_which_file(folder: Path, harm, code
         hub.resolve(str(folder))
     assert caught.value.code == code
     assert named in caught.value.message
+
+
+def test_a_token_named_like_the_setting_does_not_mislead(folder: Path) -> None:
+    """The vocabulary may hold any word, and may stand before the settings."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["post_processor"] = 9
+    reordered = {"model": tokenizer.pop("model"), **tokenizer}
+    (folder / "tokenizer.json").write_text(json.dumps(reordered))
+    assert hub.resolve(str(folder)).eos_token_id == 256
 
 
 def test_a_missing_shard_is_named(sharded: Path) -> None:

@@ -141,11 +141,12 @@ def _listing(name: ModelName, revision: str | None, source: Source, progress: Pr
 
 
 def _described(source: str, repo: str, revision: str | None, retries: Retries) -> Listing:
-    for failures in range(1, _LISTING_TRIES + 1):
+    tries = _LISTING_TRIES if source == huggingface.SOURCE else 1  # ModelScope's client tries four times itself
+    for failures in range(1, tries + 1):
         try:
             return _PLACES[source].describe(repo, revision)
         except NetworkError as error:
-            if error.code not in _AGAIN or failures == _LISTING_TRIES:
+            if error.code not in _AGAIN or failures == tries:
                 raise
             retries.pause(failures)
     raise AssertionError("unreachable")

@@ -164,11 +164,21 @@ def _client() -> Any:
 
 @lru_cache(maxsize=4)
 def _made(_endpoint: str | None, _token: str | None) -> Any:
+    import logging
+
     from modelscope_hub import HubApi, HubConfig
 
+    logging.getLogger("modelscope_hub").setLevel(logging.ERROR)  # its warnings tell of retries, ours of results
     return HubApi(config=HubConfig())  # reads the variables itself
 
 
 def _short(error: Exception) -> str:
-    """The first line of an error: the client puts whole requests into the others."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """What went wrong, without the client's error codes and the requests that it prints along.
+
+    For a failed connection that is the innermost reason: "Failed to resolve 'modelscope.cn' (...)".
+    """
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    inner = re.search(r"\(Caused by \w+\((.*)\)\)$", line)
+    if inner:
+        return inner.group(1).strip("\"'").split(": ", 1)[-1]
+    return re.sub(r"^(\[\w+\] )+", "", line)
