@@ -182,7 +182,7 @@ def test_a_secret_is_not_repeated() -> None:
     assert "verysecret" not in json.dumps(caught.value.to_dict())
 
 
-def test_the_issue_example_names_the_real_option() -> None:
+def test_a_made_up_option_names_the_real_one() -> None:
     """`--enable-prompt-trust-remote-code` is no option; `--trust-remote-code` is."""
     profile = profile_files.load("rtx4090").model_copy(update={"extra_args": ("--enable-prompt-trust-remote-code",)})
     with pytest.raises(InvalidInputError) as caught:
