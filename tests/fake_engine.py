@@ -59,6 +59,7 @@ class Behaviour:
     last_words: str = ""  # print this and end with `status` at once
     status: int = 1
     flood: int = 0  # bytes of log written at the start
+    want_key: bool = False  # 401 without the api-key of --config
     print_args: bool = False  # as SGLang does, keys included
     starts: str = ""
     faulty_starts: int = 0
@@ -67,8 +68,9 @@ class Behaviour:
 class Engine:
     """The state that all requests share."""
 
-    def __init__(self, behaviour: Behaviour) -> None:
+    def __init__(self, behaviour: Behaviour, key: str = "") -> None:
         self.behaviour = behaviour
+        self.key = key
         self.requests = 0
         self.lock = threading.Lock()
 
@@ -108,6 +110,9 @@ def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
                     if behaviour.busy:
                         print("[now] Prefill batch, #new-seq: 1, #new-token: 8192", flush=True)
                     time.sleep(0.02)
+            if behaviour.want_key and self.headers["authorization"] != f"Bearer {engine.key}":
+                self.answer(401, {"error": "Unauthorized"})
+                return
             if behaviour.refuse:
                 self.answer(behaviour.refuse, {"object": "error", "message": "no"})
                 return
@@ -166,7 +171,8 @@ def main() -> None:
     time.sleep(behaviour.start_delay)
     if behaviour.never_listen:
         signal.pause()
-    server = ThreadingHTTPServer((args.host, args.port), handler(Engine(behaviour)))
+    key = json.loads(Path(args.config).read_text()).get("api-key", "") if args.config else ""
+    server = ThreadingHTTPServer((args.host, args.port), handler(Engine(behaviour, key)))
     print("The server is fired up and ready to roll!", flush=True)
     server.serve_forever()
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from supervised import EAGER, QUICK, Supervised, fake_plan, gone, until
 
 from qwen3emb_launch import state
@@ -213,6 +214,14 @@ def test_keys_reach_neither_log_nor_argv() -> None:
         assert key not in path.read_text()
         assert path.stat().st_mode & 0o077 == 0
     assert key not in log + argv
+
+
+def test_engine_behind_a_gateway_wants_a_key() -> None:
+    """Where users call another address than the engine's, the engine asks a key of everyone; probes have it."""
+    plan = fake_plan({"want_key": True})
+    with Supervised(replace(plan, port=free_port()), SMOKE) as run:
+        run.reach(State.READY)
+        assert not embeds(plan.engine_port)
 
 
 def test_record_and_events_tell_the_story() -> None:

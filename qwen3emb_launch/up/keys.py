@@ -32,8 +32,12 @@ class Keys:
         return tuple(k for k in (self.admin, self.api) if k)
 
 
-def take_keys(argv: Sequence[str]) -> tuple[tuple[str, ...], Keys]:
-    """The argv without the keys a profile put there, and the keys: those, or fresh ones for the admin routes."""
+def take_keys(argv: Sequence[str], *, private: bool = False) -> tuple[tuple[str, ...], Keys]:
+    """The argv without the keys a profile put there, and the keys: those, or fresh ones.
+
+    The admin routes always get one. `private` engines, which only a gateway calls, ask one of every request: SGLang's
+    open `/server_info` would tell everybody the admin key.
+    """
     rest: list[str] = []
     found: dict[str, str] = {}
     items = iter(argv)
@@ -45,4 +49,5 @@ def take_keys(argv: Sequence[str]) -> tuple[tuple[str, ...], Keys]:
             rest.append(item)
     # Hex: a value that begins with '-' would be taken for a flag.
     admin = found.get("--admin-api-key") or secrets.token_hex(24)
-    return tuple(rest), Keys(admin, found.get("--api-key") or None)
+    api = found.get("--api-key") or (secrets.token_hex(24) if private else None)
+    return tuple(rest), Keys(admin, api)

@@ -61,6 +61,7 @@ class EngineSpec:
     model: str
     dims: int
     context_length: int
+    private: bool = False  # users call a gateway, nobody calls the engine itself
 
     @property
     def connect_host(self) -> str:
@@ -141,7 +142,7 @@ class EngineRunner:
         self.unfit = None
         try:
             check_free(self.spec.host, self.spec.port)
-            argv, keys = take_keys(self.spec.argv)
+            argv, keys = take_keys(self.spec.argv, private=self.spec.private)
             self._key = keys.api
             write_private(self._claim.keys, keys.config())
             self.log = self._claim.new_log(time.strftime("%Y%m%d-%H%M%S"))

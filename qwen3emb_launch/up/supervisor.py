@@ -190,6 +190,7 @@ def engine_spec(plan: LaunchPlan) -> EngineSpec:
         model=plan.served_model_name,
         dims=plan.max_dims,
         context_length=plan.context_length,
+        private=(plan.engine_host, plan.engine_port) != (plan.host, plan.port),
     )
 
 
