@@ -355,6 +355,24 @@ def test_the_token_goes_to_the_hub_and_not_to_its_cdn(server: LoopbackHub, monke
     assert "hf_wrong" not in repr(caught.value.to_dict())
 
 
+@pytest.mark.parametrize("revision", ["../../../x", "", "/etc", "a/../b"])
+def test_a_revision_is_no_path(server: LoopbackHub, revision: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        hub.download("0.6b", revision=revision)
+    assert caught.value.code == "unknown_revision"
+    assert not server.seen
+
+
+@pytest.mark.parametrize("commit", ["", "../../evil", "main"])
+def test_a_hub_cannot_choose_where_files_go(server: LoopbackHub, commit: str) -> None:
+    """Commits and hashes become file names in the cache: only real ones are taken."""
+    server.commit = commit
+    with pytest.raises(NetworkError) as caught:
+        fetch()
+    assert caught.value.code == "hub_incomplete"
+    assert server.sent() == 0
+
+
 def test_offline_is_respected(server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(NetworkError) as caught:

@@ -10,6 +10,7 @@ Names are a catalog key (`0.6b`, `4b`, `8b`), a hub id (`owner/name`), a folder,
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError
@@ -19,6 +20,8 @@ from qwen3emb_launch.hub.downloading import DownloadResult, Source
 from qwen3emb_launch.hub.inventory import FileCheck, ModelRow, RemoveResult, VerifyResult, rows
 from qwen3emb_launch.hub.names import ModelName, parse
 from qwen3emb_launch.progress import Progress, SilentProgress
+
+_REVISION = re.compile(r"\w[\w./-]*")  # it becomes part of a path in the cache
 
 __all__ = [
     "DownloadResult",
@@ -124,6 +127,10 @@ def _parsed(name: str, revision: str | None) -> ModelName:
     model = parse(name)
     if revision is not None and model.kind != "repo":
         raise InvalidInputError("no_revisions", f"{name} has no revisions to choose from", "leave --revision out")
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise InvalidInputError(
+            "unknown_revision", f"{revision!r} cannot be a revision", "a branch, a tag or a commit of the hub"
+        )
     return model
 
 

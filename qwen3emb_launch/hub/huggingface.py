@@ -95,14 +95,17 @@ def describe(repo: str, revision: str | None) -> Listing:
         info = HfApi(endpoint=endpoint()).model_info(repo, revision=asked, files_metadata=True, timeout=_API_TIMEOUT)
     except Exception as error:
         raise translate(error, repo, asked) from error
-    if not info.sha or not info.siblings or any(s.size is None for s in info.siblings):
-        raise NetworkError(
-            "hub_incomplete", f"{host()} lists {repo} without commit or file sizes", "unset HF_ENDPOINT, or try later"
-        )
     files = tuple(
         RemoteFile(s.rfilename, int(s.size or 0), s.lfs.sha256 if s.lfs else None, None if s.lfs else s.blob_id)
-        for s in info.siblings
+        for s in info.siblings or ()
     )
+    whole = all(s.size is not None for s in info.siblings or ()) and all(_has_hash(file) for file in files)
+    if not files or not whole or not _COMMIT.fullmatch(info.sha or ""):
+        raise NetworkError(
+            "hub_incomplete",
+            f"{host()} lists {repo} without a commit, or files without sizes and hashes",
+            "unset HF_ENDPOINT, or try later",
+        )
     return Listing(SOURCE, repo, asked, info.sha, files)
 
 
@@ -146,7 +149,7 @@ def folder(listing: Listing) -> Path:
 
 def target(listing: Listing, file: RemoteFile) -> Path:
     """Where the cache keeps this content: by its hash."""
-    return repo_folder(listing.repo) / "blobs" / (file.sha256 or file.git_sha1 or quote(file.path, safe=""))
+    return repo_folder(listing.repo) / "blobs" / str(file.sha256 or file.git_sha1)
 
 
 def place(listing: Listing, files: tuple[RemoteFile, ...]) -> None:
@@ -298,6 +301,11 @@ def _adopted(path: Path, name: str) -> RemoteFile:
     if re.fullmatch(r"[0-9a-f]{64}", digest):
         return RemoteFile(name, size, sha256=digest)
     return RemoteFile(name, size, git_sha1=digest if _COMMIT.fullmatch(digest) else None)
+
+
+def _has_hash(file: RemoteFile) -> bool:
+    """Whether the hash is one: it becomes a file name in the cache, so a hub may not choose it freely."""
+    return bool(re.fullmatch(r"[0-9a-f]{64}", file.sha256 or "") or _COMMIT.fullmatch(file.git_sha1 or ""))
 
 
 def _retry_after(headers: Any) -> float | None:
