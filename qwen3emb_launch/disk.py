@@ -26,7 +26,9 @@ def disk_error(error: OSError, path: Path) -> LaunchError:
     reason = error.strerror or str(error)
     if error.errno in _FULL:
         return UnfitError(
-            "disk_full", f"the disk is full: {where} ({reason})", f"free some space: df -h {path.parent}; then run again"
+            "disk_full",
+            f"the disk is full: {where} ({reason})",
+            f"free some space: df -h {path.parent}; then run again",
         )
     if error.errno in _REFUSED:
         return UnfitError(
