@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-import struct
 import sys
 from array import array
 from collections.abc import Sequence
@@ -64,18 +63,6 @@ def largest_difference(a: Vector, b: Vector) -> float:
         return math.inf
     worst = max((abs(x - y) for x, y in zip(a, b, strict=True)), default=0.0)
     return worst if finite(a) and finite(b) else math.inf
-
-
-def bfloat16_valued(vector: Vector) -> bool:
-    """Whether every component is exactly a bfloat16: the low 16 bits of its float32 are zero."""
-    return all(
-        math.isfinite(x) and struct.unpack("<I", struct.pack("<f", x))[0] & 0xFFFF == 0 and _is_float32(x)
-        for x in vector
-    )
-
-
-def _is_float32(value: float) -> bool:
-    return bool(struct.unpack("<f", struct.pack("<f", value))[0] == value)
 
 
 def from_base64(text: str) -> list[float]:

@@ -54,12 +54,6 @@ def test_a_slice_has_length_one(values: list[float], data: st.DataObject) -> Non
     assert vectors.norm(cut) == pytest.approx(1) or not any(cut)
 
 
-def test_bfloat16_values_are_recognised() -> None:
-    """Numbers whose float32 has sixteen zero bits at the end."""
-    assert vectors.bfloat16_valued([0.01806640625, -0.0478515625])
-    assert not vectors.bfloat16_valued([0.1])
-
-
 def test_largest_difference_of_unlike_vectors_is_infinite() -> None:
     """Other widths and NaN are no small difference."""
     assert vectors.largest_difference([1.0], [1.0, 2.0]) == math.inf

@@ -27,9 +27,10 @@ Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 class Misanswer(CheckFailedError):  # noqa: N818 - what the endpoint did, not an error of ours
     """A well-formed request that was not answered as the API says. `cause` names the likely fault."""
 
-    def __init__(self, message: str, cause: str) -> None:
+    def __init__(self, message: str, cause: str, refused: bool = False) -> None:
         super().__init__("misanswer", message)
         self.cause = cause
+        self.refused = refused  # with 400 or 413, as for a text that is too long
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,12 @@ class Contact:
         dims: int | None = None,
         encoding: str | None = None,
         timeout: float | None = None,
+        may_refuse: bool = False,
     ) -> Embeddings:
-        """A well-formed embedding request. Raises Misanswer when it is not answered as the API says."""
+        """A well-formed embedding request. Raises Misanswer when it is not answered as the API says.
+
+        `may_refuse`: the text may be too long for this endpoint, so a refusal is not counted as a failure.
+        """
         body: dict[str, Any] = {"model": self.model, "input": inputs}
         if dims is not None:
             body["dimensions"] = dims
@@ -187,9 +192,11 @@ class Contact:
             self._count(f"{exc.code}: {exc.message}")
             raise Misanswer(exc.message, _no_answer(exc)) from exc
         self.unanswered = 0
-        self._count(f"{reply.status}: {reply.message}" if reply.status != 200 else None)
+        refused = reply.status in (400, 413)
+        failed = reply.status != 200 and not (refused and may_refuse)
+        self._count(f"{reply.status}: {reply.message}" if failed else None)
         if reply.status != 200:
-            raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply))
+            raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply), refused)
         return _parsed(reply, count)
 
     def _count(self, failure: str | None) -> None:

@@ -26,7 +26,7 @@ def fingerprint(
     Pooling and normalisation follow from the engine: SGLang's Qwen3 pools the last token and normalises; of another
     server nothing is claimed.
     """
-    sglang = identity.engine in ("sglang", "qwen3emb")
+    sglang = identity.engine == "sglang"
     parts: dict[str, Any] = {
         "model_revision": identity.revision,
         "weights_sha256": weights,

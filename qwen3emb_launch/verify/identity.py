@@ -45,8 +45,7 @@ class Identity:
         origin = "as told" if told else self.dtype_origin
         told = told or self.dtype
         layers = self.layers or (self.catalog.shape.layers if self.catalog else ASSUMED_LAYERS)
-        quantised = self.quantization if self.quantization and "8" in self.quantization else None
-        return Precision(told or "bfloat16", origin if told else "assumed", layers, quantised)
+        return Precision(told or "bfloat16", origin if told else "assumed", layers, self.quantization)
 
 
 def ask_identity(contact: Contact, model: str | None = None) -> Identity:
@@ -65,11 +64,16 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
         dtype, origin = canonical_dtype(config.get("dtype") or config.get("torch_dtype")), "the checkpoint's"
     owner = str(entry.get("owned_by") or "")
     engine = "sglang" if "is_embedding" in info or owner == "sglang" else (owner or None)
+    if gateway:
+        engine = None  # whatever it stands before; an instance's plan knows
+    longest = _positive(entry.get("max_input_tokens"))
     return Identity(
         model=chosen,
         engine=engine,
         engine_version=_text(info.get("version")),
-        context_length=_positive(info.get("context_length")) or _positive(entry.get("max_model_len")),
+        context_length=_positive(info.get("context_length"))
+        or _positive(entry.get("max_model_len"))
+        or (longest + 1 if longest else None),
         dtype=dtype,
         dtype_origin=origin if dtype else "unknown",
         quantization=_text(info.get("quantization")),

@@ -62,8 +62,8 @@ def compare(
 ) -> Outcome:
     """The endpoint's vectors, each text asked alone, against a set."""
     expected = f"1 - cosine ≤ {allowed:.1e} to {reference.origin} ({reference.dtype})"
-    texts = list(reference.vectors)
-    seen = dict(zip(texts, session.vectors(texts), strict=True))
+    seen = session.fitting(list(reference.vectors))
+    texts = list(seen)
     if reference.width != session.width:
         return broken(
             expected,
@@ -188,7 +188,7 @@ def transformers_probe(compute: Compute, texts: Sequence[str]) -> Probe:
             own = max(distance(exact.vectors[t], rounded.vectors[t]) for t in texts)
             figures["bfloat16_reference_min_cosine"] = 1 - own
             figures["min_cosine_to_bfloat16"] = 1 - max(
-                distance(v, rounded.vectors[t]) for t, v in zip(texts, session.vectors(texts), strict=True)
+                distance(v, rounded.vectors[t]) for t, v in session.fitting(texts).items()
             )
         allowed = allowed_distance(session.precision, own) * (1 if exact else 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from qwen3emb_launch.catalog import MIN_DIMS
-from qwen3emb_launch.vectors import distance, dot, finite, largest_difference, norm, normalised
+from qwen3emb_launch.vectors import distance, dot, finite, largest_difference, norm, normalised, sliced
 from qwen3emb_launch.verify.contact import Misanswer
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
@@ -237,10 +237,9 @@ def probe_dims(session: Session) -> Outcome:
         if len(vector) != dims:
             cause = "`dimensions` is ignored" if len(vector) == full else "`dimensions` is answered by another number"
             return broken(expected, f"{len(vector)} dims for {dims} asked", cause)
-        cut = whole[:dims]
-        if not finite(vector) or not finite(cut):
+        if not finite(vector) or not finite(whole):
             return broken(expected, f"NaN at {dims} dims", "not finite: see the first check")
-        right = normalised(cut)
+        right = sliced(whole, dims)
         off = largest_difference(vector, right)
         allowed = session.precision.component(max(map(abs, right)))
         worst = max(worst, off)

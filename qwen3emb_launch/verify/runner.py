@@ -220,7 +220,7 @@ def _vectors_of(session: Session, report: Report) -> ReferenceSet:
     return ReferenceSet(
         origin=f"{report.endpoint} on {report.at}",
         dtype=session.precision.dtype,
-        vectors=dict(zip(texts.ALL, session.vectors(texts.ALL), strict=True)),
+        vectors=session.fitting(texts.ALL),
         model=report.model,
         fingerprint=report.fingerprint,
         at=report.at,
@@ -234,7 +234,7 @@ def vectors_for_diff(request: Request, wanted: Sequence[str] = texts.ALL) -> tup
     """
     session = open_session(request)
     try:
-        vectors = dict(zip(wanted, session.vectors(wanted), strict=True))
+        vectors = session.fitting(wanted)
         identity = session.identity
         weights = weights_hash(identity.folder, request.memory) if identity.folder else None
         at = now()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwen3emb_launch.verify.contact import Contact
+from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.identity import Identity
 from qwen3emb_launch.verify.report import Level, Outcome
 from qwen3emb_launch.verify.texts import BASE
@@ -17,6 +17,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Vector = tuple[float, ...]
 
+SURELY_FITS = 400  # bytes: never more tokens than that, and no endpoint takes fewer
 DEFAULT_MAX_LATENCY = 100.0  # milliseconds, one short text, one client
 
 
@@ -56,6 +57,20 @@ class Session:
     def vectors(self, texts: Sequence[str]) -> list[Vector]:
         """Full vectors, each asked alone, one after another: what load does to them is another check's business."""
         return [self.vector(text) for text in texts]
+
+    def fitting(self, texts: Sequence[str]) -> dict[str, Vector]:
+        """Full vectors by text, without the long texts that this endpoint's context does not take."""
+        found = {}
+        for text in texts:
+            if text not in self.singles and len(text.encode()) > SURELY_FITS:
+                try:
+                    self.singles[text] = self.contact.embed(text, may_refuse=True).vectors[0]
+                except Misanswer as exc:
+                    if not exc.refused:
+                        raise
+                    continue
+            found[text] = self.vector(text)
+        return found
 
     @property
     def base(self) -> list[Vector]:

@@ -135,6 +135,13 @@ def test_full_names_the_fault(demo_endpoint: Endpoint, tmp_path: Path, fault: Fa
     assert re.search(cause, found[check]), found
 
 
+def test_a_small_context_is_no_fault(engine_python: Path, demo_model: Path, tmp_path: Path) -> None:
+    """An engine that takes 512 tokens passes in full: texts that cannot fit are left out, not held against it."""
+    with start_engine(engine_python, demo_model, tmp_path / "log", context_length=512) as small:
+        report = ask(small.base_url, tmp_path, level="full")
+    assert report.passed, wrong(report)
+
+
 def test_an_honest_proxy_passes(demo_endpoint: Endpoint, tmp_path: Path) -> None:
     """The proxy itself is no fault, also when the server's information routes are hidden."""
     with faulty(demo_endpoint.base_url, faults.honest, hidden=True) as url:
@@ -307,3 +314,19 @@ def test_diff_tells_same_from_other(
     other = json.loads(capsys.readouterr().out)["result"]
     assert other["verdict"] == "other"
     assert other["furthest"].startswith("Instruct:")
+
+
+def test_the_notebook_runs(demo_endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """docs/verify.ipynb runs from top to bottom against the real engine, and is kept without outputs."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("BASE_URL", demo_endpoint.base_url)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    page = Path(__file__).resolve().parents[2] / "docs" / "verify.ipynb"
+    notebook = nbformat.read(page, as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "keep outputs out of the repository"
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert "passed" in str(notebook.cells[-1].outputs[-1])
