@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from supervised import EAGER, QUICK, Supervised, fake_plan, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
+from qwen3emb_launch.engine_process.guard import descendants
 from qwen3emb_launch.errors import Exit
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning import plan_to_dict
@@ -320,3 +323,22 @@ def _children(pid: int) -> list[int]:
 def _rss_kib(pid: int) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+
+def test_restarts_leak_nothing() -> None:
+    """After twenty-five crashes the supervisor holds as many files, threads and children as after five."""
+    plan = fake_plan(restart=replace(EAGER, first=0.01, longest=0.01, limit=1000))
+    check = (sys.executable, "-I", "-S", "-c", "input(); print('{\"faults\": []}')")
+    with Supervised(plan, check) as run:
+
+        def held_after(crashes: int) -> tuple[int, int]:
+            while run.supervisor.record.restarts < crashes:
+                number = run.supervisor.record.restarts
+                run.reach(State.READY, number + 1)
+                os.kill(run.engine_pid, signal.SIGKILL)
+                until(lambda n=number: run.supervisor.record.restarts > n, "the restart")
+            run.reach(State.READY, crashes + 1)
+            until(lambda: threading.active_count() <= 8, "the end of the helper threads")
+            return len(list(Path("/proc/self/fd").iterdir())), len(descendants(os.getpid()))
+
+        assert held_after(5) == held_after(25)

@@ -54,9 +54,9 @@ def finish(view: UpView, outcome: Outcome) -> int:
         if outcome.was_ready or not view.behind:  # else the command that waits tells it, from the record
             view.failed(outcome.error)
         return int(outcome.error.exit)
-    if outcome.state is State.STOPPED and outcome.was_ready and outcome.stopped_by != "SIGINT":
-        return int(Exit.OK)
-    view.failed(InterruptedByUser(f"stopped by {outcome.stopped_by}"))
+    if outcome.state is State.STOPPED and outcome.was_ready:
+        return int(Exit.INTERRUPTED if outcome.stopped_by == "SIGINT" else Exit.OK)
+    view.failed(InterruptedByUser(f"stopped by {outcome.stopped_by} before it was ready"))
     return int(Exit.INTERRUPTED)
 
 

@@ -13,7 +13,7 @@ from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.serving import Serving, serving, snippet
 
 if TYPE_CHECKING:
-    from rich.status import Status
+    from rich.progress import Progress
 
 
 class UpView:
@@ -23,7 +23,7 @@ class UpView:
         self._console = console
         self.behind = behind  # nobody reads stdout: whoever waits for ready prints the endpoint
         self._begin = time.monotonic()
-        self._live: Status | None = None
+        self._live: Progress | None = None
         self._answered = False  # the result was printed: with --json nothing more goes to stdout
 
     def __enter__(self) -> UpView:
@@ -55,7 +55,7 @@ class UpView:
     def stage(self, text: str) -> None:
         """What the start is busy with."""
         if self._live:
-            self._live.update(text)
+            self._show(text)
         else:
             self._say(text)
 
@@ -73,9 +73,15 @@ class UpView:
         if not self._console.live:
             self._say(text)
         elif self._live:
-            self._live.update(text)
+            self._live.update(self._live.task_ids[0], description=text)
         else:
-            self._live = self._console.err.status(text)
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            words = TextColumn("{task.description}", markup=False)
+            self._live = Progress(
+                SpinnerColumn(), words, TimeElapsedColumn(), console=self._console.err, transient=True
+            )
+            self._live.add_task(text, total=None)
             self._live.start()
 
     def _hide(self) -> None:

@@ -196,12 +196,16 @@ def engine_spec(plan: LaunchPlan) -> EngineSpec:
 
 @contextmanager
 def stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
-    """Signals become events while this lasts; the handlers that were there before are put back."""
+    """Signals become events while this lasts; the handlers that were there before are put back.
+
+    An ignored SIGHUP stays ignored: that is what `nohup` asks for.
+    """
 
     def record(number: int, _: FrameType | None) -> None:
         supervisor.stop(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, record) for number in SIGNALS}
+    wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, record) for number in wanted}
     try:
         yield
     finally:
