@@ -28,7 +28,8 @@ FAULTS = ("nan", "norm", "count", "dims", "order", "malformed", "http_503", "res
 class Behaviour:
     """What the server does. `per_text` and `delay` are seconds; a serial server answers one request at a time.
 
-    Every `fault_every`-th answer has the `fault`. `tokens_per_word` and `overhead` shape `usage`; 0 gives no usage.
+    Every `fault_every`-th answer has the `fault`, after the first `fault_from`.
+    `tokens_per_word` and `overhead` shape `usage`; 0 gives no usage.
     """
 
     dims: int = 256
@@ -36,6 +37,7 @@ class Behaviour:
     serial: bool = False
     fault: str = ""
     fault_every: int = 1
+    fault_from: int = 0
     tokens_per_word: int = 1
     overhead: int = 1
     api_key: str = ""
@@ -87,7 +89,8 @@ class NullEndpoint:
         wanted = _DIMS.search(body)
         dims = int(wanted[1]) if wanted else behaviour.dims
         as_base64 = b'"base64"' in body
-        fault = behaviour.fault if behaviour.fault and self.answered % behaviour.fault_every == 0 else ""
+        faulty = self.answered > behaviour.fault_from and self.answered % behaviour.fault_every == 0
+        fault = behaviour.fault if faulty else ""
         if fault == "http_503":
             return 503, b'{"error": {"message": "overloaded"}}'
         if fault == "malformed":
@@ -96,7 +99,7 @@ class NullEndpoint:
         if fault == "nan":
             vector = b"[NaN" + b", 0.1" * (dims - 1) + b"]"
         elif fault == "norm":
-            vector = b"[" + b", ".join([b"0.5"] * dims) + b"]"
+            vector = b"[" + b", ".join([b"0.9"] * dims) + b"]"
         if fault == "count":
             count += 1
         items = b", ".join(

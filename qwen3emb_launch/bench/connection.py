@@ -7,6 +7,7 @@ server. Bodies by Content-Length or chunked; anything else is a `protocol` failu
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import ssl
 from collections.abc import Callable
@@ -20,6 +21,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)[ \t]*\r\n", re.IGNORECASE
 _CHUNKED = re.compile(rb"\r\ntransfer-encoding:[ \t]*chunked[ \t]*\r\n", re.IGNORECASE)
 _CLOSE = re.compile(rb"\r\nconnection:[ \t]*close[ \t]*\r\n", re.IGNORECASE)
 _HEADER_LIMIT = 65536
+_IDLE = 0.5  # seconds without a request after which a server may be about to close; the shortest time-out met is 1 s
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Target:
 class Connection:
     """One TCP (or TLS) connection. `send` starts a request; its `done` is called exactly once.
 
-    A kept connection that the server closes before the first byte of an answer is reopened once, as every client does:
-    the server's keep-alive time-out may cross a request on the wire.
+    A connection kept idle that the server closes before the first byte of an answer is reopened once, as every client
+    does: the server's keep-alive time-out may cross a request on the wire. One in steady use is not: that is a failure.
     """
 
     def __init__(self, target: Target, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,13 +77,15 @@ class Connection:
         self._closing = False
         self._done: Done | None = None
         self._data = b""
-        self._used = False  # whether this transport has answered before
+        self._answered_at = math.inf  # loop time of this transport's last answer
+        self._was_idle = False
         self.deadline = 0.0
         self.reopened = 0
 
     def send(self, data: bytes, done: Done, deadline: float) -> None:
         """Send one request. `deadline` is `loop.time()` seconds; the owner calls `expire` past it."""
         self._data, self._done, self.deadline = data, done, deadline
+        self._was_idle = self._loop.time() - self._answered_at > _IDLE
         if self._transport is None or self._transport.is_closing():
             self._open()
         else:
@@ -106,7 +110,7 @@ class Connection:
 
     def _open(self) -> None:
         self._transport = None
-        self._used = False
+        self._answered_at, self._was_idle = math.inf, False
         self._reset()
         self._opening += 1
         task = self._loop.create_task(self._connect(self._opening))
@@ -155,7 +159,7 @@ class Connection:
         self._transport = None
         if self._done is None:
             return
-        if self._used and not self._buffer:
+        if self._was_idle and not self._buffer:
             self.reopened += 1
             self._open()
         else:
@@ -228,7 +232,7 @@ class Connection:
         done, self._done = self._done, None
         self._data = b""
         if not failure:
-            self._used = True
+            self._answered_at = self._loop.time()
             if self._closing and self._transport:
                 self._transport.close()
                 self._transport = None

@@ -1,0 +1,77 @@
+"""`bench` on the real engine: exact token counts, figures that add up, the seed's table in small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qwen3emb_launch.bench.target import Target, Work, prepare
+from qwen3emb_launch.cli.app import run
+
+pytestmark = pytest.mark.engine
+
+
+def command(capsys, *args: str) -> tuple[int, dict]:
+    """Run `qwen3emb ARGS --json` in this process: (exit status, envelope)."""
+    status = run([*args, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("tokens", [8, 33, 513])
+def test_texts_have_the_token_count_asked_for_on_the_real_tokenizer(demo_endpoint, tokens) -> None:
+    """The engine's own usage agrees: calibration is exact and the rehearsal has nothing to warn of."""
+    ready = prepare(Target("demo", demo_endpoint.base_url), Work(tokens=str(tokens), batch=2))
+    assert ready.spec.vocabulary is not None
+    assert ready.spec.vocabulary.exact
+    assert not [note for note in ready.notes if "meant to have" in note]
+
+
+def test_a_closed_loop_measures_the_real_engine(demo_endpoint, capsys) -> None:
+    """Little's law holds: clients = rate x mean latency; every answer is right; tokens are as asked."""
+    status, envelope = command(
+        capsys, "bench", "--base-url", demo_endpoint.base_url, "-c", "4", "-d", "4s", "--warmup", "1s", "--dims", "64"
+    )
+    assert status == 0
+    found = envelope["result"]["runs"][0]["figures"]
+    assert found["failed"] == {}
+    assert found["tokens_per_text"] == 33
+    assert found["requests_per_s"] * found["latency"]["mean"] / 1000 == pytest.approx(4, rel=0.1)
+    assert envelope["result"]["targets"][0]["dims"] == 64
+
+
+def test_dims_that_the_engine_refuses_are_an_input_error(demo_endpoint, capsys) -> None:
+    """The demo has 256 dimensions; 512 is refused before any load, in the engine's words."""
+    status, envelope = command(capsys, "bench", "--base-url", demo_endpoint.base_url, "--dims", "512")
+    assert (status, envelope["error"]["code"]) == (2, "dims_refused")
+
+
+def test_a_text_over_the_context_is_refused_before_any_load(demo_endpoint, capsys) -> None:
+    """One token more than fits is the engine's 400, named as ours."""
+    status, envelope = command(
+        capsys, "bench", "--base-url", demo_endpoint.base_url, "--tokens", str(demo_endpoint.context_length + 1)
+    )
+    assert (status, envelope["error"]["code"]) == (2, "text_refused")
+
+
+def test_an_unknown_model_name_is_not_hidden(demo_endpoint, capsys) -> None:
+    """SGLang answers any name, so the bench runs; the record keeps the name that was asked for."""
+    status, envelope = command(
+        capsys, "bench", "--base-url", demo_endpoint.base_url, "--model", "other", "-d", "1s", "--warmup", "0"
+    )
+    assert status == 0
+    assert envelope["result"]["targets"][0]["model"] == "other"
+
+
+def test_the_seeds_table_in_small(demo_endpoint, capsys) -> None:
+    """Every claim has its row with what was measured; dims beyond the model's are said to be so."""
+    status, envelope = command(
+        capsys, "bench", "--base-url", demo_endpoint.base_url, "--preset", "seed", "-d", "1s", "--warmup", "0.2s",
+        "--timeout", "300s",
+    )  # fmt: skip
+    assert status == 0
+    claims = {c["claim"]: c for c in envelope["result"]["claims"]}
+    assert len(claims) == 7
+    assert all(c["measured"] for name, c in claims.items() if not name.startswith(("512 dims", "2560 dims")))
+    assert "256 dimensions" in claims["2560 dims: storage of a vector against 2048"]["verdict"]
+    assert "3.1 s" in claims["batch of 32 x 2048 tokens, 4B on an RTX 4090"]["verdict"]

@@ -1,0 +1,539 @@
+"""`qwen3emb bench` as a user runs it, against a null server: modes, records, reports, bad input."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from null_server import Behaviour, null_server
+
+from qwen3emb_launch.bench import html as html_report
+from qwen3emb_launch.bench import modes, report
+from qwen3emb_launch.bench.corpus import convert
+from qwen3emb_launch.bench.figures import ClientLoad, Figures, Latency
+from qwen3emb_launch.bench.histogram import LatencyHistogram
+from qwen3emb_launch.bench.record import Record, Run, from_dict, load, merged, rows_of, save
+from qwen3emb_launch.bench.seed import floor_seconds
+from qwen3emb_launch.bench.soak import Checkpoint, checkpoint_path, drifts_of, soak, thinned
+from qwen3emb_launch.bench.target import Target, Work, prepare
+from qwen3emb_launch.bench.watch import Moment, Watch
+from qwen3emb_launch.catalog import CATALOG
+from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.cli.bench import parse_sweep, seconds
+from qwen3emb_launch.cli.bench_view import sparkline
+from qwen3emb_launch.errors import InvalidInputError, UnfitError
+from qwen3emb_launch.gpu import GpuSample
+from qwen3emb_launch.results import plain
+from qwen3emb_launch.statistics import parse_slo
+
+QUICK = ["--duration", "0.5s", "--warmup", "0.1s", "-c", "2"]
+
+
+def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict]:
+    """Run `qwen3emb ARGS --json` in this process: (exit status, envelope)."""
+    status = run([*args, "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def figures(rate: float, p95: float = 10.0, **changes: object) -> Figures:
+    """Figures of a made-up load; latencies in ms, all alike."""
+    histogram = LatencyHistogram()
+    histogram.record_all([p95 / 1000] * 100)
+    base = Figures(
+        seconds=1.0,
+        requests=100,
+        failed={},
+        requests_per_s=rate,
+        texts_per_s=rate,
+        tokens_per_s=rate * 33,
+        tokens_per_text=33,
+        error_rate=0.0,
+        latency=Latency(p95, p95, p95, p95, p95, p95),
+        goodput_per_s=None,
+        slo_misses=(),
+        queue_ms=None,
+        client=ClientLoad(0.1, 0.0, 0.0, 1, 1, False),
+        histogram=histogram.encode(),
+    )
+    return replace(base, **changes)
+
+
+def one(target: str = "a", number: int = 1, level: float = 1, rate: float = 10.0, **changes: object) -> Run:
+    return Run(target, number, "steady", level, 0.0, figures(rate, **changes))
+
+
+# As a user runs it
+
+
+def test_a_bench_describes_itself_and_its_figures_add_up(capsys, tmp_path: Path) -> None:
+    """One run writes every kind of report; tokens, dims, seed and versions are in the record."""
+    files = [tmp_path / f"out{ending}" for ending in (".json", ".md", ".csv", ".html")]
+    with null_server(Behaviour(delay=0.01)) as (url, _):
+        args = [x for f in files for x in ("-o", str(f))]
+        status, envelope = command(
+            capsys, "bench", "--base-url", url, *QUICK, "--batch", "3", "--dims", "64", "--tokens", "20", *args
+        )
+    assert status == 0
+    result = envelope["result"]
+    (row,) = result["runs"]
+    found = row["figures"]
+    assert found["tokens_per_text"] == 20
+    assert found["texts_per_s"] == pytest.approx(3 * found["requests_per_s"])
+    assert found["tokens_per_s"] == pytest.approx(60 * found["requests_per_s"])
+    assert found["gpu"] is None
+    assert result["targets"][0]["dims"] == 64
+    assert result["targets"][0]["tokens_exact"]
+    assert result["tool"]["version"]
+    assert result["seed"] >= 0
+    assert load(files[0]) == from_dict(result)
+    assert "| 2 clients |" in files[1].read_text()
+    assert float(next(csv.DictReader(files[2].open()))["requests_per_s"]) == found["requests_per_s"]
+    assert "<svg" in files[3].read_text()
+
+
+def test_an_objective_decides_the_exit_status(capsys) -> None:
+    """Met is 0; missed is 1 with what was seen, and the record all the same."""
+    with null_server(Behaviour(delay=0.01)) as (url, _):
+        met, good = command(capsys, "bench", "--base-url", url, *QUICK, "--slo", "p95=2s")
+        missed, bad = command(capsys, "bench", "--base-url", url, *QUICK, "--slo", "p95=1ms")
+    assert (met, missed) == (0, 1)
+    figures_ = good["result"]["runs"][0]["figures"]
+    assert figures_["goodput_per_s"] == pytest.approx(figures_["requests_per_s"])
+    assert bad["error"]["code"] == "slo_missed"
+    assert "p95" in bad["error"]["message"]
+    assert bad["result"]["runs"][0]["figures"]["goodput_per_s"] == 0
+
+
+def test_targets_take_turns_and_the_slower_is_seen(capsys) -> None:
+    """Interleaved rounds, the order turned each round; a server twice as slow has half the rate, with an interval."""
+    with null_server(Behaviour(delay=0.01)) as (fast, _), null_server(Behaviour(delay=0.03)) as (slow, _):
+        status, envelope = command(
+            capsys, "bench", "--base-url", fast, "--vs", slow, "--vs", fast, "--rounds", "3", *QUICK
+        )
+    assert status == 0
+    runs = envelope["result"]["runs"]
+    names = [t["name"] for t in envelope["result"]["targets"]]
+    assert len(set(names)) == 3
+    assert [r["target"] for r in runs[:6]] == names + names[::-1]
+    against_slow, against_self = (c["ratios"]["texts_per_s"] for c in envelope["result"]["comparisons"])
+    assert against_slow["high"] < 0.6
+    assert 0.6 < against_self["value"] < 1.6
+
+
+def test_a_sweep_finds_the_knee_of_a_serial_server(capsys) -> None:
+    """One at a time, 10 ms each: more than a few clients bring nothing, and the sweep ends by itself."""
+    with null_server(Behaviour(delay=0.01, serial=True)) as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, "--sweep", "auto", *QUICK, "--slo", "p95=65ms")
+    result = envelope["result"]
+    (found,) = result["knee"].values()
+    assert status == 0
+    assert found["requests_per_s"] == pytest.approx(100, rel=0.25)
+    assert found["level"] <= 4
+    assert found["slo_level"] in (2, 4)
+    assert result["runs"][-1]["level"] <= 64
+
+
+def test_an_open_sweep_takes_its_rates_from_the_peak(capsys) -> None:
+    """Shares of what the closed loop reached; what is offered beyond is not sustained."""
+    with null_server(Behaviour(delay=0.01, serial=True)) as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, "--sweep", "rate", *QUICK)
+    levels = [r["level"] for r in envelope["result"]["runs"]]
+    assert status == 0
+    assert levels == sorted(levels)
+    assert levels[-1] / levels[0] == pytest.approx(5.5, rel=0.05)
+
+
+def test_a_burst_has_before_during_and_after(capsys) -> None:
+    """Three phases, the middle one at three times the rate."""
+    with null_server() as (url, _):
+        status, envelope = command(
+            capsys, "bench", "--base-url", url, "--rate", "60", "--burst", "3x", "-d", "1s", "--warmup", "0.1s"
+        )
+    runs = envelope["result"]["runs"]
+    assert status == 0
+    assert [r["phase"] for r in runs] == ["before", "burst", "after"]
+    assert [r["level"] for r in runs] == [60, 180, 60]
+    assert runs[1]["figures"]["requests_per_s"] > 2 * runs[0]["figures"]["requests_per_s"]
+
+
+def test_a_soak_ended_early_goes_on_from_its_checkpoint(tmp_path: Path, capsys) -> None:
+    """Windows of an interrupted soak count; a line cut off by a crash is dropped; another load is refused."""
+    out = tmp_path / "soak.json"
+    with null_server(Behaviour(delay=0.005)) as (url, _):
+        args = ["bench", "--base-url", url, *QUICK, "--window", "0.3s", "-o", str(out)]
+        assert command(capsys, *args, "--soak", "0.6s")[0] == 0
+        kept = checkpoint_path(out)
+        assert kept is not None
+        with kept.open("ab") as file:
+            file.write(b'{"target": "cut')
+        again, refused = command(capsys, *args, "--soak", "1.5s")
+        assert (again, refused["error"]["code"]) == (2, "soak_exists")
+        other, differs = command(capsys, *args, "--soak", "1.5s", "--resume", "--batch", "2")
+        assert (other, differs["error"]["code"]) == (2, "soak_differs")
+        status, envelope = command(capsys, *args, "--soak", "1.5s", "--resume")
+    assert status == 0
+    record = load(out)
+    assert len(record.runs) == len(kept.read_bytes().splitlines()) - 1 >= 5
+    assert sum(r.figures.seconds for r in record.runs) >= 1.4
+    assert {d["measure"] for d in envelope["result"]["drifts"]} >= {"p50", "texts_per_s"}
+    (row,) = rows_of(record)
+    assert row.figures.requests == sum(r.figures.requests for r in record.runs)
+
+
+def test_a_full_disk_ends_a_soak_with_what_there_is(tmp_path: Path) -> None:
+    """The checkpoint cannot be written: the windows so far are the result, partial, and the reason is in it."""
+    with null_server() as (url, _):
+        work = Work(seed=1)
+        ready = prepare(Target("n", url), work)
+        campaign = modes.Campaign([ready], work, modes.Shaping(level=1, warmup=0))
+        checkpoint = Checkpoint(tmp_path / "c", {"a": 1})
+        checkpoint._append = lambda line: None if "kind" in line else checkpoint_full(tmp_path)  # type: ignore[method-assign]
+        record = soak(campaign, 2.0, 0.3, checkpoint)
+    assert record.partial
+    assert len(record.runs) == 1
+    assert any("cannot be written" in w for w in record.warnings)
+
+
+def checkpoint_full(path: Path) -> None:
+    raise UnfitError("report_unwritable", f"{path} cannot be written: No space left on device", "free space")
+
+
+def test_ctrl_c_saves_a_partial_record(tmp_path: Path) -> None:
+    """SIGINT as the terminal sends it: exit 130, the report written and marked, no process left."""
+    out = tmp_path / "out.json"
+    with null_server(Behaviour(delay=0.005)) as (url, endpoint):
+        bench = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "qwen3emb_launch",
+                "bench",
+                "--base-url",
+                url,
+                "-d",
+                "60s",
+                "-o",
+                str(out),
+                "--json",
+            ],
+            stdout=subprocess.PIPE,
+            env=dict(os.environ),
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 30
+        while endpoint.answered < 100 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(3.2)  # past the warm-up of 3 s, so that something was measured
+        os.killpg(bench.pid, signal.SIGINT)
+        stdout, _ = bench.communicate(timeout=30)
+    envelope = json.loads(stdout)
+    assert bench.returncode == 130
+    assert envelope["error"]["code"] == "interrupted"
+    assert envelope["result"]["partial"]
+    assert load(out).partial
+    assert load(out).runs[0].figures.requests > 0
+
+
+def test_without_a_terminal_it_says_lines_and_prints_a_table(capsys) -> None:
+    """No live display in a pipe: a line a load on stderr, tab-separated rows on stdout."""
+    with null_server() as (url, _):
+        assert run(["bench", "--base-url", url, *QUICK]) == 0
+    streams = capsys.readouterr()
+    assert "load\trequests/s\t" in streams.out
+    assert "bench: " in streams.err
+    assert "\x1b" not in streams.out + streams.err
+
+
+def test_a_record_can_be_shown_and_compared(capsys, tmp_path: Path) -> None:
+    """`show` renders again, `compare` puts loads side by side and names what else differs."""
+    a, b, page = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "p.html"
+    with null_server() as (url, _):
+        for path, batch in ((a, "1"), (b, "2")):
+            assert run(["bench", "--base-url", url, *QUICK, "--batch", batch, "-o", str(path), "--json"]) == 0
+    capsys.readouterr()
+    assert run(["bench", "show", str(a), "-o", str(page)]) == 0
+    assert "2 clients" in capsys.readouterr().out
+    assert page.is_file()
+    status, envelope = command(capsys, "bench", "compare", str(a), str(b))
+    assert status == 0
+    assert any("batch is 2, not 1" in d for d in envelope["result"]["differences"])
+    assert {line["measure"] for line in envelope["result"]["lines"]} >= {"requests/s", "p95 ms"}
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "extra", "status", "code"),
+    [
+        (Behaviour(fault="norm"), [], 1, "wrong_answer"),
+        (Behaviour(fault="nan"), [], 1, "wrong_answer"),
+        (Behaviour(fault="count"), [], 1, "wrong_answer"),
+        (Behaviour(fault="dims"), ["--dims", "64"], 1, "wrong_answer"),
+        (Behaviour(fault="http_503"), [], 5, "endpoint_error"),
+        (Behaviour(api_key="right"), [], 5, "unauthorized"),
+        (Behaviour(), ["--slo", "soon"], 2, "bad_slo"),
+        (Behaviour(), ["--tokens", "many"], 2, "bad_load"),
+        (Behaviour(), ["--repeat-rate", "1.5"], 2, "bad_load"),
+        (Behaviour(), ["--format", "hex"], 2, "bad_load"),
+        (Behaviour(), ["--sweep", "up"], 2, "bad_sweep"),
+        (Behaviour(), ["--burst", "0.5x"], 2, "bad_burst"),
+        (Behaviour(), ["--duration", "soon"], 2, "bad_duration"),
+        (Behaviour(), ["--preset", "other"], 2, "bad_preset"),
+        (Behaviour(), ["--sweep", "auto", "--burst", "3x"], 2, "usage"),
+        (Behaviour(), ["--soak", "1h", "--vs", "http://x/v1"], 2, "usage"),
+        (Behaviour(), ["--corpus", "/nowhere.txt"], 2, "no_corpus"),
+        (Behaviour(), ["--output", "x.pdf"], 2, "bad_output"),
+        (Behaviour(), ["--api-key-env", "NOT_SET_ANYWHERE"], 2, "no_api_key"),
+        (Behaviour(), ["--soak", "1s", "--resume", "-o", "{tmp}/none.json"], 2, "no_checkpoint"),
+    ],
+)
+def test_bad_input_has_a_code_a_hint_and_measures_nothing(behaviour, extra, status, code, capsys, tmp_path) -> None:
+    """Before any load: the exit status of its kind, and the next thing to do."""
+    with null_server(behaviour) as (url, endpoint):
+        got, envelope = command(
+            capsys, "bench", "--base-url", url, *QUICK, *(x.replace("{tmp}", str(tmp_path)) for x in extra)
+        )
+    assert (got, envelope["error"]["code"]) == (status, code)
+    assert envelope["error"]["hint"]
+    assert endpoint.answered < 100
+
+
+def test_an_endpoint_that_is_down_exits_5(capsys) -> None:
+    """Nothing answers: said with the address."""
+    status, envelope = command(capsys, "bench", "--base-url", "http://127.0.0.1:9/v1")
+    assert (status, envelope["error"]["code"]) == (5, "endpoint_down")
+    assert "127.0.0.1:9" in envelope["error"]["message"]
+
+
+def test_no_instance_and_no_url_says_how_to_go_on(capsys) -> None:
+    """Nothing runs and nothing was named."""
+    status, envelope = command(capsys, "bench")
+    assert (status, envelope["error"]["code"]) == (3, "not_running")
+
+
+def test_an_endpoint_that_breaks_during_the_run_is_no_success(capsys) -> None:
+    """Every answer wrong once the load is on: exit 1, kinds counted."""
+    with null_server(Behaviour(fault="http_503", fault_from=60)) as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK)
+    assert (status, envelope["error"]["code"]) == (1, "no_right_answer")
+    assert envelope["result"]["runs"][0]["figures"]["failed"]["http_503"] > 0
+
+
+def test_an_unwritable_report_loses_no_figures(capsys, tmp_path: Path) -> None:
+    """The folder is a file: exit 3, and the result is in the envelope all the same."""
+    (tmp_path / "file").write_text("")
+    with null_server() as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK, "-o", str(tmp_path / "file" / "x.json"))
+    assert (status, envelope["error"]["code"]) == (3, "report_unwritable")
+    assert envelope["result"]["runs"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"kind": "qwen3emb-bench", "schema": 99}', '{"kind": "qwen3emb-bench"}']
+)
+def test_what_is_no_record_is_refused(text, tmp_path: Path) -> None:
+    """Empty, foreign, newer or damaged files are named."""
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(InvalidInputError, match=r"r\.json"):
+        load(path)
+
+
+# Corpora
+
+
+def test_blank_and_broken_lines_are_counted_and_named(tmp_path: Path, capsys) -> None:
+    """They are left out, the record says how many and where; the texts sent are the file's own."""
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "  "}\n{broken\n{"text": 5}\n"two \\u00e9"\n{"title": "x"}\n\xff\n')
+    with null_server() as (url, endpoint):
+        endpoint.texts = []
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK, "--corpus", str(path))
+    assert status == 0
+    warnings = " ".join(envelope["result"]["warnings"])
+    assert "2 blank and 4 broken lines" in warnings
+    assert "line 4: no JSON" in warnings
+    assert "sent more than once" in warnings
+    assert set(endpoint.texts) == {"one", "two é"}
+    assert envelope["result"]["load"]["corpus"] == str(path)
+
+
+def test_a_text_file_and_a_named_field_are_read(tmp_path: Path) -> None:
+    """One text a line, or the field that --column names."""
+    plain_file, fielded = tmp_path / "c.txt", tmp_path / "c.jsonl"
+    plain_file.write_text("a\r\n\nb", encoding="utf-8")
+    fielded.write_text('{"x": "q", "text": "no"}\n', encoding="utf-8")
+    assert convert(plain_file, tmp_path / "o").texts == 2
+    assert convert(fielded, tmp_path / "o", "x").texts == 1
+    assert (tmp_path / "o").read_text() == '"q"\n'
+    with pytest.raises(InvalidInputError, match="no usable text"):
+        convert(fielded, tmp_path / "o", "y")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
+    """A broken or unreadable Parquet file is an input error either way."""
+    path = tmp_path / "c.parquet"
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InvalidInputError, match=r"parquet|Parquet"):
+        convert(path, tmp_path / "o")
+
+
+# Pure parts
+
+
+def test_records_survive_the_way_to_disk_and_back(tmp_path: Path) -> None:
+    """Every part, comparisons and drifts with their trends included."""
+    runs = tuple(one(t, n, rate=r) for n in (1, 2, 3) for t, r in (("a", 10.0 + n), ("b", 12.0 + n)))
+    record = Record(
+        mode="versus",
+        load={"shape": "closed", "batch": 1, "tokens": "33"},
+        targets=(),
+        runs=runs,
+        created="2026-01-01T00:00:00+00:00",
+        seed=1,
+        comparisons=modes.compare(runs),
+        drifts=drifts_of([one(rate=float(n)) for n in range(20)]),
+        overall=figures(1.0),
+    )
+    save(record, tmp_path / "r.json")
+    assert load(tmp_path / "r.json") == from_dict(plain(record))
+    assert load(tmp_path / "r.json").drifts[0].trend is not None
+
+
+def test_rounds_merge_by_median_and_common_histogram() -> None:
+    """Rates by median, percentiles over all answers, failures added."""
+    both = merged([figures(10.0, 10.0), figures(30.0, 30.0), figures(20.0, 20.0, failed={"norm": 3})])
+    assert both.requests_per_s == 20
+    assert both.requests == 300
+    assert both.failed == {"norm": 3}
+    assert both.error_rate == pytest.approx(3 / 303)
+    assert both.latency.p50 == pytest.approx(20, rel=0.01)
+    assert both.latency.max == pytest.approx(30, rel=0.01)
+
+
+def test_an_objective_that_nothing_meets_says_the_nearest() -> None:
+    """The level whose worst excess is the smallest."""
+    slo = parse_slo("p95=5ms")
+    runs = [one(level=n, rate=n * 10.0, p95=6.0 + abs(n - 2), slo_misses=("p95",)) for n in (1, 2, 4)]
+    found = modes.knee(runs, "closed", slo)["a"]
+    assert found["slo_level"] is None
+    assert found["nearest"]["level"] == 2
+
+
+def test_a_soak_record_of_days_stays_small() -> None:
+    """4,320 windows keep 200 curves."""
+    runs = thinned([one(number=n) for n in range(4320)])
+    assert len(runs) == 4320
+    assert sum(bool(r.figures.histogram) for r in runs) <= 200
+
+
+class References(html.parser.HTMLParser):
+    """Everything a page would load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "link", "iframe", "img", "object"):
+            self.found.append(tag)
+        self.found += [
+            f"{k}={v}" for k, v in attrs if k in ("src", "href", "xlink:href") and not (v or "").startswith("#")
+        ]
+
+
+@pytest.mark.parametrize("mode", ["steady", "sweep", "burst", "soak", "versus", "seed"])
+def test_the_page_needs_no_network_and_no_script(mode) -> None:
+    """Plots of every mode; names that try to be markup are text."""
+    runs = tuple(
+        one(
+            "<script>alert(1)</script>",
+            n,
+            level=float(n),
+            rate=10.0 * n,
+            timeline=((0.0, 5.0, 1.0, 2.0), (1.0, 6.0, 1.0, 2.0)),
+        )
+        for n in range(1, 4)
+    )
+    record = Record(
+        mode=mode,
+        load={"shape": "closed", "batch": 1, "tokens": "33"},
+        targets=(),
+        runs=runs,
+        created="now",
+        seed=1,
+        claims=({"claim": "x", "verdict": "y"},),
+        drifts=drifts_of(runs),
+        warnings=("careful",),
+    )
+    page = html_report.page(record)
+    parser = References()
+    parser.feed(page)
+    assert parser.found == []
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert page.count("<svg") >= 1
+    assert "<script" not in page
+    assert report.markdown(record)
+
+
+def test_the_compute_floor_of_the_claim() -> None:
+    """32 x 2048 tokens of the 4B on a 4090 take 3.1 s at its peak: 85 ms is impossible. Unknown GPUs have no floor."""
+    shape = CATALOG["4b"].shape
+    assert floor_seconds(shape, "NVIDIA GeForce RTX 4090", 32, 2048) == pytest.approx(3.1, abs=0.1)
+    assert floor_seconds(shape, "NVIDIA A100-SXM4-80GB", 1, 1) == pytest.approx(shape.flops_per_token(1) / 312e12)
+    assert floor_seconds(shape, "Radeon", 32, 2048) is None
+
+
+def test_gpu_energy_comes_from_the_cards_counter() -> None:
+    """300 J a second at 1,000 tokens a second is 83 Wh per million tokens; no card, no figure, not zero."""
+    watch = Watch(None)
+    watch.moments = [Moment(float(t), GpuSample(0.5, 2**30 * t, 250.0, 300.0 * t), None) for t in range(4)]
+    found = watch.gpu_figures(0, 3, 1000)
+    assert found is not None
+    assert found.watts == pytest.approx(300)
+    assert found.watt_hours_per_million_tokens == pytest.approx(300 * 1000 / 3600)
+    assert found.memory_bytes == 3 * 2**30
+    assert Watch(None).gpu_figures(0, 3, 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("30", 30), ("30s", 30), ("5m", 300), ("72h", 259200), ("0.5s", 0.5), ("250ms", 0.25)]
+)
+def test_durations(text, value) -> None:
+    """A number with an optional unit."""
+    assert seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "open_loop", "shape", "levels"),
+    [
+        ("auto", False, "closed", None),
+        ("auto", True, "open", None),
+        ("rate", False, "open", None),
+        ("1,4", False, "closed", (1, 4)),
+        ("rate:1.5,3", False, "open", (1.5, 3)),
+        ("concurrency:2", True, "closed", (2,)),
+    ],
+)
+def test_sweeps(text, open_loop, shape, levels) -> None:
+    """What is swept and over which levels."""
+    found = parse_sweep(text, open_loop)
+    assert (found.shape, found.levels) == (shape, levels)
+
+
+def test_sparkline() -> None:
+    """From zero to the highest bar."""
+    assert sparkline([0, 5, 10]) == "▁▅█"
+    assert sparkline([0, 0]) == "▁▁"
+    assert sparkline([]) == ""

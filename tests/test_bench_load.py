@@ -1,0 +1,431 @@
+"""The load engine: what it sends, when, over which wire, and that it sees every wrong answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from null_server import Behaviour, NullEndpoint, null_server
+
+from qwen3emb_launch.bench import connection, lengths, load
+from qwen3emb_launch.bench.answers import AnswerChecker
+from qwen3emb_launch.bench.calibrate import calibrate
+from qwen3emb_launch.bench.connection import Connection, Target
+from qwen3emb_launch.bench.figures import figures_of
+from qwen3emb_launch.bench.spec import LoadSpec, Phase, Vocabulary
+from qwen3emb_launch.bench.texts import CorpusTexts, RepeatingTexts, WordTexts, capacity
+from qwen3emb_launch.bench.words import WORDS
+from qwen3emb_launch.errors import InvalidInputError
+
+
+def closed(url: str, clients: int = 4, seconds: float = 0.5, **changes: object) -> LoadSpec:
+    """A closed loop without warm-up."""
+    return LoadSpec(url=url, model="m", phases=(Phase("steady", seconds, clients),), **changes)
+
+
+# Lengths and texts
+
+
+@given(
+    st.sampled_from(["7", "3-90", "normal:50:20@5-80", "lognormal:40:1.5@2-300", "normal:9:30"]), st.integers(0, 999)
+)
+def test_draws_stay_within_their_bounds(text, seed) -> None:
+    """Whatever the distribution, a draw lies between its bounds."""
+    parsed = lengths.parse(text)
+    assert parsed.low <= parsed.draw(random.Random(seed)) <= parsed.high
+
+
+def test_draws_follow_the_distribution() -> None:
+    """A log-normal's median is its first number."""
+    parsed = lengths.parse("lognormal:120:0.8@1-100000")
+    draws = sorted(parsed.draw(random.Random(seed)) for seed in range(2001))
+    assert draws[1000] == pytest.approx(120, rel=0.1)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-3", "9-3", "abc", "normal:1", "normal:0:1", "5@1", "1-9999999"])
+def test_a_bad_length_is_refused(text) -> None:
+    """The message names the text, or the range that is wrong in it."""
+    with pytest.raises(ValueError, match=r"no length|no range|lengths go|must be above"):
+        lengths.parse(text)
+
+
+def bytes_tokenizer(text: str) -> int:
+    """One token a byte and an end token, as the demo model's."""
+    return len(text.encode()) + 1
+
+
+def words_tokenizer(text: str) -> int:
+    """One token a word, two for some, and an end token."""
+    return sum(2 if word in ("tony", "sept") else 1 for word in text.split()) + 1
+
+
+@pytest.mark.parametrize("tokenizer", [bytes_tokenizer, words_tokenizer])
+@pytest.mark.parametrize("tokens", [7, 33, 512, 513, 2048, 400_001])
+def test_texts_have_exactly_the_tokens_asked_for(tokenizer, tokens) -> None:
+    """Calibrated by counting alone, whatever a word costs."""
+    vocabulary = calibrate(tokenizer)
+    assert vocabulary.exact
+    source = WordTexts(vocabulary, lengths.parse(str(tokens)), seed=1, start=0, step=1)
+    assert {tokenizer(json.loads(source.next())) for _ in range(5)} == {tokens}
+
+
+def test_calibration_drops_words_that_cost_otherwise_in_few_requests() -> None:
+    """Two odd words among five hundred are found by halving, not one by one."""
+    asked = []
+    vocabulary = calibrate(lambda text: asked.append(text) or words_tokenizer(text))
+    assert set(WORDS) - set(vocabulary.words) == {"tony", "sept"}
+    assert len(asked) < 60
+
+
+@pytest.mark.parametrize("tokenizer", [lambda _: None, lambda _: 5, lambda text: len(text) // 3])
+def test_an_endpoint_that_does_not_count_gives_inexact_texts(tokenizer) -> None:
+    """No usage, a constant, or a count that words do not explain: lengths are in words, and it is said."""
+    assert not calibrate(tokenizer).exact
+
+
+def test_a_hundred_thousand_texts_are_all_different_in_every_process() -> None:
+    """Two processes' texts interleave without a repetition, and differ from the first words on."""
+    vocabulary = Vocabulary(WORDS, exact=True)
+    texts = []
+    for worker in (0, 1):
+        source = WordTexts(vocabulary, lengths.parse("8"), seed=worker, start=worker, step=2)
+        texts += [source.next() for _ in range(50_000)]
+    assert len(set(texts)) == 100_000
+    assert len({t[:16] for t in texts[:1000]}) > 990
+    assert capacity(vocabulary, 2) == len(WORDS) ** 2
+
+
+def test_repeats_come_at_their_rate_from_texts_sent_before() -> None:
+    """Of 10,000 texts with rate 0.3 about 3,000 were seen before."""
+    fresh = WordTexts(Vocabulary(WORDS), lengths.parse("8"), 1, 0, 1)
+    source = RepeatingTexts(fresh, 0.3, seed=1)
+    texts = [source.next() for _ in range(10_000)]
+    assert 10_000 - len(set(texts)) == pytest.approx(3000, abs=200)
+
+
+def test_a_corpus_goes_round() -> None:
+    """Lines are shared among processes and start again at the end."""
+    source = CorpusTexts([b'"a"', b'"b"', b'"c"'], start=1, step=2)
+    assert [source.next() for _ in range(4)] == [b'"b"', b'"a"', b'"c"', b'"b"']
+
+
+# Answers
+
+
+def answer(**changes: object) -> tuple[int, bytes]:
+    """What the null server answers to one text of three words."""
+    body = b'{"input": "a b c", "dimensions": 4, "encoding_format": "float"}'
+    return NullEndpoint(Behaviour(**changes)).answer(b"", body)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("", ""),
+        ("nan", "not_finite"),
+        ("norm", "norm"),
+        ("count", "count"),
+        ("dims", "dims"),
+        ("order", "order"),
+        ("malformed", "malformed"),
+        ("http_503", "http_503"),
+    ],
+)
+def test_every_wrong_answer_has_its_kind(fault, kind) -> None:
+    """And a right one has none."""
+    status, body = answer(fault=fault)
+    assert AnswerChecker(1, 4, unit_norm=True).check(status, body)[0] == kind
+
+
+@pytest.mark.parametrize(
+    "body", [b"[]", b"null", b'{"data": 3}', b'{"data": [{"embedding": "!!"}]}', b'{"data": [{"embedding": [null]}]}']
+)
+def test_any_shape_of_nonsense_is_a_kind_and_no_crash(body) -> None:
+    """The checker never raises."""
+    assert AnswerChecker(1, None, unit_norm=True).check(200, body)[0] in ("malformed", "not_finite", "dims")
+
+
+def test_both_wires_are_read_and_a_width_must_stay() -> None:
+    """base64 and float give the same verdict; the first answer's width holds for all."""
+    checker = AnswerChecker(1, None, unit_norm=True)
+    endpoint = NullEndpoint(Behaviour())
+    assert (
+        checker.check(*endpoint.answer(b"", b'{"input": "a", "dimensions": 8, "encoding_format": "base64"}'))[0] == ""
+    )
+    assert checker.wire == "base64"
+    assert checker.check(*endpoint.answer(b"", b'{"input": "a", "dimensions": 8}'))[0] == ""
+    assert checker.wire == "float"
+    assert checker.check(*endpoint.answer(b"", b'{"input": "a", "dimensions": 9}'))[0] == "dims"
+
+
+# The wire
+
+
+class RawServer:
+    """Answers each request with the next scripted bytes, in pieces; None closes the connection instead."""
+
+    def __init__(self, *answers: list[bytes] | None) -> None:
+        self.answers = list(answers)
+        self.connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while self.answers:
+                head = await reader.readuntil(b"\r\n\r\n")
+                await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+                pieces = self.answers.pop(0)
+                if pieces is None:
+                    return
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return
+        finally:
+            writer.close()
+
+
+async def exchange(server: RawServer, count: int) -> list[tuple[int, bytes, str]]:
+    """Send `count` requests one after another over one connection."""
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    port = listening.sockets[0].getsockname()[1]
+    target = Target.of(f"http://127.0.0.1:{port}/v1", "/embeddings", {})
+    loop = asyncio.get_running_loop()
+    link = Connection(target, loop)
+    got = []
+    for _ in range(count):
+        done = loop.create_future()
+        link.send(target.request(b"{}"), lambda *a, done=done: done.set_result(a), loop.time() + 5)
+        got.append(await asyncio.wait_for(done, 5))
+    link.close()
+    listening.close()
+    return got
+
+
+PLAIN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3;x=1\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "body"),
+    [
+        ([PLAIN], b"ok"),
+        ([PLAIN[i : i + 1] for i in range(len(PLAIN))], b"ok"),
+        ([CHUNKED], b"abcde"),
+        ([CHUNKED[:50], CHUNKED[50:60], CHUNKED[60:]], b"abcde"),
+        ([b"HTTP/1.1 100 Continue\r\n\r\n" + PLAIN], b"ok"),
+        ([b"HTTP/1.1 200 OK\r\ncontent-length:  2 \r\nConnection: close\r\n\r\nok"], b"ok"),
+    ],
+)
+def test_answers_are_read_however_they_are_framed_and_cut(pieces, body) -> None:
+    """By length or chunked, in one piece or byte by byte; and the connection serves a second request."""
+    assert asyncio.run(exchange(RawServer(pieces, pieces), 2)) == [(200, body, "")] * 2
+
+
+def test_an_idle_connection_that_the_server_dropped_is_reopened_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server's idle time-out crossing a request is no failure of the load; a second drop is, and one in use is."""
+    assert [x[2] for x in asyncio.run(exchange(RawServer([PLAIN], None, [PLAIN]), 2))] == ["", "reset"]
+    monkeypatch.setattr(connection, "_IDLE", -1.0)
+    server = RawServer([PLAIN], None, [PLAIN])
+    assert [x[2] for x in asyncio.run(exchange(server, 2))] == ["", ""]
+    assert server.connections == 2
+    assert [x[2] for x in asyncio.run(exchange(RawServer([PLAIN], None, None), 2))] == ["", "reset"]
+
+
+@pytest.mark.parametrize("garbage", [b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n", b"x" * 70_000])
+def test_what_is_no_answer_is_a_protocol_failure(garbage) -> None:
+    """Garbage is not guessed at."""
+    assert asyncio.run(exchange(RawServer([garbage]), 1))[0][2] == "protocol"
+
+
+def test_a_header_with_a_line_break_is_refused() -> None:
+    """A key from a file with a newline must not become a header of its own."""
+    with pytest.raises(ValueError, match="line break"):
+        Target.of("http://h/v1", "/embeddings", {"Authorization": "Bearer a\r\nX: y"})
+
+
+# Loads
+
+
+def test_a_closed_loop_keeps_its_clients_busy() -> None:
+    """4 clients on a server that takes 20 ms each make 200 requests a second at 20 ms."""
+    with null_server(Behaviour(delay=0.02)) as (url, endpoint):
+        result = load.run(closed(url, 4, 1.5))
+    figures = figures_of(result, result.phases[-1], None)
+    assert figures.failed == {}
+    assert figures.requests_per_s == pytest.approx(200, rel=0.15)
+    assert figures.latency.p50 == pytest.approx(20, rel=0.25)
+    assert endpoint.answered == result.sent == len(result.batch)
+
+
+def test_an_open_loop_counts_from_the_scheduled_moment() -> None:
+    """Twice as much as a serial server can do: the queue shows in the latency, as a closed loop would hide."""
+    with null_server(Behaviour(delay=0.01, serial=True)) as (url, _):
+        spec = LoadSpec(url=url, model="m", shape="open", phases=(Phase("steady", 1.0, 200),), seed=3, max_in_flight=20)
+        result = load.run(spec)
+    figures = figures_of(result, result.phases[-1], None)
+    assert figures.latency.p50 is not None
+    assert figures.latency.p50 > 150
+    assert max(s - a for a, s in zip(result.batch.scheduled, result.batch.sent, strict=True)) > 0.2
+    assert result.unfinished + len(result.batch) == pytest.approx(200, abs=60)
+
+
+def test_poisson_arrivals_repeat_with_the_seed_and_have_their_rate() -> None:
+    """The same seed schedules the same moments; gaps are as spread as exponential ones."""
+    with null_server() as (url, _):
+        spec = LoadSpec(url=url, model="m", shape="open", phases=(Phase("steady", 1.0, 300),), seed=5)
+        one, two = (sorted(load.run(spec).batch.scheduled) for _ in range(2))
+    assert len(one) == len(two) == pytest.approx(300, abs=70)
+    gaps = [[b - a for a, b in pairwise(x)] for x in (one, two)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-6)
+    mean = sum(gaps[0]) / len(gaps[0])
+    assert sum((g - mean) ** 2 for g in gaps[0]) / len(gaps[0]) == pytest.approx(mean**2, rel=0.5)
+
+
+def test_every_fault_in_ten_is_counted_by_its_kind() -> None:
+    """One answer in ten is wrong: the error rate is a tenth and the first message is kept."""
+    with null_server(Behaviour(fault="norm", fault_every=10)) as (url, endpoint):
+        result = load.run(closed(url, 2, 5, requests=200))
+    figures = figures_of(result, result.phases[-1], None)
+    assert endpoint.answered == 200
+    assert figures.failed == {"norm": 20}
+    assert figures.error_rate == pytest.approx(0.1)
+    assert "norm" in figures.details["norm"]
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("hang", "timeout"), ("reset", "reset"), ("http_503", "http_503")])
+def test_failures_of_the_connection_have_their_kind(fault, kind) -> None:
+    """A hang ends at the time-out, a reset at once, and the load goes on."""
+    with null_server(Behaviour(fault=fault, fault_every=5)) as (url, _):
+        result = load.run(closed(url, 2, 1.2, timeout=0.3, drain=1.0))
+    kinds = {kind for *_, kind in result.batch.rows()}
+    assert kind in kinds
+    assert "" in kinds
+
+
+def test_a_dead_endpoint_is_not_hammered() -> None:
+    """Refused connections are failures, tried again ten times a second, not ten thousand."""
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))
+        result = load.run(closed(f"http://127.0.0.1:{reserved.getsockname()[1]}/v1", 2, 0.5))
+    assert 0 < len(result.batch) <= 20
+    assert {k for *_, k in result.batch.rows()} == {"connect"}
+
+
+def test_two_processes_share_the_load_and_no_text() -> None:
+    """Clients, requests and serial numbers are divided."""
+    with null_server() as (url, endpoint):
+        endpoint.texts = []
+        result = load.run(closed(url, 3, 5, requests=301, processes=2, lengths="12", batch=2))
+        texts = endpoint.texts
+    assert len(result.batch) == 301
+    assert len(texts) == len(set(texts)) == 602
+    assert result.texts_taken >= 602
+
+
+def test_warm_up_is_sent_but_not_measured() -> None:
+    """The measured phase begins after it, and a request across the edge counts by its part."""
+    with null_server(Behaviour(delay=0.05)) as (url, endpoint):
+        spec = LoadSpec(url=url, model="m", phases=(Phase("warmup", 0.5, 2, measured=False), Phase("steady", 0.5, 2)))
+        result = load.run(spec)
+    figures = figures_of(result, result.phases[-1], None)
+    assert endpoint.answered > figures.requests
+    assert figures.requests_per_s == pytest.approx(40, rel=0.2)
+
+
+def test_a_burst_changes_the_number_of_clients() -> None:
+    """Three phases, three levels, each with its own figures."""
+    phases = (Phase("before", 0.5, 1), Phase("burst", 0.5, 6), Phase("after", 0.5, 1))
+    with null_server(Behaviour(delay=0.02)) as (url, _):
+        result = load.run(LoadSpec(url=url, model="m", phases=phases))
+    rates = [figures_of(result, p, None).requests_per_s for p in result.phases]
+    assert rates[1] > 3 * rates[0]
+    assert rates[2] < rates[1] / 3
+
+
+def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The load ends early, in order, and says so."""
+    timer = threading.Timer(0.6, signal.raise_signal, [signal.SIGINT])
+    with null_server() as (url, _):
+        timer.start()
+        before = time.monotonic()
+        result = load.run(closed(url, 2, 60))
+    assert time.monotonic() - before < 10
+    assert result.interrupted
+    assert len(result.batch) > 10
+    assert result.phases[-1].ended < 10
+
+
+def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
+    """A bench killed with SIGKILL leaves no process that goes on loading."""
+    script = tmp_path / "bench.py"
+    with null_server() as (url, endpoint):
+        script.write_text(
+            "from qwen3emb_launch.bench import load\nfrom qwen3emb_launch.bench.spec import LoadSpec, Phase\n"
+            f"load.run(LoadSpec(url={url!r}, model='m', phases=(Phase('steady', 300, 2),)))\n"
+        )
+        parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+        deadline = time.monotonic() + 20
+        while endpoint.answered < 50 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert endpoint.answered >= 50
+        parent.kill()
+        parent.wait()
+        while time.monotonic() < deadline:
+            seen = endpoint.answered
+            time.sleep(0.3)
+            if endpoint.answered == seen:
+                return
+    pytest.fail("requests still came")
+
+
+def test_a_spec_that_cannot_run_is_an_input_error() -> None:
+    """The worker's reason reaches the caller."""
+    with pytest.raises(InvalidInputError, match="no http"):
+        load.run(closed("ftp://x/v1"))
+    with pytest.raises(InvalidInputError):
+        load.run(closed("http://127.0.0.1:9/v1", processes=0))
+
+
+def test_the_key_is_sent_and_never_in_what_a_record_keeps() -> None:
+    """The endpoint sees it; the public form of the spec does not have it."""
+    with null_server(Behaviour(api_key="sesame")) as (url, _):
+        spec = closed(url, 1, 5, requests=3, api_key="sesame", headers={"X-Team": "a"})
+        result = load.run(spec)
+    assert {k for *_, k in result.batch.rows()} == {""}
+    assert "sesame" not in json.dumps(result.to_dict()) + repr(spec)
+
+
+def test_the_bare_command_calibrates_and_prints_raw_latencies(tmp_path: Path) -> None:
+    """`python -m qwen3emb_launch.bench.load` needs nothing but a spec: what a GPU host without the launcher has."""
+    with null_server() as (url, _):
+        spec = {
+            "url": url,
+            "model": "m",
+            "lengths": "33",
+            "requests": 20,
+            "phases": [{"name": "steady", "seconds": 5, "level": 2}],
+        }
+        path = tmp_path / "spec.json"
+        path.write_text(json.dumps(spec))
+        done = subprocess.run(
+            [sys.executable, "-m", "qwen3emb_launch.bench.load", str(path)], capture_output=True, text=True, check=True
+        )
+    result = json.loads(done.stdout)
+    assert len(result["requests"]["done"]) == 20
+    assert set(result["requests"]["tokens"]) == {33}
