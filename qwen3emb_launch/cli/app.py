@@ -42,8 +42,8 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def build() -> typer.Typer:
-    """The application with every command registered."""
+def build(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+    """The application with every command registered, or only those that this run can need."""
     app = typer.Typer(
         name="qwen3emb",
         help="One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed.",
@@ -61,7 +61,7 @@ def build() -> typer.Typer:
     ) -> None:
         """One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed."""
 
-    for name in COMMANDS:
+    for name in commands:
         import_module(f"qwen3emb_launch.cli.{name}").register(app)
     return app
 
@@ -71,7 +71,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     console = Console(_command_of(args), json="--json" in args)
     try:
-        status = build()(args=args, prog_name="qwen3emb", standalone_mode=False)
+        # Typer builds a validator a parameter: of the one command named, where one is, not of all of them.
+        app = build(args[:1]) if args and args[0] in COMMANDS else build()
+        status = app(args=args, prog_name="qwen3emb", standalone_mode=False)
         return int(status or 0)
     except typer.Exit as leave:
         return int(leave.exit_code)

@@ -28,12 +28,22 @@ pytestmark = pytest.mark.engine
 QWEN3EMB = [sys.executable, "-m", "qwen3emb_launch"]
 
 
+@pytest.fixture(scope="module")
+def data_folder(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path | None:
+    """Where an engine asked for by its python is adopted, once; None where the installed one serves."""
+    if "QWEN3EMB_TEST_ENGINE_PYTHON" not in os.environ:
+        return None
+    data = tmp_path_factory.mktemp("data")
+    adopt = [*QWEN3EMB, "engine", "install", "--python", str(engine_python), "--name", "cpu"]
+    subprocess.run(adopt, check=True, env={**os.environ, "QWEN3EMB_DATA_DIR": str(data)})
+    return data
+
+
 @pytest.fixture
-def engine(engine_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cpu engine environment, adopted into a data folder of the test's own when another one is asked for."""
-    if "QWEN3EMB_TEST_ENGINE_PYTHON" in os.environ:
-        monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
-        subprocess.run([*QWEN3EMB, "engine", "install", "--python", str(engine_python), "--name", "cpu"], check=True)
+def engine(data_folder: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cpu engine environment that `up` finds by itself."""
+    if data_folder:
+        monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(data_folder))
 
 
 @pytest.fixture
