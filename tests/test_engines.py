@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from qwen3emb_launch import engines
 from qwen3emb_launch.cli import app
-from qwen3emb_launch.engines import inspection, integrity, pip_output, record, releases, toolkit
+from qwen3emb_launch.engines import build, inspection, integrity, pip_output, record, releases, toolkit
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import EngineFlag
 
@@ -160,7 +160,7 @@ def test_the_silent_stage_is_counted_from_outside() -> None:
     ("line", "status", "code"),
     [
         ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 3, "disk_full"),
-        ("ERROR: [Errno 13] Permission denied: '/data/engines'", 3, "unwritable"),
+        ("ERROR: [Errno 13] Permission denied: '/data/engines'", 3, "folder_unwritable"),
         (
             "WARNING: Retrying (Retry(total=4, connect=None, read=None, redirect=None, status=None)) after connection "
             "broken by 'NewConnectionError'",
@@ -196,6 +196,24 @@ def test_credentials_of_an_index_are_redacted() -> None:
     assert "s3cret" not in shown
     assert "token" not in shown
     assert "mirror.example/simple" in shown
+
+
+# ---- the interpreter
+
+
+def test_a_launcher_on_another_python_takes_one_from_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no wheels exist for the launcher's Python, the newest fitting one on PATH that runs is the base."""
+    monkeypatch.setattr(releases, "PYTHONS", ((3, 97), (3, 98), (3, 99)))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UnfitError) as none:
+        build.base_python()
+    assert none.value.code == "python_version"
+    assert "3.97 or 3.98 or 3.99" in none.value.message
+    for minor, status in ((97, 0), (98, 0), (99, 1)):
+        fake = tmp_path / f"python3.{minor}"
+        fake.write_text(f"#!/bin/sh\nexit {status}\n")
+        fake.chmod(0o755)
+    assert build.base_python() == tmp_path / "python3.98"
 
 
 # ---- integrity
@@ -457,6 +475,8 @@ def test_the_commands_answer_in_one_envelope(data: Path) -> None:
     _record("cpu", "cpu", "0.5.15.post1", data)
     status, told = run("engine", "list")
     assert (status, told["result"]["environments"][0]["name"]) == (0, "cpu")  # type: ignore[index]
+    status, told = run("engine", "install", "--python", str(data / "nowhere"))
+    assert (status, told["error"]["code"]) == (2, "python_missing")  # type: ignore[index]
     status, told = run("engine", "install", "cuda", "--version", "0.5.12")
     assert (status, told["error"]["code"]) == (2, "engine_version")  # type: ignore[index]
     status, told = run("engine", "check", "cpu")  # its python is a script that reports nothing

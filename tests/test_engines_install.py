@@ -17,7 +17,7 @@ import engine_index
 import psutil
 import pytest
 
-from qwen3emb_launch import engines
+from qwen3emb_launch import engines, results
 from qwen3emb_launch.engines import build, inspection, integrity, plugin, record, releases
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, LaunchError, NetworkError, UnfitError
 from qwen3emb_launch.progress import SilentProgress
@@ -125,6 +125,8 @@ def test_from_nothing_with_a_real_venv_and_a_newer_pip(data: Path, folder_index:
     assert watcher.steps[-1] == "checking that it starts"
     assert stat.S_IMODE((data / "engines" / "cpu" / "install.log").stat().st_mode) == 0o600
     assert engines.find("cpu") == done.facts
+    told = results.plain(done)
+    assert (told["did"], told["name"], told["flags"]) == ("installed", "cpu", len(done.facts.flags))
 
 
 def test_a_second_install_does_nothing(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,7 +461,7 @@ def test_what_cannot_be_adopted(quick: Path, tmp_path: Path, template: Path) -> 
             engines.install(**arguments)  # type: ignore[arg-type]
         return failed.value.code
 
-    assert code(python=tmp_path / "nowhere") == "engine_python"
+    assert code(python=tmp_path / "nowhere") == "python_missing"
     assert code(python=liar) == "engine_python"
     assert code(python=empty) == "not_an_engine"
     assert code(python=empty, name="cpu") == "engine_name_taken"

@@ -73,8 +73,9 @@ def install(
             done = engines.install(
                 _flavour(flavour), version=version, python=python, name=name, force=force, progress=progress
             )
-        for note in done.notes:
-            console.warn(note)
+        if json or done.did == "adopted":  # progress has shown them otherwise
+            for note in done.notes:
+                console.warn(note)
         console.result(done, lambda c: _show_installed(c, done))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwen3emb_launch import gpu
 from qwen3emb_launch.engines import inspection, record, registry, releases
@@ -29,6 +29,19 @@ class Installed:
     size_bytes: int | None
     log: Path | None
     notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`: the flags by their number, `engine check --json` lists them."""
+        kept = ("name", "flavour", "version", "python", "adopted", "packages", "plugin")
+        return {
+            "did": self.did,
+            **{key: getattr(self.facts, key) for key in kept},
+            "flags": len(self.facts.flags),
+            "seconds": round(self.seconds, 3),
+            "size_bytes": self.size_bytes,
+            "log": self.log,
+            "notes": self.notes,
+        }
 
 
 def install(
@@ -106,6 +119,8 @@ def _build(
         return Installed(
             "plugin", registry.facts(found), time.monotonic() - started, found.size_bytes, builder.log, notes
         )
+    for note in notes:
+        shown.step(note)  # before gigabytes are fetched
     record.write_note(name, wanted.flavour, wanted.version)
     builder.build(wanted)
     builder.install_wheel(wheel.path)
@@ -162,7 +177,7 @@ def _adopt(
     given = python.expanduser().absolute()
     path = given / "bin" / "python" if given.is_dir() else given
     if not path.is_file():
-        raise InvalidInputError("engine_python", f"no python at {path}", "--python /path/to/env/bin/python")
+        raise InvalidInputError("python_missing", f"no python at {path}", "--python /path/to/env/bin/python")
     with plugin_wheel() as wheel, record.locked(name, shown, wait):
         before = record.load(name)
         if before is None and record.folder(name).exists():

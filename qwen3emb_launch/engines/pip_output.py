@@ -98,8 +98,8 @@ def last_lines(lines: Sequence[str], count: int = 8) -> list[str]:
 _CAUSES: tuple[tuple[str, type[LaunchError], str, str], ...] = (
     ("No space left on device", UnfitError, "disk_full", "free some space, then run the same command: it goes on"),
     ("Disk quota exceeded", UnfitError, "disk_full", "free some space, then run the same command: it goes on"),
-    ("Permission denied", UnfitError, "unwritable", "QWEN3EMB_DATA_DIR moves the folder"),
-    ("Read-only file system", UnfitError, "unwritable", "QWEN3EMB_DATA_DIR moves the folder"),
+    ("Permission denied", UnfitError, "folder_unwritable", "QWEN3EMB_DATA_DIR moves the folder"),
+    ("Read-only file system", UnfitError, "folder_unwritable", "QWEN3EMB_DATA_DIR moves the folder"),
     ("DO NOT MATCH THE HASHES", NetworkError, "index_corrupt", "`pip cache purge`, or another index"),
     (
         "ResolutionImpossible",
