@@ -266,6 +266,13 @@ class Calls(unittest.IsolatedAsyncioTestCase):
             await self.calls.vectors(plain("a", "b"), gone)
         self.assertEqual(len(self.manager.aborted), 2)
 
+    async def test_no_request_id_begins_with_another(self) -> None:
+        """The scheduler aborts every request whose id starts with the aborted one."""
+        await self.calls.vectors(plain(*(f"text {i}" for i in range(40))), connected)
+        ids = [one.rid for message in self.manager.messages for one in message]
+        self.assertEqual(len(set(ids)), 40)
+        self.assertEqual(len({len(rid) for rid in ids}), 1)
+
     async def test_a_long_wait_is_no_error(self) -> None:
         """The client is there: waiting goes on past the time between two looks."""
         self.manager.silent = True

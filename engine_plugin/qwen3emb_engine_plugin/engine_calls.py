@@ -178,7 +178,7 @@ class EngineCalls:
         for index, ids in enumerate(items):
             text = asked.texts[index] if asked.texts is not None else None
             one = self._request_type(
-                rid=f"{self._base}{next(self._numbers)}",
+                rid=f"{self._base}{next(self._numbers):012x}",  # one width: an abort takes every id it is a prefix of
                 text=text,
                 input_ids=None if text is not None else ids,
                 sampling_params={"max_new_tokens": 0},

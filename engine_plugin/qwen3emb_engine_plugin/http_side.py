@@ -126,7 +126,7 @@ def _install_or_reason(serving: Any, manager: Any) -> str | None:
         "several tokenizer workers": args.tokenizer_worker_num != 1,
         "data parallelism": args.dp_size != 1,
         "tracing": args.enable_trace,
-        "LoRA": bool(args.enable_lora),
+        "LoRA": bool(args.enable_lora or args.lora_paths),
         "disaggregation": args.disaggregation_mode != "null" or bool(getattr(args, "language_only", False)),
         "sparse embeddings": "SGLANG_EMBEDDINGS_SPARSE_HEAD" in os.environ,
         "a per-request exporter": manager.request_metrics_exporter_manager.exporter_enabled(),
