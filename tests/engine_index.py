@@ -8,6 +8,7 @@ import importlib.metadata
 import zipfile
 from pathlib import Path
 
+EPOCH = (2020, 1, 1, 0, 0, 0)  # the same content is the same bytes
 SERVER_ARGS = """
 class ServerArgs:
     @staticmethod
@@ -68,8 +69,8 @@ def _pack(path: Path, content: dict[str, bytes], info: str) -> Path:
     rows = [f"{name},{_hash(data)},{len(data)}" for name, data in content.items()]
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in content.items():
-            archive.writestr(name, data)
-        archive.writestr(f"{info}/RECORD", "\n".join([*rows, f"{info}/RECORD,,"]) + "\n")
+            archive.writestr(zipfile.ZipInfo(name, EPOCH), data)
+        archive.writestr(zipfile.ZipInfo(f"{info}/RECORD", EPOCH), "\n".join([*rows, f"{info}/RECORD,,"]) + "\n")
     return path
 
 
