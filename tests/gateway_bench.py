@@ -35,10 +35,11 @@ class Bench:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.service.port)
         lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", "connection: close"]
         lines += [f"{k.replace('_', '-')}: {v}" for k, v in {**self.headers, **headers}.items()]
-        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
-        raw = await asyncio.wait_for(reader.read(), 60)
-        writer.close()
-        return parse_answer(raw)
+        try:
+            writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+            return parse_answer(await asyncio.wait_for(reader.read(), 60))
+        finally:
+            writer.close()
 
     async def vectors(self, inputs: object, **more: object) -> np.ndarray:
         """Embed, as rows; the answer must be a good one."""

@@ -169,8 +169,11 @@ def test_routes_methods_and_unknown_paths() -> None:
 
     async def main() -> None:
         async with Served(NullEngine(64)) as served, gateway(served) as gw:
-            for path in ("/", "/flush_cache", "/update_weights_from_disk", "/v1/embeddings/", "/v1/../flush_cache",
-                         "//v1/embeddings", "/v1/embeddings%2f", "/v1/chat/completions", "/generate", "/v1/models/x"):  # fmt: skip
+            paths = (
+                "/", "/flush_cache", "/update_weights_from_disk", "/v1/embeddings/", "/v1/../flush_cache",
+                "//v1/embeddings", "/v1/embeddings%2f", "/v1/chat/completions", "/generate", "/v1/models/x",
+            )  # fmt: skip
+            for path in paths:
                 answer = await gw.request("POST" if path != "/v1/models/x" else "GET", path, b"{}")
                 assert answer.status == 404, path
                 assert error(answer)["source"] == "gateway"
@@ -195,7 +198,8 @@ def test_tasks_choose_instruction_and_dims() -> None:
             answer = await gw.post({"model": "null:faq_match", "input": "lost parcel"})
             sent = engine.bodies[-1]["input"]
             assert rows(answer).shape == (1, 128)
-            assert sent[0].startswith("Instruct: ") and sent[0].endswith("\nQuery:lost parcel")
+            assert sent[0].startswith("Instruct: ")
+            assert sent[0].endswith("\nQuery:lost parcel")
             documents = await gw.post({"model": "null:faq_match:document", "input": "lost parcel"})
             assert engine.bodies[-1]["input"] == ["lost parcel"]
             assert rows(documents).shape == (1, 128)

@@ -220,7 +220,7 @@ class Batcher:
                 if due > 0:
                     self._look_again_in(due)
                 continue
-            batch = self._take(queue)
+            batch = self._take(queue, -(-len(queue) // max(1, self.pool.idle)))
             if batch:
                 self._send(upstream, batch, long)
             if queue:
@@ -240,10 +240,13 @@ class Batcher:
         self._timer = None
         self._dispatch()
 
-    def _take(self, queue: FairQueue[Item]) -> list[Item]:
-        """A batch within the bounds, at least one item; items that nobody wants any more are let go."""
+    def _take(self, queue: FairQueue[Item], fair: int) -> list[Item]:
+        """A batch within the bounds, at least one item; items that nobody wants any more are let go.
+
+        `fair` is this engine's part of the queue when several have nothing to do.
+        """
         batch: list[Item] = []
-        tokens, company = 0, self.limits.items
+        tokens, company = 0, min(fair, self.limits.items)
         while queue and len(batch) < company:
             head = queue.peek()
             if head is None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -78,6 +79,7 @@ class _Link(asyncio.Protocol):
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.used = False
+        self.watch: Watch | None = None
         self._future: asyncio.Future[Answer] | None = None
         self._fresh()
 
@@ -136,6 +138,8 @@ class _Link(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
+        if self.watch is not None and self.watch.lost is not None:
+            self.watch.lost()
         stale = self.used and not self._started
         self._fail(
             EngineGoneError(f"the engine closed the connection{f': {exc}' if exc else ''}", sent=True, stale=stale)
@@ -150,6 +154,24 @@ class _Link(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
             self.transport = None
+
+
+class Watch:
+    """An idle connection and what to do when the other side ends it."""
+
+    def __init__(self, link: _Link, lost: Callable[[], None]) -> None:
+        self._link = link
+        self.lost: Callable[[], None] | None = lost
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process it was opened to still holds it."""
+        return self._link.transport is not None
+
+    def close(self) -> None:
+        """Watch no more."""
+        self.lost = None
+        self._link.close()
 
 
 class HttpClient:
@@ -217,6 +239,13 @@ class HttpClient:
         except (OSError, ssl.SSLError) as exc:
             raise EngineGoneError(f"no connection to {self.address.url}: {exc}", sent=False) from exc
         return link
+
+    async def watch(self, lost: Callable[[], None]) -> Watch:
+        """A connection that asks nothing: it ends when the engine's process does, which is how its death is seen at
+        once, and its replacement by another process not missed. Raises EngineGoneError."""
+        link = await self._connect()
+        link.watch = Watch(link, lost)
+        return link.watch
 
     def close(self) -> None:
         """Close the idle connections."""

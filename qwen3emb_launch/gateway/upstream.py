@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 
 from qwen3emb_launch.gateway.answer import Vector
-from qwen3emb_launch.gateway.http_client import Address, Answer, EngineGoneError, HttpClient
+from qwen3emb_launch.gateway.http_client import Address, Answer, EngineGoneError, HttpClient, Watch
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
 
 log = logging.getLogger(__name__)
@@ -69,11 +69,17 @@ class Upstream:
         self.failed_calls = 0
         self.draining = False
         self.prober: asyncio.Task[None] | None = None
+        self.watch: Watch | None = None
 
     @property
     def url(self) -> str:
         """The base URL, as it was given."""
         return self.address.url
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """What the next call goes by: items in the air, then calls so far."""
+        return self.slots.items, self.answered_calls
 
     def describe(self) -> dict[str, Any]:
         """For `/ready`, the admin socket and the status page."""
@@ -161,7 +167,18 @@ class UpstreamPool:
     def _close(self, upstream: Upstream) -> None:
         if upstream.prober:
             upstream.prober.cancel()
+        self._unwatch(upstream)
         upstream.client.close()
+
+    def _unwatch(self, upstream: Upstream) -> None:
+        if upstream.watch is not None:
+            upstream.watch.close()
+            upstream.watch = None
+
+    def _lost(self, upstream: Upstream) -> None:
+        """The watching connection ended: the process did, or the server dislikes idle connections. Prove it again."""
+        if upstream.state is UpstreamState.UP:
+            self._down(upstream, "it closed the watching connection")
 
     # -- choice
 
@@ -186,9 +203,14 @@ class UpstreamPool:
                 if upstream.not_before > now:
                     continue
                 upstream.not_before = 0.0
-            if best is None or upstream.slots.items < best.slots.items:
+            if best is None or upstream.load < best.load:
                 best = upstream
         return best
+
+    @property
+    def idle(self) -> int:
+        """How many have nothing to do."""
+        return sum(u.state is UpstreamState.UP and not u.slots.items for u in self.upstreams.values())
 
     # -- health
 
@@ -220,6 +242,7 @@ class UpstreamPool:
 
     def _down(self, upstream: Upstream, reason: str) -> None:
         self._move(upstream, UpstreamState.DOWN, reason)
+        self._unwatch(upstream)
         upstream.client.close()
         if upstream.prober is None or upstream.prober.done():
             upstream.prober = asyncio.get_running_loop().create_task(self._probe_until_up(upstream))
@@ -257,7 +280,9 @@ class UpstreamPool:
             pause = min(PROBE_LONGEST, pause * 2)
 
     async def _probe(self, upstream: Upstream) -> tuple[UpstreamState, str]:
-        """One real embedding, compared with the reference."""
+        """One real embedding, compared with the reference; watched from before, so that it is this process's."""
+        self._unwatch(upstream)
+        upstream.watch = await upstream.client.watch(lambda: self._lost(upstream))
         if self._model:
             upstream.model = self._model
         else:
@@ -268,6 +293,8 @@ class UpstreamPool:
             return UpstreamState.DOWN, f"a probe was answered {answer.status}{_why(answer)}"
         vectors, _ = read_vectors(answer.body, 1, self.width)
         vector = vectors[0]
+        if not upstream.watch.alive:
+            return UpstreamState.DOWN, "it closed the watching connection"
         if self.reference is None:
             self.reference, self.width = vector, int(vector.shape[0])
             return UpstreamState.UP, "proved"

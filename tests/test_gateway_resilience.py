@@ -1,0 +1,361 @@
+"""Engines that die, hang, refuse, come back as somebody else; clients that leave; too much at once."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+
+import numpy as np
+import orjson
+import pytest
+
+from tests.gateway_bench import Bench, error, gateway, rows
+from tests.null_engine import NullEngine, Served
+
+
+def run(test) -> None:
+    asyncio.run(asyncio.wait_for(test, 90))
+
+
+async def until(condition, seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def checked(gw: Bench, engine: NullEngine, text: str, **headers: str) -> None:
+    """One request; its vector must be this text's."""
+    answer = await gw.post({"model": "null", "input": text}, **headers)
+    assert answer.status == 200, answer.body
+    assert np.array_equal(rows(answer)[0], engine.vector(text)), text
+
+
+def test_requests_wait_for_a_dead_engine_and_are_answered_when_it_is_back() -> None:
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.05)
+        async with Served(engine) as served, gateway(served) as gw:
+            asked = [asyncio.create_task(checked(gw, engine, f"text {i}")) for i in range(40)]
+            await until(lambda: engine.calls > 1)
+            await served.stop()  # with calls in the air
+            await until(lambda: not gw.service.pool.up)
+            asked += [asyncio.create_task(checked(gw, engine, f"late {i}")) for i in range(20)]
+            assert (await gw.request("GET", "/ready")).status == 503
+            assert (await gw.request("GET", "/health")).status == 200
+            await served.start()
+            await asyncio.gather(*asked)
+            assert gw.service.metrics.retries > 0
+
+    run(main())
+
+
+def test_an_engine_dying_again_and_again_under_load_loses_nothing() -> None:
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.005)
+        async with Served(engine) as served, gateway(served) as gw:
+
+            async def client(number: int) -> None:
+                for i in range(30):
+                    await checked(gw, engine, f"{number}-{i}")
+
+            clients = [asyncio.create_task(client(n)) for n in range(16)]
+            for _ in range(4):
+                seen = engine.calls
+                await until(lambda seen=seen: engine.calls > seen + 3)
+                await served.stop()
+                await served.start()
+            await asyncio.gather(*clients)
+
+    run(main())
+
+
+def test_rolling_restart_of_two_replicas_loses_nothing() -> None:
+    """Each is drained through the admin interface, stopped only when idle, started again and brought back."""
+
+    async def main() -> None:
+        engines = [NullEngine(64, delay=0.01), NullEngine(64, delay=0.01)]
+        async with Served(engines[0]) as one, Served(engines[1]) as two, gateway(one, two) as gw:
+            going = True
+
+            async def client(number: int) -> int:
+                i = 0
+                while going:
+                    await checked(gw, engines[0], f"{number}-{i}")
+                    i += 1
+                return i
+
+            clients = [asyncio.create_task(client(n)) for n in range(8)]
+            for served in (one, two):
+                seen = served.engine.calls
+                await until(lambda s=served, seen=seen: s.engine.calls > seen + 5)
+                assert await gw.service.pool.drain(served.url, 10)
+                idle = served.engine.calls
+                await served.stop()
+                await served.start()
+                assert served.engine.calls == idle
+                gw.service.pool.add(gw.service.pool.upstreams[served.url].address)
+                await until(lambda: len(gw.service.pool.up) == 2)
+            going = False
+            assert min(await asyncio.gather(*clients)) > 10
+
+    run(main())
+
+
+def test_when_no_engine_comes_back_the_hold_ends_with_503_and_retry_after() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=0.3) as gw:
+            await served.stop()
+            answer = await gw.post({"model": "null", "input": "x"})
+            assert answer.status == 503
+            assert error(answer)["code"] == "no_engine"
+            assert served.url not in answer.body.decode()
+            assert int(answer.headers["retry-after"]) >= 1
+            assert gw.service.endpoint.model.batcher.queued == 0
+
+    run(main())
+
+
+def test_a_gateway_started_before_its_engine_holds_the_first_requests() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        served = await Served(engine).start()
+        await served.stop()
+        async with gateway(served, wait=False) as gw:
+            asked = asyncio.create_task(gw.post({"model": "null", "input": "early"}))
+            await until(lambda: gw.service.server.connections)
+            await served.start()
+            assert np.array_equal(rows(await asked)[0], engine.vector("early"))
+            await served.stop()
+
+    run(main())
+
+
+def test_a_silent_replica_is_left_and_its_calls_tried_elsewhere() -> None:
+    async def main() -> None:
+        engines = [NullEngine(64), NullEngine(64)]
+        async with Served(engines[0]) as one, Served(engines[1]) as two, gateway(one, two, stall=0.3) as gw:
+            engines[0].hang = True
+            await asyncio.gather(*(checked(gw, engines[1], f"t{i}") for i in range(30)))
+            assert [u.state for u in gw.service.pool.upstreams.values()] == ["down", "up"]
+            engines[0].hang = False
+
+    run(main())
+
+
+def test_a_request_ends_at_its_deadline() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, timeout=0.3) as gw:
+            engine.hang = True
+            answer = await gw.post({"model": "null", "input": "x"})
+            assert (answer.status, error(answer)["code"]) == (504, "timeout")
+
+    run(main())
+
+
+def test_another_model_on_a_restarted_port_is_refused_and_its_vectors_never_served() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=0.5) as gw:
+            await checked(gw, engine, "kept")
+            await served.stop()
+            await until(lambda: not gw.service.pool.up or engine.links == set())
+            served.engine = NullEngine(64, seed=2)
+            await served.start()
+            answer = await gw.post({"model": "null", "input": "new"})
+            assert answer.status == 503
+            upstream = next(iter(gw.service.pool.upstreams.values()))
+            assert upstream.state == "refused"
+            await checked(gw, engine, "kept")  # from the cache
+            await gw.service.new_model("another fingerprint")
+            await until(lambda: gw.service.endpoint.model is not None)
+            await checked(gw, served.engine, "kept")
+
+    run(main())
+
+
+NONSENSE = (
+    b"", b"{}", b"[]", b'{"data": []}', b'{"data": [{"embedding": []}]}', b'{"data": [{"embedding": [NaN]}]}',
+    b'{"data": [{"embedding": "####"}]}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", NONSENSE)
+def test_nonsense_from_an_engine_is_tried_again_and_never_passed_on(raw: bytes) -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=5.0) as gw:
+            engine.raw = raw
+            asked = asyncio.create_task(gw.post({"model": "null", "input": "x"}))
+            await until(lambda: engine.calls >= 3)
+            engine.raw = None
+            answer = await asked
+            assert answer.status == 200
+            assert np.array_equal(rows(answer)[0], engine.vector("x"))
+
+    run(main())
+
+
+def test_vectors_of_nan_zero_or_wrong_width_are_never_served_nor_cached() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, timeout=5.0) as gw:
+            for values in ([float("nan")] * 64, [0.0] * 64, [1.0] * 63, [float("inf")] + [0.0] * 63):
+                encoded = base64.b64encode(np.array(values, "<f4").tobytes()).decode()
+                engine.raw = orjson.dumps({"data": [{"index": 0, "embedding": encoded}]})
+                asked = asyncio.create_task(gw.post({"model": "null", "input": str(values)[:30]}))
+                seen = engine.calls
+                await until(lambda seen=seen: engine.calls >= seen + 2)
+                engine.raw = None
+                answer = await asked
+                assert np.array_equal(rows(answer)[0], engine.vector(str(values)[:30]))
+
+    run(main())
+
+
+def test_an_engine_that_always_fails_ends_in_502_not_in_an_endless_loop() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=2.0, timeout=10.0) as gw:
+            engine.status = (500, b'{"message": "boom at /opt/secret/place.py"}')
+            answer = await gw.post({"model": "null", "input": "x"})
+            assert answer.status in (502, 503)
+            assert b"secret" not in answer.body
+
+    run(main())
+
+
+def test_an_overloaded_engine_is_asked_again_later() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            engine.status = (503, b"{}")
+            asked = asyncio.create_task(checked(gw, engine, "x"))
+            await until(lambda: engine.calls >= 4)
+            engine.status = None
+            await asked
+
+    run(main())
+
+
+def test_equal_texts_in_the_air_are_one() -> None:
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.1)
+        async with Served(engine) as served, gateway(served) as gw:
+            await asyncio.gather(*(checked(gw, engine, "the same") for _ in range(50)))
+            assert engine.items == 2  # the probe, and one
+            assert gw.service.metrics.coalesced == 49
+
+    run(main())
+
+
+def test_texts_that_arrive_during_a_call_leave_together() -> None:
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.05, serial=True)
+        async with Served(engine) as served, gateway(served) as gw:
+            await asyncio.gather(*(checked(gw, engine, f"t{i}") for i in range(64)))
+            assert engine.calls < 12
+            assert max(engine.sizes) >= 16
+
+    run(main())
+
+
+def test_big_batches_are_split_within_the_bounds_and_joined_in_order() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, batch_items=50) as gw:
+            texts = [f"t{i}" for i in range(777)]
+            assert np.array_equal(await gw.vectors(texts), [engine.vector(t) for t in texts])
+            assert max(engine.sizes) <= 50
+
+    run(main())
+
+
+def test_a_long_document_does_not_hold_short_queries_back() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, calls=1) as gw:
+            document = "SLOW " + "word " * 3000
+            slow = asyncio.create_task(checked(gw, engine, document))
+            await until(lambda: engine.calls == 2)
+            await asyncio.gather(*(checked(gw, engine, f"q{i}") for i in range(20)))
+            assert not slow.done()
+            await slow
+            assert all(len(b["input"]) == 1 for b in engine.bodies if b["input"][0] == document)
+
+    run(main())
+
+
+def test_a_client_that_left_costs_no_engine_call() -> None:
+    """Its queued texts are dropped, its call in the air is cut when nobody else wants it."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, calls=1) as gw:
+            engine.hang = True
+            gone = asyncio.create_task(gw.post({"model": "null", "input": "held"}))
+            await until(lambda: engine.calls == 2)
+            queued = asyncio.create_task(gw.post({"model": "null", "input": [f"q{i}" for i in range(100)]}))
+            batcher = gw.service.endpoint.model.batcher
+            await until(lambda: batcher.queued + batcher.in_air >= 101)
+            gone.cancel()
+            queued.cancel()
+            await until(lambda: engine.aborted >= 1)
+            engine.hang = False
+            await until(lambda: batcher.queued == 0 and batcher.in_air == 0)
+            seen = engine.items
+            await checked(gw, engine, "next")
+            assert engine.items == seen + 1
+
+    run(main())
+
+
+def test_a_text_that_kills_engines_fails_alone() -> None:
+    """Every death is retried in smaller company, until only the poisonous text is left to answer for it."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=20.0, calls=1) as gw:
+            real = engine.embed
+
+            deaths = []
+
+            async def die() -> None:
+                await served.stop()
+                await served.start()
+
+            async def deadly(body: bytes):
+                if b"P0ISON" in body:
+                    deaths.append(asyncio.create_task(die()))
+                    await asyncio.Event().wait()
+                return await real(body)
+
+            engine.embed = deadly  # type: ignore[method-assign]
+            asked = [asyncio.create_task(checked(gw, engine, f"good {i}")) for i in range(7)]
+            poison = await gw.post({"model": "null", "input": "P0ISON"})
+            assert poison.status == 502
+            assert error(poison)["source"] == "engine"
+            await asyncio.gather(*asked)
+
+    run(main())
+
+
+def test_a_full_queue_answers_429_and_each_client_keeps_its_share() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, queue=100, max_items=100, calls=1, batch_items=10) as gw:
+            engine.hang = True
+            names = [asyncio.create_task(gw.post({"model": "null", "input": f"first {i}"})) for i in range(3)]
+            batcher = gw.service.endpoint.model.batcher
+            await until(lambda: batcher.in_air >= 1)
+            heavy = asyncio.create_task(gw.post({"model": "null", "input": [f"h{i}" for i in range(90)]}))
+            await until(lambda: batcher.queued >= 60)
+            over = await gw.post({"model": "null", "input": [f"o{i}" for i in range(60)]})
+            assert over.status == 429
+            assert error(over)["code"] == "overloaded"
+            assert int(over.headers["retry-after"]) >= 1
+            for task in (*names, heavy):
+                task.cancel()
+            engine.hang = False
+
+    run(main())
