@@ -13,11 +13,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from fastapi import HTTPException
-from qwen3emb_engine_plugin import asked, switches
+from qwen3emb_engine_plugin import asked, prefill_graph, switches
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
+from qwen3emb_engine_plugin.housekeeping import IdleRounds, Snapshots
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.tokens import PROBES, encoder
 from starlette.routing import Match
@@ -393,6 +395,94 @@ class Fitting(unittest.TestCase):
         self.assertIsNone(switches.misfit(known, "self value", "value + 1"))
         self.assertIn("(self value)", switches.misfit(known, "self other") or "")
         self.assertIn("value + 2", switches.misfit(known, "self value", "value + 2") or "")
+
+
+class Housekeeping(unittest.TestCase):
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.scheduler = SimpleNamespace(forward_ct=0, is_fully_idle=lambda: True, maybe_sleep_on_idle=self.sleep)
+        self.rounds = self.sleeps = 0
+
+    def sleep(self) -> None:
+        self.sleeps += 1
+
+    def round(self, scheduler: Any, *_: Any) -> str:
+        self.rounds += 1
+        return "written"
+
+    def test_an_idle_scheduler_checks_itself_after_a_batch_and_then_now_and_then(self) -> None:
+        """Turns in between only sleep, where sleeping is on."""
+        on_idle = IdleRounds(lambda: self.now)
+        for _ in range(5):
+            on_idle(self.round, self.scheduler)
+        self.assertEqual((self.rounds, self.sleeps), (1, 4))
+        self.scheduler.forward_ct = 1
+        on_idle(self.round, self.scheduler)
+        self.assertEqual(self.rounds, 2)
+        self.now += 0.06
+        on_idle(self.round, self.scheduler)
+        self.assertEqual(self.rounds, 3)
+
+    def test_a_scheduler_that_waits_for_something_does_not_sleep(self) -> None:
+        """Not fully idle: the loop turns on."""
+        on_idle = IdleRounds(lambda: self.now)
+        on_idle(self.round, self.scheduler)
+        self.scheduler.is_fully_idle = lambda: False
+        on_idle(self.round, self.scheduler)
+        self.assertEqual((self.rounds, self.sleeps), (1, 0))
+
+    def test_the_last_load_is_always_published(self) -> None:
+        """Under load some are left out; an idle scheduler writes whatever the clock says."""
+        publish = Snapshots(lambda: self.now)
+        self.scheduler.is_fully_idle = lambda: False
+        self.assertEqual([publish(self.round, self.scheduler, True) for _ in range(3)], ["written", None, None])
+        self.scheduler.is_fully_idle = lambda: True
+        self.assertEqual(publish(self.round, self.scheduler), "written")
+
+
+class FullGraph(unittest.TestCase):
+    """Segments of a padded batch under a whole-pass graph: as the kernel over raw keys wants them."""
+
+    def setUp(self) -> None:
+        metadata = SimpleNamespace(cu_seqlens_q=torch.zeros(5, dtype=torch.int32))
+        self.backend = SimpleNamespace(fa_skip_kv_cache=True, full_cg_prefill_metadata=metadata, forward_metadata=None)
+        self.runner = SimpleNamespace(
+            _is_full_backend=True, _capture_req_slots=4, model_runner=SimpleNamespace(attn_backend=self.backend)
+        )
+        self.batch = SimpleNamespace(batch_size=4, extend_seq_lens=torch.tensor([5, 7, 0, 0, 99]))
+        self.originals = 0
+
+    def prepare(self, runner: Any, batch: Any, static: Any, shape: Any) -> str:
+        prefill_graph._fill(self.fill, self.backend, self.batch, False)
+        return "kept"
+
+    def fill(self, *_: Any) -> None:
+        self.originals += 1
+
+    def test_the_padding_is_a_segment_of_its_own(self) -> None:
+        """Real lengths first, the padded row count last; both forms of the shape; the original's result passed on."""
+        for shape in (16, SimpleNamespace(size=16)):
+            self.assertEqual(prefill_graph._prepare(self.prepare, self.runner, self.batch, None, shape), "kept")
+            self.assertEqual(self.backend.full_cg_prefill_metadata.cu_seqlens_q.tolist(), [0, 5, 12, 12, 16])
+        self.assertIs(self.backend.forward_metadata, self.backend.full_cg_prefill_metadata)
+        self.assertEqual(self.originals, 0)
+
+    def test_one_slot_stays_free_for_it(self) -> None:
+        """As many requests as slots run eagerly; fewer are SGLang's own decision."""
+        for size, possible in ((3, True), (4, False), (5, False)):
+            batch = SimpleNamespace(batch_size=size)
+            self.assertEqual(prefill_graph._can_run(lambda *_: True, self.runner, batch), possible)
+        self.assertFalse(prefill_graph._can_run(lambda *_: False, self.runner, SimpleNamespace(batch_size=1)))
+
+    def test_capture_and_servers_with_a_cache_are_left_alone(self) -> None:
+        """The stock metadata, and no slot taken."""
+        prefill_graph._fill(self.fill, self.backend, self.batch, True)
+        self.backend.fa_skip_kv_cache = False
+        prefill_graph._fill(self.fill, self.backend, self.batch, False)
+        self.assertEqual(self.originals, 2)
+        self.assertTrue(prefill_graph._can_run(lambda *_: True, self.runner, SimpleNamespace(batch_size=4)))
+        prefill_graph._prepare(lambda *_: None, self.runner, self.batch, None, 16)
+        self.assertEqual(self.backend.full_cg_prefill_metadata.cu_seqlens_q.tolist(), [0] * 5)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ meanwhile waits for it. The load snapshot is also written before each batch's an
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -18,8 +19,41 @@ IDLE_EVERY = 0.05  # seconds between two rounds of idle housekeeping
 SNAPSHOT_EVERY = 0.02  # seconds between two load snapshots under load
 
 
-def idle() -> str | None:
+class IdleRounds:
     """A round of idle housekeeping after a batch, then every IDLE_EVERY seconds; sleep on idle stays as it is."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last, self._batches = float("-inf"), -1
+
+    def __call__(self, original: Callable[[Any], None], scheduler: Any) -> None:
+        """In place of `Scheduler.on_idle`."""
+        if scheduler.forward_ct != self._batches or self._clock() - self._last >= IDLE_EVERY:
+            self._batches = scheduler.forward_ct
+            original(scheduler)
+            self._last = self._clock()
+        elif scheduler.is_fully_idle():
+            scheduler.maybe_sleep_on_idle()
+
+
+class Snapshots:
+    """Load snapshots at most every SNAPSHOT_EVERY seconds while there is work; an idle one writes at once."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._last = float("-inf")
+
+    def __call__(self, original: Callable[..., Any], scheduler: Any, force: bool = False) -> Any:
+        """In place of `Scheduler.publish_load_snapshot`, which says None too when it writes nothing."""
+        now = self._clock()
+        if now - self._last < SNAPSHOT_EVERY and not scheduler.is_fully_idle():
+            return None
+        self._last = now
+        return original(scheduler, force)
+
+
+def idle() -> str | None:
+    """Hook the idle housekeeping."""
     from sglang.srt.managers.scheduler import Scheduler
 
     problem = (
@@ -27,39 +61,16 @@ def idle() -> str | None:
         or misfit(Scheduler.maybe_sleep_on_idle, "self")
         or misfit(Scheduler.run_batch, None, "self.forward_ct += 1")
     )
-    if problem:
-        return problem
-    last, batches = float("-inf"), -1
-
-    def on_idle(original: Any, self: Any) -> None:
-        nonlocal last, batches
-        if self.forward_ct != batches or time.monotonic() - last >= IDLE_EVERY:
-            batches = self.forward_ct
-            original(self)
-            last = time.monotonic()
-        elif self.is_fully_idle():
-            self.maybe_sleep_on_idle()
-
-    HookRegistry.register(f"{SCHEDULER}.on_idle", on_idle, HookType.AROUND)
-    return None
+    if not problem:
+        HookRegistry.register(f"{SCHEDULER}.on_idle", IdleRounds(), HookType.AROUND)
+    return problem
 
 
 def snapshots() -> str | None:
-    """Load snapshots at most every SNAPSHOT_EVERY seconds while there is work; an idle one writes at once."""
+    """Hook the load snapshots."""
     from sglang.srt.managers.scheduler import Scheduler
 
     problem = misfit(Scheduler.publish_load_snapshot, "self force", "get_loads(")
-    if problem:
-        return problem
-    last = float("-inf")
-
-    def publish(original: Any, self: Any, force: bool = False) -> Any:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < SNAPSHOT_EVERY and not self.is_fully_idle():
-            return None
-        last = now
-        return original(self, force)
-
-    HookRegistry.register(f"{SCHEDULER}.publish_load_snapshot", publish, HookType.AROUND)
-    return None
+    if not problem:
+        HookRegistry.register(f"{SCHEDULER}.publish_load_snapshot", Snapshots(), HookType.AROUND)
+    return problem
