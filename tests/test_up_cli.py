@@ -114,6 +114,7 @@ def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: A
         (("--profile", "demo", "--name", "a/b"), 2, "bad_name"),
         (("--profile", "demo", "--set", "nonsense"), 2, "bad_setting"),
         (("--profile", "demo", "--port", "70000"), 2, "bad_port"),
+        (("--profile", "demo", "--port", "0"), 2, "bad_port"),
         (("--profile", "demo", "--host", "256.1.1.1"), 2, "bad_host"),
         (("--profile", "demo", "--host", "192.0.2.1"), 2, "bad_host"),
         (("--profile", "rtx4090"), 3, "no_gpu"),

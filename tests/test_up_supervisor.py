@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -19,11 +20,11 @@ from supervised import EAGER, QUICK, Supervised, fake_plan, gone, until
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
 from qwen3emb_launch.engine_process.guard import descendants
-from qwen3emb_launch.errors import Exit
+from qwen3emb_launch.errors import Exit, UnfitError
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.probe import Target, embed_once
-from qwen3emb_launch.up.detached import Detached, detach
+from qwen3emb_launch.up.detached import Detached, command, detach
 
 OOM = """Traceback (most recent call last):
   File "model_runner.py", line 1, in <module>
@@ -242,6 +243,26 @@ def test_record_and_events_tell_the_story() -> None:
     assert story == ["ready", "stopping", "stopped"]
 
 
+def test_full_disk_does_not_end_a_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While state cannot be written the engine serves on, which is said once; later changes are written again."""
+    with Supervised(fake_plan()) as run:
+        run.reach(State.READY)
+        before = state.find("fake").record
+
+        def full(*_: object) -> None:
+            raise UnfitError("state_unwritable", "No space left on device")
+
+        with monkeypatch.context() as disk:
+            disk.setattr(type(run.claim), "write", full)
+            disk.setattr(type(run.claim), "append", full)
+            os.kill(run.engine_pid, signal.SIGKILL)
+            run.reach(State.READY, 2)
+        assert embeds(run.plan.port)
+        assert state.find("fake").record == before
+        assert sum("No space left" in note for note in run.watcher.notes) == 1
+    assert state.find("fake").state is State.STOPPED
+
+
 # ---- as processes of their own --------------------------------------------------------------------------------------
 
 
@@ -302,6 +323,26 @@ def test_two_of_one_name_exclude_each_other() -> None:
     finally:
         one.stop()
         other.stop()
+
+
+def test_lost_terminal_does_not_end_a_service() -> None:
+    """Nobody reads stderr any more: the supervisor goes on, and answers a crash as ever."""
+    plan = fake_plan()
+    claim = state.claim(plan.name)
+    state.write_private(claim.plan, json.dumps(plan_to_dict(plan)))
+    run = subprocess.Popen(
+        command(claim, ["--no-verify"]), stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(claim.lock_fd,)
+    )
+    claim.release()
+    try:
+        first = until(lambda: (r := state.load("fake")) and r.state is State.READY and r.record, "ready")
+        run.stdout.close()  # type: ignore[union-attr]
+        run.stderr.close()  # type: ignore[union-attr]
+        os.kill(first.engines[0].pid, signal.SIGKILL)
+        until(lambda: (r := state.find("fake")).state is State.READY and r.record.restarts == 1, "the return")
+    finally:
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(20) == Exit.OK
 
 
 def test_ctrl_c_while_starting_leaves_nothing() -> None:

@@ -39,7 +39,8 @@ class Chosen:
     def address(self, options: LaunchOptions) -> tuple[str, int]:
         """Host and port that will be listened on, as far as they are known before planning."""
         server = self.profile.server
-        return options.host or server.host, options.port or server.port
+        host = server.host if options.host is None else options.host
+        return host, server.port if options.port is None else options.port
 
 
 def choose(options: LaunchOptions, console: Console) -> Chosen:

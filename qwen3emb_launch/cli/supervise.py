@@ -15,6 +15,7 @@ from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
 from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.notify import service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
 
@@ -36,7 +37,14 @@ def main() -> int:
         claim = state.adopt(options.name, options.lock_fd)
         plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))
         with view:
-            supervisor = Supervisor(plan, claim, check_argv=None if options.no_verify else SMOKE, listeners=[view])
+            manager = service_manager()
+            supervisor = Supervisor(
+                plan,
+                claim,
+                check_argv=None if options.no_verify else SMOKE,
+                listeners=[view, manager] if manager else [view],
+                pulse=manager.pulse if manager else None,
+            )
             with stop_on_signals(supervisor):
                 outcome = supervisor.run()
     except LaunchError as error:

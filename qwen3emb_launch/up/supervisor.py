@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -18,17 +18,18 @@ from typing import Protocol
 
 from qwen3emb_launch import __version__
 from qwen3emb_launch.engine_process.guard import become_subreaper
-from qwen3emb_launch.errors import LaunchError
+from qwen3emb_launch.errors import LaunchError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import TERMINAL, State, Transition
 from qwen3emb_launch.state import Claim, InstanceRecord, ProcessId, identify
-from qwen3emb_launch.up.events import Action, Begin, Event, Move, Note, StopAsked, Tick
+from qwen3emb_launch.up.events import Action, Begin, Event, Move, Note, Probed, StopAsked, Tick
 from qwen3emb_launch.up.machine import Unit
 from qwen3emb_launch.up.runner import EngineRunner, EngineSpec
 from qwen3emb_launch.up.stages import stage
 from qwen3emb_launch.up.verdict import failure
 
 LOOK_EVERY = 0.5  # seconds between two looks at a starting engine's log
+PULSE_EVERY = 5.0  # seconds; the loop turns at least that often where somebody watches it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -65,10 +66,12 @@ class Supervisor:
         *,
         check_argv: Sequence[str] | None = None,
         listeners: Sequence[Listener] = (),
+        pulse: Callable[[bool], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._claim = claim
         self._listeners = tuple(listeners)
+        self._pulse = pulse  # called at least every PULSE_EVERY; True: the engine has just proved that it lives
         self._clock = clock
         self._inbox: SimpleQueue[Event] = SimpleQueue()
         self._unit = Unit(plan.deadlines, plan.restart, check=check_argv is not None)
@@ -77,6 +80,7 @@ class Supervisor:
         )
         self._stage = ""
         self._look_at = 0.0
+        self._unsaved = False
         self._stopped_by: str | None = None
         self._error: LaunchError | None = None
         self.record = InstanceRecord(
@@ -107,15 +111,19 @@ class Supervisor:
         try:
             self._feed(Begin())
             while self._unit.state not in TERMINAL:
-                self._feed(self._next_event())
+                event = self._next_event()
+                self._feed(event)
                 self._look_at_log()
+                if self._pulse:
+                    self._pulse(isinstance(event, Probed) and (event.answer.ok or event.progress))
         finally:
             self._runner.close()
         return Outcome(self._unit.state, self.record.ready_at is not None, self._stopped_by, self._error)
 
     def _next_event(self) -> Event:
         now = self._clock()
-        times = [t for t in (self._unit.wake_at, self._look_due()) if t is not None]
+        pulse_due = now + PULSE_EVERY if self._pulse else None
+        times = [t for t in (self._unit.wake_at, self._look_due(), pulse_due) if t is not None]
         try:
             return self._inbox.get(timeout=max(0.0, min(times) - now)) if times else self._inbox.get()
         except Empty:
@@ -134,8 +142,7 @@ class Supervisor:
         if isinstance(action, Move):
             self._moved(action)
         elif isinstance(action, Note):
-            for listener in self._listeners:
-                listener.said(action.text)
+            self._tell(lambda listener: listener.said(action.text))
         else:
             self._runner.act(action)
 
@@ -147,9 +154,8 @@ class Supervisor:
             self._error = failure(self._unit.fault, self._runner, self._stage)
         self.record = replace(self.record, state=move.after, reason=move.reason)
         self._publish()
-        self._claim.append(transition)
-        for listener in self._listeners:
-            listener.moved(transition, self.record)
+        self._save(lambda: self._claim.append(transition))
+        self._tell(lambda listener: listener.moved(transition, self.record))
 
     def _publish(self) -> None:
         pid = self._unit.pid
@@ -161,7 +167,24 @@ class Supervisor:
             log=str(self._runner.log) if self._runner.log else None,
             error=self._error.to_dict() | {"exit": int(self._error.exit)} if self._error else None,
         )
-        self._claim.write(self.record)
+        self._save(lambda: self._claim.write(self.record))
+
+    def _save(self, write: Callable[[], None]) -> None:
+        """A full disk must not end a service that works: it is said once, and the next write tries again."""
+        try:
+            write()
+            self._unsaved = False
+        except UnfitError as error:
+            if not self._unsaved:
+                self._unsaved = True
+                text = f"state is not up to date: {error.message}"
+                self._tell(lambda listener: listener.said(text))
+
+    def _tell(self, say: Callable[[Listener], None]) -> None:
+        """A terminal that went away must not end it either; rich leaves a broken pipe by SystemExit."""
+        for listener in self._listeners:
+            with suppress(OSError, SystemExit):
+                say(listener)
 
     # ---- what a long start waits for ------------------------------------------------------------------------------
 
@@ -176,8 +199,7 @@ class Supervisor:
         seen = [text for line in self._runner.new_lines() if (text := stage(line))]
         if seen and seen[-1] != self._stage:
             self._stage = seen[-1]
-            for listener in self._listeners:
-                listener.stage(self._stage)
+            self._tell(lambda listener: listener.stage(self._stage))
 
 
 def engine_spec(plan: LaunchPlan) -> EngineSpec:
