@@ -98,6 +98,7 @@ SPELLINGS: dict[str, Spelling] = {
     # They exclude each other, so they are one setting.
     "batch_tokenize": _one_of(lists="--enable-tokenizer-batch-encode", singles="--enable-dynamic-batch-tokenizer"),
     "tokenizer_workers": _value("--tokenizer-worker-num", unless=1),
+    "sleep_on_idle": _when(True, "--sleep-on-idle"),
     "trust_remote_code": _when(True, "--trust-remote-code"),
     "log_level": _value("--log-level"),
     "log_level_http": _value("--log-level-http"),

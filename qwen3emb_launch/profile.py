@@ -133,6 +133,7 @@ class Settings(Part):
     )
     tokenizer_workers: Count | None = None
     overlap_schedule: bool | None = Field(default=None, description="prepare the next batch while one runs")
+    sleep_on_idle: bool | None = Field(default=None, description="an idle scheduler waits instead of spinning")
     trust_remote_code: bool | None = Field(default=None, description="run Python that the checkpoint brings along")
     log_level: str | None = Field(default=None, min_length=1)
     log_level_http: str | None = Field(

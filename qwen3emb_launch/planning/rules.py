@@ -220,6 +220,7 @@ def serving(around: Surroundings, ledger: Ledger) -> None:
     _if_known(around, ledger, "batch_tokenize", "lists", "the texts of one request are tokenised by one call")
     ledger.decide("tokenizer_workers", 1, "more than one breaks embeddings before 0.5.23", origin="default")
     ledger.decide("overlap_schedule", None, "the engine's own: on", origin="default")
+    _if_known(around, ledger, "sleep_on_idle", True, "an idle scheduler would spin on a whole CPU core")
     ledger.decide("trust_remote_code", False, "the models need none of a checkpoint's own Python")
     ledger.decide("log_level", None, "the engine's own: info", origin="default")
     _if_known(around, ledger, "log_level_http", "warning", "one access line a request costs the HTTP process time")
