@@ -26,7 +26,7 @@ def probe_answers(session: Session) -> Outcome:
 def probe_steady(session: Session) -> Outcome:
     """Many requests, several at a time, each text several times: noise, rare faults and cross-talk."""
     full = session.options.level == "full"
-    rounds, threads = (12, 8) if full else (3, 4)
+    rounds, threads = (12, 16) if full else (3, 8)
     allowed = session.precision.distance
     expected = f"the same text, the same vector: 1 - cosine ≤ {allowed:.1e}"
     usable = [t for t, v in zip(BASE, session.base, strict=True) if finite(v)]
@@ -92,7 +92,7 @@ def probe_latency(session: Session) -> Outcome:
     """Median of single short texts, unique so that no cache answers, one client."""
     given = session.options.max_latency
     limit = DEFAULT_MAX_LATENCY if given is None else given
-    count = 15 if session.options.level == "full" else 9
+    count = 15 if session.options.level == "full" else 5
     tag = uuid.uuid4().hex[:8]
     took = sorted(1000 * session.contact.embed(f"Latency of text {tag} {i}").seconds for i in range(count))
     median = statistics.median(took)
@@ -148,7 +148,8 @@ def probe_openai(session: Session) -> Outcome:
 def probe_usage(session: Session) -> Outcome:
     expected = "usage counts the tokens, EOS included, and adds up over a batch"
     texts = [ONE_TOKEN, QUERIES[0], DOCUMENTS[1]]
-    alone = [session.contact.embed(t).tokens for t in texts]
+    session.vectors(texts)
+    alone = [session.tokens[t] for t in texts]
     together = session.contact.embed(texts).tokens
     seen = f"{alone} alone, {together} together"
     if together is None or any(n is None for n in alone):

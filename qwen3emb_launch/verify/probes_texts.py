@@ -68,26 +68,47 @@ def probe_tail(session: Session) -> Outcome:
     for shared in PREFIXES:
         if 2.3 * shared > room:  # the words' lengths are estimates
             break
-        head = long_text(max(1, int(shared / per_word)), 40 + shared)
-        tail = max(8, int(shared / per_word) - 1)
-        a, b = f"{head} {long_text(tail, 2)}", f"{head} {long_text(tail, 11)}"
         try:
-            answer = session.contact.embed([a, b], timeout=LONG_TIMEOUT * session.contact.timeout)
+            if not _told_apart(session, shared, per_word):
+                return _cut_at(session, expected, reached, shared, per_word)
         except Misanswer as exc:
             return broken(expected, f"{2 * shared} tokens: {exc.message}", exc.cause)
-        if distance(*answer.vectors) < SAME:
-            whole = session.contact.embed(head).vectors[0]
-            cut = distance(whole, answer.vectors[0]) < SAME
-            return broken(
-                expected,
-                f"one vector for two texts that part after about {shared} tokens",
-                f"texts are truncated at {shared} tokens or fewer"
-                if cut
-                else f"texts are cut, or cached by their first {shared} tokens or fewer",
-                shared=shared,
-            )
         reached = shared
     return held(expected, f"up to {reached} shared tokens", shared=reached)
+
+
+def _parting(shared: int, per_word: float) -> tuple[str, str, str]:
+    """A head of about that many tokens, and two texts of twice its length that begin with it."""
+    head = long_text(max(1, int(shared / per_word)), 40 + shared)
+    tail = max(8, int(shared / per_word) - 1)
+    return head, f"{head} {long_text(tail, 2)}", f"{head} {long_text(tail, 11)}"
+
+
+def _told_apart(session: Session, shared: int, per_word: float) -> bool:
+    _, a, b = _parting(shared, per_word)
+    answer = session.contact.embed([a, b], timeout=LONG_TIMEOUT * session.contact.timeout)
+    return distance(*answer.vectors) >= SAME
+
+
+def _cut_at(session: Session, expected: str, fine: int, shared: int, per_word: float) -> Outcome:
+    """Where the texts are cut: between `fine` and `shared` tokens, halved until it is known to a sixteenth."""
+    while shared - fine > max(8, shared // 16):
+        middle = (fine + shared) // 2
+        if _told_apart(session, middle, per_word):
+            fine = middle
+        else:
+            shared = middle
+    head, a, _ = _parting(shared, per_word)
+    answer = session.contact.embed([head, a], timeout=LONG_TIMEOUT * session.contact.timeout)
+    cut = distance(*answer.vectors) < SAME
+    return broken(
+        expected,
+        f"one vector for two texts that part after about {shared} tokens",
+        f"texts are truncated at about {shared} tokens"
+        if cut
+        else f"texts are told apart by their first {shared} tokens or so only: cached by prefix, or cut",
+        shared=shared,
+    )
 
 
 def probe_limit(session: Session) -> Outcome:

@@ -224,9 +224,9 @@ def probe_order(session: Session) -> Outcome:
 
 def probe_dims(session: Session) -> Outcome:
     full = session.width
-    wanted = [d for d in (MIN_DIMS, 128, 256) if d < full]
+    wanted = [MIN_DIMS, 128]
     if session.options.level == "full":
-        wanted = sorted({*wanted, 33, 64, 100, 512, 768, 1024, 2048, full - 1})
+        wanted = sorted({*wanted, 33, 64, 100, 256, 512, 768, 1024, 2048, full - 1})
     wanted = [*(d for d in wanted if d < full), full]
     expected = "dimensions answers that many: the full vector cut, then length 1 again"
     text = DOCUMENTS[0]
