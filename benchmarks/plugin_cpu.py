@@ -27,6 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -270,7 +271,7 @@ def main() -> None:
     parser.add_argument("--engine-python", type=Path, help="python of a CPU engine (default: the installed one)")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="counted time of a round")
+    parser.add_argument("--seconds", type=float, default=3.0, help="counted time of a round")
     parser.add_argument("--warm", type=float, default=1.0, help="uncounted time before it")
     parser.add_argument("--flag", action="append", default=[], help="one more engine argument, for both")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -281,13 +282,14 @@ def main() -> None:
         model = make_demo_model(folder / "thin", THIN)
         with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
             wheel.extractall(folder / "site")
-        found: dict[str, Engine] = {}
-        for name in ("stock", "plugin"):
-            engine = serving(name, python, model, folder / "site", options.flag, folder / f"{name}.log")
-            found[name] = stack.enter_context(engine)
-            found[name].signal(signal.SIGSTOP)
+        names = ("stock", "plugin")
+        starts = [serving(n, python, model, folder / "site", options.flag, folder / f"{n}.log") for n in names]
+        with ThreadPoolExecutor(len(starts)) as pool:
+            found = dict(zip(names, pool.map(stack.enter_context, starts), strict=True))
+        for engine in found.values():
+            engine.signal(signal.SIGSTOP)
         for round_ in range(options.rounds):
-            for name in ("stock", "plugin") if round_ % 2 == 0 else ("plugin", "stock"):
+            for name in names if round_ % 2 == 0 else names[::-1]:
                 measure(found[name], options.clients, options.warm, options.seconds, round_)
     stock, plugin = found["stock"], found["plugin"]
     result = {
