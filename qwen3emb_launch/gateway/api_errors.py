@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Source = Literal["gateway", "engine"]
 
-_PATH = re.compile(r"(?:file://)?(?<![\w.:/])(?:/[\w.+@-]+){2,}/?|[A-Za-z]:\\[^\s'\"]+")
+_PATH = re.compile(r"(?:file://|(?<![\w.:/]))(?:/[\w.+@-]+){2,}/?|[A-Za-z]:\\[^\s'\"]+")
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 MAX_ENGINE_MESSAGE = 600
 

@@ -144,7 +144,8 @@ class VectorCache:
     def _grow(self) -> int:
         slot = len(self._keys)
         if slot == len(self._slabs) * self._rows:
-            self._slabs.append(np.empty((self._rows, self.width), np.float32))
+            rows = min(self._rows, self.capacity - slot)
+            self._slabs.append(np.empty((rows, self.width), np.float32))
         self._keys.append(b"")
         self._freq.append(0)
         self._tokens.append(0)

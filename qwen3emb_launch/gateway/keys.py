@@ -26,14 +26,18 @@ class Allowance:
         self._at = monotonic()
 
     def take(self, amount: float, now: float) -> float:
-        """Take `amount`: 0 when there was enough, else the seconds until there will be. A debt is allowed once."""
+        """Take `amount`: 0 when there was enough, else the seconds until there will be.
+
+        More than a minute's worth at once passes when nothing else was taken, and is paid off afterwards.
+        """
         if self.per_minute is None:
             return 0.0
         rate = self.per_minute / 60.0
         self._left = min(float(self.per_minute), self._left + (now - self._at) * rate)
         self._at = now
-        if self._left <= 0:
-            return (min(amount, self.per_minute) - self._left) / rate
+        needed = min(amount, self.per_minute)
+        if self._left < needed:
+            return (needed - self._left) / rate
         self._left -= amount
         return 0.0
 
