@@ -33,6 +33,11 @@ def norm(vector: Vector) -> float:
     return math.sqrt(sum(map(mul, vector, vector)))
 
 
+def has_direction(vector: Vector) -> bool:
+    """Whether the vector can be compared at all: finite and not zero."""
+    return 0 < norm(vector) < math.inf  # NaN fails both
+
+
 def normalised(vector: Vector) -> list[float]:
     """The vector at length 1. A zero vector stays zero: it has no direction."""
     length = norm(vector)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from qwen3emb_launch.vectors import distance, finite, normalised
+from qwen3emb_launch.vectors import distance, has_direction, normalised
+from qwen3emb_launch.verify.probes_vectors import SAME
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
@@ -98,16 +99,23 @@ def _cause(
     alternatives: Alternatives | None,
 ) -> str:
     """The fault's name: what all (or most) of the wrong vectors are instead."""
-    if not all(finite(seen[t]) for t in wrong):
-        return "not finite on some texts: overflow, float16 instead of bfloat16"
+    if not any(has_direction(v) for v in seen.values()):
+        return "no vector has a direction: all NaN or zero"
+    if not all(has_direction(seen[t]) for t in wrong):
+        return "NaN, infinite or zero on some texts: overflow, float16 instead of bfloat16"
+    first = next(iter(seen.values()))
+    if all(distance(first, v) < SAME for v in seen.values()):
+        return "a constant: every text gets one vector"
+    named = diagnose(seen, wrong, allowed, alternatives(sample(wrong)) if alternatives else {})
+    if named:
+        return named
+    if all(text.startswith("Instruct: ") for text in wrong):
+        return "only instructed queries differ: the instruction is stripped or rewritten"
     others = [
         t for t in wrong if any(distance(seen[t], v) <= allowed for o, v in reference.vectors.items() if o != t)
     ]  # fmt: skip
     if len(others) == len(wrong) and len(wrong) > 1:
         return "these are vectors of other texts of the set: texts are mixed up"
-    named = diagnose(seen, wrong, allowed, alternatives(sample(wrong)) if alternatives else {})
-    if named:
-        return named
     far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
     if far < 0.02 and len(wrong) > len(seen) // 2:
         return "noise or a coarser number format: close to the right vectors, further than the precision explains"

@@ -7,9 +7,9 @@ import statistics
 import uuid
 
 from qwen3emb_launch.errors import NetworkError
-from qwen3emb_launch.vectors import distance, finite
+from qwen3emb_launch.vectors import distance, finite, has_direction
 from qwen3emb_launch.verify.contact import Misanswer
-from qwen3emb_launch.verify.probes_vectors import quoted
+from qwen3emb_launch.verify.probes_vectors import NO_DIRECTION, ONE_FOR_ALL, SAME, one_for_all, quoted
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import DEFAULT_MAX_LATENCY, Probe, Session
 from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, EMOJI, MIXED, ONE_TOKEN, QUERIES, long_text
@@ -29,9 +29,9 @@ def probe_steady(session: Session) -> Outcome:
     rounds, threads = (12, 16) if full else (3, 8)
     allowed = session.precision.distance
     expected = f"the same text, the same vector: 1 - cosine ≤ {allowed:.1e}"
-    usable = [t for t, v in zip(BASE, session.base, strict=True) if finite(v)]
+    usable = [t for t, v in zip(BASE, session.base, strict=True) if has_direction(v)]
     if not usable:
-        return skipped("no finite vector to compare with")
+        return skipped(NO_DIRECTION)
     asked = usable * rounds
     random.Random(len(asked)).shuffle(asked)  # noqa: S311 - an order, not a secret
 
@@ -252,6 +252,8 @@ def probe_cross_talk(session: Session) -> Outcome:
 
 def probe_scripts(session: Session) -> Outcome:
     expected = "one token, emoji, mixed Chinese and English: answered and unlike each other"
+    if one_for_all(session):
+        return skipped(ONE_FOR_ALL)
     texts = (ONE_TOKEN, "I", EMOJI, "🍕", MIXED, "中", "e\u0301\u200d\ufeff", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 \U0010ffff")
     vectors = session.vectors(texts)
     bad = [t for t, v in zip(texts, vectors, strict=True) if not finite(v)]
@@ -259,7 +261,7 @@ def probe_scripts(session: Session) -> Outcome:
         return broken(expected, f"NaN for {quoted(bad[0])}", "not finite: see the first check")
     for i, a in enumerate(vectors):
         for j in range(i):
-            if distance(a, vectors[j]) < 1e-6:
+            if distance(a, vectors[j]) < SAME:
                 return broken(expected, f"{texts[j]!r} = {texts[i]!r}", "characters outside ASCII are dropped")
     return held(expected, f"{len(texts)} texts")
 

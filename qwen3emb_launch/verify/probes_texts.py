@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qwen3emb_launch.errors import NetworkError
 from qwen3emb_launch.vectors import distance, finite, norm
 from qwen3emb_launch.verify.contact import Misanswer
-from qwen3emb_launch.verify.probes_vectors import SAME, quoted
+from qwen3emb_launch.verify.probes_vectors import ONE_FOR_ALL, SAME, one_for_all, quoted
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session
 from qwen3emb_launch.verify.texts import PAIRS, long_text
@@ -19,6 +19,8 @@ LONG_TIMEOUT = 4.0  # times the ordinary one, for texts near the context length
 
 def probe_faithful(session: Session) -> Outcome:
     expected = "texts that differ in case, white space, script or template get other vectors"
+    if one_for_all(session):
+        return skipped(ONE_FOR_ALL)
     texts = [t for pair in PAIRS for t in (pair.a, pair.b)]
     answer = session.contact.embed(texts)
     alike = [pair for i, pair in enumerate(PAIRS) if distance(answer.vectors[2 * i], answer.vectors[2 * i + 1]) < SAME]
@@ -63,6 +65,8 @@ def probe_tail(session: Session) -> Outcome:
     expected = "texts that differ only after N tokens get other vectors"
     lengths = calibrate(session)
     per_word = lengths.per_word if lengths else 1.3
+    if one_for_all(session):
+        return skipped(ONE_FOR_ALL)
     room = (session.context_length or 8192) - 8
     reached = 0
     for shared in PREFIXES:
