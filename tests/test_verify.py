@@ -394,6 +394,8 @@ def test_a_plan_tells_what_it_knows_and_nothing_else() -> None:
     told = from_plan(plan)
     assert (told["dtype"], told["device"], told["layers"], told["quantization"]) == ("bfloat16", "cpu", 2, "fp8")
     assert set(from_plan({})) == {"engine"}
+    unquantised = from_plan({"settings": [{"key": "quantization", "value": "none"}]})
+    assert "quantization" not in unquantised
 
 
 # -- diff --------------------------------------------------------------------------------------------------------

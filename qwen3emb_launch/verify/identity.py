@@ -172,7 +172,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str | None:
-    return str(value) if value not in (None, "", "auto") else None
+    return str(value) if value not in (None, "", "auto", "none") else None
 
 
 def _positive(value: Any) -> int | None:
