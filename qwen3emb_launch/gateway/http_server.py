@@ -33,6 +33,7 @@ REASONS = {
     503: b"Service Unavailable", 504: b"Gateway Timeout",
 }  # fmt: skip
 JSON = "application/json"
+LINGER = 2.0  # seconds a refused client may go on sending into the void
 HIGH_WATER = 1 << 20  # bytes a connection may have unsent before its requests wait
 
 
@@ -164,6 +165,8 @@ class HttpConnection(asyncio.Protocol):
         self._task: asyncio.Task[None] | None = None
         self._stop_after = False
         self._refused: ApiError | None = None
+        self._deaf = False
+        self._lingers = False
         self._reset()
         self._since = monotonic()
         self._blocked_since: float | None = None
@@ -203,12 +206,12 @@ class HttpConnection(asyncio.Protocol):
             self._task.cancel()  # nobody is left to read the answer
 
     def data_received(self, data: bytes) -> None:
-        if self._refused is not None:
+        if self._deaf:
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse(ApiError(400, "no_upgrade", "this server speaks HTTP/1.1 only"))
+            self._deaf = True  # the request is answered as HTTP/1.1; what follows would be another protocol
         except httptools.HttpParserError as exc:
             cause = exc.__context__
             if isinstance(cause, ApiError):
@@ -258,7 +261,7 @@ class HttpConnection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         path, _, query = self._url.decode("latin-1").partition("?")
         request = Request(self._parser.get_method().decode("latin-1"), path, query, self._headers, self._peer)
-        request.keep_alive = self._parser.should_keep_alive()
+        request.keep_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         self._request = request
         self._since = monotonic()
         length = self._headers.get("content-length")
@@ -361,13 +364,20 @@ class HttpConnection(asyncio.Protocol):
 
     def _refuse(self, error: ApiError) -> None:
         """What follows on this connection cannot be trusted: answer what came before, then the error, then close."""
-        self._refused = error
+        self._refused, self._deaf = error, True
         if not self._busy and not self._waiting:
             self._say_refused()
 
     def _say_refused(self) -> None:
-        if self._transport is not None and self._refused is not None:
-            self._write(error_response(self._refused), keep_alive=False)
+        if self._transport is None or self._refused is None or self._lingers:
+            return
+        self._write(error_response(self._refused), keep_alive=False)
+        if self._transport.can_write_eof():
+            # Closed at once, a client still sending would get a reset and never see why.
+            self._transport.write_eof()
+            self._lingers, self._since = True, monotonic()
+            self._resume_reading()
+        else:
             self._transport.close()
 
     def _resume_reading(self) -> None:
@@ -386,6 +396,10 @@ class HttpConnection(asyncio.Protocol):
         if self._blocked_since is not None:
             if now - self._blocked_since > self._limits.write_timeout:
                 self.abort()
+            return
+        if self._lingers:
+            if now - self._since > LINGER:
+                self._transport.close()
             return
         if self._busy or self._waiting:
             return

@@ -1,0 +1,324 @@
+"""What no client of good will sends: broken HTTP, floods, slow bodies, random bytes and random JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jsonschema
+import numpy as np
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen3emb_launch.gateway import openapi
+from qwen3emb_launch.gateway.http_server import HttpLimits
+from tests.gateway_bench import error, gateway, parse_answer, rows
+from tests.null_engine import NullEngine, Served
+
+OK_BODY = b'{"model": "null", "input": "fine"}'
+
+
+def run(test) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+async def talk(port: int, *pieces: bytes, pause: float = 0.0, seconds: float = 10) -> bytes:
+    """Send raw bytes, then read until the server closes or says nothing more."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def send() -> None:
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                if pause:
+                    await asyncio.sleep(pause)
+
+    sending = asyncio.create_task(send())
+    try:
+        out = b""
+        with contextlib.suppress(TimeoutError, ConnectionError):
+            async with asyncio.timeout(seconds):
+                while chunk := await reader.read(65536):
+                    out += chunk
+        return out
+    finally:
+        sending.cancel()
+        writer.close()
+
+
+def post(body: bytes, *headers: str) -> bytes:
+    lines = ["POST /v1/embeddings HTTP/1.1", "host: x", f"content-length: {len(body)}", "connection: close", *headers]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\n"
+BROKEN = {
+    "not http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n", 400),
+    "lower-case nonsense": (b"hello there\r\n\r\n", 400),
+    "http 2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "negative length": (HEAD + b"content-length: -5\r\n\r\n", 400),
+    "two lengths": (HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello", 400),
+    "length and chunked": (HEAD + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    "bad chunk": (HEAD + b"transfer-encoding: chunked\r\n\r\nzz\r\n", 400),
+    "space in header name": (HEAD + b"bad header: x\r\n\r\n", 400),
+    "header flood": (HEAD + b"".join(b"h%d: x\r\n" % i for i in range(500)) + b"\r\n", 431),
+    "one huge header": (HEAD + b"h: " + b"x" * 100_000 + b"\r\n\r\n", 431),
+    "huge line": (b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n", 414),
+    "huge length": (HEAD + b"content-length: 99999999999\r\n\r\n", 413),
+    "huge chunked body": (
+        HEAD + b"transfer-encoding: chunked\r\n\r\n10000\r\n" + b"x" * 65536 + b"\r\n0\r\n\r\n", 413
+    ),
+    "unknown expectation": (HEAD + b"expect: miracles\r\ncontent-length: 2\r\n\r\n{}", 417),
+    "upgrade": (b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
+    "connect": (b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n", 404),
+    "absolute url": (b"GET http://x/health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_http_is_answered_in_openai_form_and_the_server_stays_healthy(name: str) -> None:
+    raw, status = BROKEN[name]
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, max_body=20_000) as gw:
+            answer = parse_answer(await talk(gw.service.port, raw))
+            assert answer.status == status
+            if status != 200:  # an offer to upgrade may be declined by answering
+                error(answer)
+            assert (await gw.vectors("fine")).shape == (1, 64)
+
+    run(main())
+
+
+def test_keys_with_odd_characters_are_401() -> None:
+    async def main() -> None:
+        from qwen3emb_launch.gateway.keys import Client, Keyring
+
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            gw.service.app.keys = Keyring({"good": Client("g")})
+            for value in (
+                "",
+                "Bearer",
+                "Bearer \xff\xfe",
+                "Bearer " + "x" * 5000,
+                "good",
+                "Bearer good\tx",
+                "Basic good",
+            ):
+                answer = parse_answer(await talk(gw.service.port, post(OK_BODY, f"authorization: {value}")))
+                assert answer.status == 401, value
+                assert b"good" not in answer.body
+            assert parse_answer(await talk(gw.service.port, post(OK_BODY, "authorization: Bearer good"))).status == 200
+
+    run(main())
+
+
+def test_slow_senders_are_cut_off_and_idle_ones_kept() -> None:
+    async def main() -> None:
+        limits = HttpLimits(head_timeout=0.5, body_timeout=0.5, idle_timeout=30)
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            gw.service.server.limits = limits
+            slow_head = talk(gw.service.port, *[bytes([b]) for b in HEAD], pause=0.1)
+            slow_body = talk(gw.service.port, HEAD + b"content-length: 50\r\n\r\n", *[b"x"] * 30, pause=0.1)
+            idle = talk(gw.service.port, seconds=4)
+            head, body, nothing = await asyncio.gather(slow_head, slow_body, idle)
+            assert parse_answer(head).status == 408
+            assert parse_answer(body).status == 408
+            assert nothing == b""
+
+    run(main())
+
+
+def test_requests_on_one_connection_are_answered_in_order() -> None:
+    """Pipelined, a slow miss before a fast hit."""
+
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.1)
+        async with Served(engine) as served, gateway(served) as gw:
+            await gw.vectors("hit")
+            texts = ["miss one", "hit", "miss two", "hit"]
+            raw = b"".join(
+                HEAD + b"content-length: %d\r\n%b\r\n%b" % (len(b), b"connection: close\r\n" if i == 3 else b"", b)
+                for i, b in enumerate(orjson.dumps({"model": "null", "input": t}) for t in texts)
+            )
+            out = await talk(gw.service.port, raw)
+            got = []
+            while out:
+                head, _, rest = out.partition(b"\r\n\r\n")
+                length = int(head.split(b"content-length: ")[1].split(b"\r\n")[0])
+                got.append(rows(parse_answer(head + b"\r\n\r\n" + rest[:length]))[0])
+                out = rest[length:]
+            assert np.array_equal(got, [engine.vector(t) for t in texts])
+
+    run(main())
+
+
+def test_a_client_that_does_not_read_is_let_go_and_holds_no_memory() -> None:
+    async def main() -> None:
+        limits = HttpLimits(write_timeout=0.5, pipelined=8)
+        async with Served(NullEngine(2560)) as served, gateway(served) as gw:
+            gw.service.server.limits = limits
+            body = orjson.dumps({"model": "null", "input": [f"t{i}" for i in range(300)]})
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1)
+            writer.transport.pause_reading()
+            writer.write((HEAD + b"content-length: %d\r\n\r\n" % len(body) + body) * 5)
+            async with asyncio.timeout(20):
+                while not gw.service.server.connections:
+                    await asyncio.sleep(0.01)
+                while gw.service.server.connections:
+                    await asyncio.sleep(0.05)
+            writer.close()
+
+    run(main())
+
+
+def test_expect_100_continue_is_answered() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.service.port)
+            writer.write(HEAD + b"expect: 100-continue\r\ncontent-length: %d\r\n\r\n" % len(OK_BODY))
+            assert (await reader.readline()).startswith(b"HTTP/1.1 100")
+            await reader.readline()
+            writer.write(OK_BODY)
+            assert b" 200 " in await reader.readline()
+            writer.close()
+
+    run(main())
+
+
+def test_the_connection_limit_answers_503() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, connections=3) as gw:
+            links = [await asyncio.open_connection("127.0.0.1", gw.service.port) for _ in range(3)]
+            async with asyncio.timeout(5):
+                while len(gw.service.server.connections) < 3:
+                    await asyncio.sleep(0.01)
+            answer = parse_answer(await talk(gw.service.port, post(OK_BODY)))
+            assert answer.status == 503
+            assert error(answer)["code"] == "too_many_connections"
+            for _, writer in links:
+                writer.close()
+
+    run(main())
+
+
+def test_browsers_get_cors_headers_only_when_asked_for() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served:
+            async with gateway(served) as gw:
+                plain = await gw.post({"model": "null", "input": "x"}, origin="https://a.example")
+                assert not [h for h in plain.headers if h.startswith("access-control")]
+                assert (await gw.request("OPTIONS", "/v1/embeddings", origin="https://a.example")).status == 405
+            async with gateway(served, cors_origins=("https://a.example",)) as gw:
+                ours = await gw.post({"model": "null", "input": "x"}, origin="https://a.example")
+                other = await gw.post({"model": "null", "input": "x"}, origin="https://b.example")
+                assert ours.headers["access-control-allow-origin"] == "https://a.example"
+                assert "access-control-allow-origin" not in other.headers
+                preflight = await gw.request("OPTIONS", "/v1/embeddings", origin="https://a.example")
+                assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (
+                    204,
+                    "https://a.example",
+                )
+
+    run(main())
+
+
+# -- fuzzing: one gateway for all examples
+
+
+@dataclass
+class Running:
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    def send(self, raw: bytes) -> bytes:
+        return asyncio.run_coroutine_threadsafe(talk(self.port, raw, seconds=3), self.loop).result(20)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    loop, ready, found = asyncio.new_event_loop(), threading.Event(), []
+    stop = asyncio.Event()
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            gw.service.server.limits = replace(gw.service.server.limits, head_timeout=1.0, body_timeout=1.0)
+            found.append(gw.service.port)
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(main()), daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    yield Running(found[0], loop)
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(20)
+
+
+SCHEMAS = openapi.document()["components"]["schemas"]
+LEAVES = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=30)
+JSON = st.recursive(
+    LEAVES, lambda c: st.lists(c, max_size=5) | st.dictionaries(st.text(max_size=8), c, max_size=4), max_leaves=20
+)
+NEARLY = st.fixed_dictionaries(
+    {
+        "model": st.just("null") | JSON,
+        "input": JSON | st.text(max_size=200) | st.lists(st.text(max_size=20), max_size=8),
+    },
+    optional={"dimensions": JSON | st.integers(-5, 300), "encoding_format": JSON | st.sampled_from(["float", "base64"]),
+              "user": JSON, "extra": JSON},
+)  # fmt: skip
+FUZZ = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def check_form(raw: bytes) -> int:
+    """Whatever it is: the answer is good by the OpenAPI document, or an error in its form; never a 5xx."""
+    answer = parse_answer(raw)
+    body = orjson.loads(answer.body)
+    jsonschema.validate(body, {"$ref": "#/components/schemas/" + ("Answer" if answer.status == 200 else "Error"),
+                               "components": {"schemas": SCHEMAS}})  # fmt: skip
+    assert answer.status < 500, body
+    return answer.status
+
+
+@FUZZ
+@given(body=NEARLY | JSON)
+def test_any_json_is_answered_by_the_documented_form(running: Running, body: object) -> None:
+    import json
+
+    raw = json.dumps(body).encode()  # keeps NaN, lone surrogates as escapes, huge integers
+    status = check_form(running.send(post(raw)))
+    try:
+        jsonschema.validate(orjson.loads(raw), {**SCHEMAS["Request"]})
+    except (jsonschema.ValidationError, orjson.JSONDecodeError):
+        assert status in (400, 404)
+
+
+@FUZZ
+@given(body=st.binary(max_size=300))
+def test_any_bytes_as_a_body_are_4xx(running: Running, body: bytes) -> None:
+    assert 400 <= check_form(running.send(post(body))) < 500
+
+
+@settings(FUZZ, max_examples=60)
+@given(raw=st.binary(min_size=1, max_size=200))
+def test_any_bytes_as_a_request_leave_the_server_healthy(running: Running, raw: bytes) -> None:
+    out = running.send(raw + b"\r\n\r\n")
+    if out:
+        assert 400 <= parse_answer(out).status < 500
+    assert check_form(running.send(post(OK_BODY))) == 200
+
+
+@FUZZ
+@given(path=st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="#"), max_size=40))
+def test_no_path_leads_elsewhere(running: Running, path: str) -> None:
+    out = running.send(f"GET /{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    known = ("health", "ready", "metrics", "ui", "openapi.json", "v1/models")
+    if path.partition("?")[0] not in known:
+        assert 400 <= parse_answer(out).status < 500
