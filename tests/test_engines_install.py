@@ -492,3 +492,14 @@ def test_remove_leaves_nothing(quick: Path) -> None:
     assert [p.name for p in (quick / "engines").iterdir()] == [".cpu.lock"]
     with pytest.raises(InvalidInputError):
         engines.remove("cpu")
+
+
+def test_an_interrupted_removal_is_gone_at_once_and_swept_later(quick: Path) -> None:
+    """Ctrl-C while files are deleted leaves no environment, and the next install clears the rest."""
+    engines.install("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        engines.remove("cpu", Watcher(interrupt_at="deleting"))
+    assert engines.environments() == []
+    assert len(list((quick / "engines").glob(".cpu.removing-*"))) == 1
+    engines.install("cpu")
+    assert list((quick / "engines").glob(".cpu.removing-*")) == []

@@ -125,7 +125,8 @@ def remove(
             there = engines.status(name)
             what = "forget the adopted" if there.adopted else "delete the"
             typer.confirm(f"{what} environment {name!r}?", abort=True, err=True)
-        gone = engines.remove(name)
+        with console.progress("engine") as progress:
+            gone = engines.remove(name, progress)
         console.result(gone, lambda c: c.text(f"{'forgotten' if gone.adopted else 'removed'}: {gone.name}"))
 
 

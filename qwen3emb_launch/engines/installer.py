@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def _build(
         return Installed(
             "plugin", registry.facts(found), time.monotonic() - started, found.size_bytes, builder.log, notes
         )
+    for left in folder.parent.glob(f"{record.going(name)}*"):
+        shutil.rmtree(left, ignore_errors=True)  # of a removal that was interrupted; the lock is ours
     for note in notes:
         shown.step(note)  # before gigabytes are fetched
     record.write_note(name, wanted.flavour, wanted.version)

@@ -84,6 +84,11 @@ def folder(name: str) -> Path:
     return paths().engines / name
 
 
+def going(name: str) -> str:
+    """How the folder of an environment that is being removed begins; its process id follows."""
+    return f".{name}.removing-"
+
+
 def check_name(name: str) -> str:
     """The name, or InvalidInputError (`bad_name`): it becomes a folder."""
     if not _NAME.fullmatch(name):

@@ -151,8 +151,11 @@ def check(name: str | None = None, progress: Progress | None = None) -> CheckRep
     )
 
 
-def remove(name: str) -> EnvironmentStatus:
-    """Remove an environment; of an adopted one only the record. Refused while a process runs from it."""
+def remove(name: str, progress: Progress | None = None) -> EnvironmentStatus:
+    """Remove an environment; of an adopted one only the record. Refused while a process runs from it.
+
+    It is gone at once; deleting its files can take minutes, and what an interruption leaves the next install deletes.
+    """
     if name not in record.names():
         raise _unknown(name)
     with record.locked(name, SilentProgress(), wait=0.0):
@@ -167,8 +170,9 @@ def remove(name: str) -> EnvironmentStatus:
                 {"pids": busy},
             )
         with record.translated(folder):
-            going = folder.with_name(f".{name}.removing-{os.getpid()}")
-            folder.rename(going)  # gone at once, whatever interrupts the rest
+            going = folder.with_name(f"{record.going(name)}{os.getpid()}")
+            folder.rename(going)
+            (progress or SilentProgress()).step("deleting its files")
             shutil.rmtree(going)
     return before
 
