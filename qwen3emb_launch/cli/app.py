@@ -31,6 +31,7 @@ COMMANDS: tuple[str, ...] = (
     "bench",
     "cost",
     "gateway",
+    "systemd",
 )
 
 EPILOG = "Start here: qwen3emb up --profile demo (no GPU needed), or qwen3emb up (the profile that fits your GPU)."

@@ -37,7 +37,7 @@ def main() -> int:
         claim = state.adopt(options.name, options.lock_fd)
         plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))
         with view:
-            manager = service_manager()
+            manager = service_manager(plan.deadlines)
             supervisor = Supervisor(
                 plan,
                 claim,

@@ -115,10 +115,14 @@ class Supervisor:
                 self._feed(event)
                 self._look_at_log()
                 if self._pulse:
-                    self._pulse(isinstance(event, Probed) and (event.answer.ok or event.progress))
+                    self._pulse(self._shows_life(event))
         finally:
             self._runner.close()
         return Outcome(self._unit.state, self.record.ready_at is not None, self._stopped_by, self._error)
+
+    def _shows_life(self, event: Event) -> bool:
+        """Whether the present engine embedded, or worked on other requests while a probe waited."""
+        return isinstance(event, Probed) and event.start == self._unit.start and (event.answer.ok or event.progress)
 
     def _next_event(self) -> Event:
         now = self._clock()
