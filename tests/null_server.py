@@ -77,6 +77,8 @@ class NullEndpoint:
         if self.bodies is not None:
             self.bodies.append(body)
         single = _SINGLE.search(body)
+        if not single and not body.lstrip().startswith(b"{"):
+            return 400, b'{"error": {"message": "no JSON object"}}'
         if single:
             words, count = single[1].count(b" "), 1
             texts = [single[1].decode()] if self.texts is not None else []

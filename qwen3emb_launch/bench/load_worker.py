@@ -21,6 +21,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch.bench.answers import AnswerChecker
@@ -296,9 +297,18 @@ class Load:
                 "wire": self._checker.wire,
                 "details": self._samples.details,
                 "lag": self._lag,
-                "peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "peak_rss": peak_rss(),
             }
         )
+
+
+def peak_rss() -> int:
+    """Most resident bytes of this process. getrusage would count what the parent had when it forked."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def emit(event: dict[str, Any]) -> None:
