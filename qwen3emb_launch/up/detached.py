@@ -26,6 +26,7 @@ from qwen3emb_launch.lifecycle import TERMINAL, State
 from qwen3emb_launch.state import Claim, InstanceRecord, load
 
 LOOK_EVERY = 0.1
+ENDING = 10.0  # seconds from a supervisor's last word to its end
 MODULE = "qwen3emb_launch.cli.supervise"
 
 
@@ -74,6 +75,8 @@ class Detached:
             if record and record.state in (State.READY, State.DEGRADED):
                 return record
             if record and record.state in TERMINAL and record.error:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(ENDING)  # then its name is free for the next try
                 raise error_from(record.error)
             if ended:
                 raise self._died()
