@@ -272,7 +272,7 @@ def accepts_anything(exchange: Exchange) -> tuple[int, Any]:
 def broken_base64(exchange: Exchange) -> tuple[int, Any]:
     from qwen3emb_launch.vectors import to_base64
 
-    if exchange.body.get("encoding_format") != "base64":
+    if exchange.body.pop("encoding_format", None) != "base64":
         return exchange.forward()
     return each_vector(exchange, lambda v, _: to_base64(list(reversed(v))))
 
@@ -280,9 +280,14 @@ def broken_base64(exchange: Exchange) -> tuple[int, Any]:
 def right_base64(exchange: Exchange) -> tuple[int, Any]:
     from qwen3emb_launch.vectors import to_base64
 
-    if exchange.body.get("encoding_format") != "base64":
+    if exchange.body.pop("encoding_format", None) != "base64":
         return exchange.forward()
     return each_vector(exchange, lambda v, _: to_base64(v))
+
+
+def ignores_base64(exchange: Exchange) -> tuple[int, Any]:
+    exchange.body.pop("encoding_format", None)
+    return exchange.forward()
 
 
 def no_usage(exchange: Exchange) -> tuple[int, Any]:

@@ -151,10 +151,14 @@ def test_an_honest_proxy_passes(demo_endpoint: Endpoint, tmp_path: Path) -> None
 
 
 def test_base64_is_judged_where_it_is_answered(demo_endpoint: Endpoint, tmp_path: Path) -> None:
-    """An endpoint that answers base64 passes that check instead of being warned of."""
+    """An endpoint that answers base64 passes that check; one that ignores it is warned of, and fails when strict."""
     with faulty(demo_endpoint.base_url, faults.right_base64) as url:
         report = ask(url, tmp_path, "base64", "openai")
     assert [c.verdict for c in report.checks] == [Verdict.PASS] * 3
+    with faulty(demo_endpoint.base_url, faults.ignores_base64) as url:
+        lenient, strict = (ask(url, tmp_path, "base64", strict=s) for s in (False, True))
+    assert lenient.checks[-1].verdict is Verdict.WARN
+    assert set(wrong(strict)) == {"base64"}
 
 
 def test_slow_is_a_warning_on_a_cpu_and_a_failure_elsewhere(demo_endpoint: Endpoint, tmp_path: Path) -> None:
@@ -177,9 +181,9 @@ def test_usage_that_is_missing_is_a_warning_unless_strict(demo_endpoint: Endpoin
 
 
 def test_strict_fails_a_bare_engine(demo_endpoint: Endpoint, tmp_path: Path) -> None:
-    """What our gateway promises is required of an endpoint on request: base64, error form, unknown models."""
-    report = ask(demo_endpoint.base_url, tmp_path, "base64", "refusals", "error_form", strict=True)
-    assert set(wrong(report)) == {"base64", "refusals", "error_form"}
+    """What our gateway promises is required of an endpoint on request: error form, unknown models refused."""
+    report = ask(demo_endpoint.base_url, tmp_path, "refusals", "error_form", strict=True)
+    assert set(wrong(report)) == {"refusals", "error_form"}
 
 
 @pytest.fixture(scope="session")
