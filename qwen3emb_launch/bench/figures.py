@@ -57,8 +57,8 @@ class GpuFigures:
 class Figures:
     """One measured phase of one load on one endpoint.
 
-    Rates count right answers only; a request across the phase's edge counts by the part inside. `failed` is by kind.
-    `timeline` is (second, requests/s, p50 ms, p95 ms). `histogram` is HdrHistogram's own text form.
+    Rates count right answers only; after a warm-up, a request across the phase's edge counts by the part inside.
+    `failed` is by kind. `timeline` is (second, requests/s, p50 ms, p95 ms), `histogram` HdrHistogram's own text form.
     """
 
     seconds: float
@@ -109,13 +109,14 @@ def figures_of(result: LoadResult, phase: PhaseTimes, slo: Slo | None, queue_ms:
     counted = tokens = 0
     limit = slo.strictest if slo else None
     good = 0.0
+    warmed = phase is not result.phases[0]  # else nothing was in flight at the first edge to balance the last one
     for scheduled, sent, done, used, kind in result.batch.rows():
         begins = scheduled >= began and (scheduled < ended or spec.requests is not None)
         if kind:
             failed[kind] += begins
             continue
         latency = done - scheduled
-        share = _overlap(sent, done, began, ended)
+        share = _overlap(sent, done, began, ended) if warmed else float(begins and done <= ended)
         inside += share
         if limit is not None and latency <= limit:
             good += share

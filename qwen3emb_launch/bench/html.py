@@ -6,8 +6,10 @@ prints, mails and opens anywhere.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -77,10 +79,11 @@ def _plots(record: Record, rows: Sequence[Row]) -> list[str]:
     if curves:
         plots.append(
             _xy(
-                "Latency by percentile (ms; right end is the slowest)",
+                "Latency (ms) that a share of requests did not pass",
                 [(name, [(p, s * 1000) for p, s in points]) for name, points in curves[:12]],
-                "percent of requests",
+                "share of requests",
                 logarithmic=True,
+                x_axis=PERCENTS,
             )
         )
     if record.mode == "soak":
@@ -91,7 +94,9 @@ def _plots(record: Record, rows: Sequence[Row]) -> list[str]:
 
 
 def _sweep_plots(record: Record, rows: Sequence[Row]) -> list[str]:
-    by_target = {t.name: sorted((r for r in rows if r.target == t.name), key=lambda r: r.level) for t in record.targets}
+    names = dict.fromkeys(r.target for r in rows)
+    by_target = {name: sorted((r for r in rows if r.target == name), key=lambda r: r.level) for name in names}
+    levels = sorted(record.levels)
     unit = "requests/s offered" if record.load.get("shape") == "open" else "clients"
     throughput = [(n, [(r.level, r.figures.requests_per_s) for r in rs]) for n, rs in by_target.items()]
     latency = [
@@ -100,7 +105,7 @@ def _sweep_plots(record: Record, rows: Sequence[Row]) -> list[str]:
         for p in ("p50", "p95", "p99")
     ]
     return [
-        _xy("Requests/s over load", throughput, unit),
+        _xy("Requests/s over load", throughput, unit, x_axis=Axis(math.log2, levels, lambda v: f"{v:g}")),
         _xy("Latency (ms) over throughput", latency, "requests/s", logarithmic=True),
     ]
 
@@ -146,39 +151,82 @@ def _name(record: Record, row: Row) -> str:
     return ", ".join([*parts, report.level_name(record, row.level)])
 
 
+@dataclass(frozen=True)
+class Axis:
+    """How values lie along an axis and which of them are named. pygal's own logarithm would take both axes at once."""
+
+    place: Callable[[float], float]
+    marks: Sequence[float]
+    text: Callable[[float], str] = report.number
+
+    def labels(self) -> list[dict[str, Any]]:
+        """The marks as pygal takes them."""
+        return [{"value": self.place(mark), "label": self.text(mark)} for mark in self.marks]
+
+
+def _log(values: Sequence[float]) -> Axis | None:
+    """A logarithmic axis with marks at 1, 2 and 5, for positive values of more than a factor of five."""
+    if not values or min(values) <= 0 or max(values) / min(values) < 5:
+        return None
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    steps = (1, 2, 5) if high - low < 4 else (1,)
+    marks = [step * 10.0**power for power in range(low, high + 1) for step in steps]
+    inside = [m for m in marks if min(values) / 2.5 <= m <= max(values) * 2.5]
+    return Axis(lambda v: math.log10(v), inside)
+
+
+def _nines(percent: float) -> float:
+    """0 at 0%, 1 at 90%, 2 at 99%: the slow end of a latency curve takes the room it deserves."""
+    return -math.log10(max(1 - percent / 100, 1e-4))
+
+
+PERCENTS = Axis(_nines, (0, 50, 90, 99, 99.9, 99.99), lambda v: f"{v:g}%")
+
+
 def _xy(
-    title: str, series: Sequence[tuple[str, Sequence[tuple[float, float]]]], x_title: str, logarithmic: bool = False
+    title: str,
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    x_title: str,
+    logarithmic: bool = False,
+    x_axis: Axis | None = None,
 ) -> str:
     """One plot as inline SVG: no script, no outside reference."""
     import pygal
     from pygal.style import CleanStyle
 
-    everything = [y for _, points in series for _, y in points]
+    values = [y for _, points in series for _, y in points]
+    y_axis = _log(values) if logarithmic else None
+    named = len(series) > 1
     config: dict[str, Any] = {
-        "style": CleanStyle(background="white", plot_background="white", font_family="sans-serif"),
+        "style": CleanStyle(background="white", plot_background="white", font_family="sans-serif", legend_font_size=12),
         "js": (),
-        "no_prefix": False,
         "disable_xml_declaration": True,
         "show_dots": sum(len(p) for _, p in series) < 150,
         "dots_size": 2,
         "stroke_style": {"width": 2},
         "x_title": x_title,
+        "show_legend": named,
         "legend_at_bottom": True,
         "legend_at_bottom_columns": 2,
-        "height": 380,
-        "width": 620,
-        "explicit_size": False,
         "truncate_legend": -1,
+        "height": 320 + (26 * math.ceil(len(series) / 2) if named else 0),
+        "width": 620,
+        "margin_bottom": 44 if named else 20,
         "value_formatter": report.number,
         "x_value_formatter": lambda x: f"{x:g}",
     }
-    if logarithmic and everything and min(everything) > 0 and max(everything) / min(everything) > 5:
-        config["logarithmic"] = True
+    if y_axis:
+        config["y_labels"] = y_axis.labels()
     else:
-        config["range"] = (0, max([*everything, 1e-9]) * 1.05)
+        config["range"] = (0, max([*values, 1e-9]) * 1.05)
+    if x_axis:
+        config["x_labels"] = x_axis.labels()
     chart = pygal.XY(**config)
     for name, points in series:
-        chart.add(name, list(points))
+        chart.add(
+            name,
+            [(x_axis.place(x) if x_axis else x, y_axis.place(y) if y_axis else y) for x, y in points],
+        )
     svg = chart.render(is_unicode=True)
     svg = re.sub(r"<script.*?</script>|<!--.*?-->", "", svg, flags=re.DOTALL)
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>"

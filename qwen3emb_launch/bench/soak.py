@@ -22,6 +22,7 @@ from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import trend
 
 HEADER = "qwen3emb-soak"
+SHORTEST = 0.05  # of a window: a shorter remainder is not worth measuring, a longer warm-up not worth sending
 KEPT_CURVES = 200  # windows whose histogram and timeline the record keeps; the checkpoint keeps all
 
 MEASURES: tuple[tuple[str, str, Callable[[Run], float | None]], ...] = (
@@ -133,11 +134,14 @@ def soak(campaign: Campaign, total: float, window: float, checkpoint: Checkpoint
     done = sum(r.figures.seconds for r in campaign.runs)
     number = len(campaign.runs)
     shaping = campaign.shaping
-    while done < total and not campaign.interrupted:
+    enough = total - SHORTEST * window
+    first = True
+    while done < enough and not campaign.interrupted:
         number += 1
         length = min(window, total - done)
-        campaign.shaping = replace(shaping, seconds=length, warmup=shaping.warmup if number == 1 or resume else 0.0)
-        resume = False
+        warmup = shaping.warmup if first else min(shaping.warmup, SHORTEST * window)
+        campaign.shaping = replace(shaping, seconds=length, warmup=warmup)
+        first = False
         phases = campaign.steady_phases(shaping.level)
         window_phases = (*phases[:-1], Phase("window", length, shaping.level))
         hours = f"{done / 3600:.2f} of {total / 3600:.2f} h"
@@ -152,7 +156,7 @@ def soak(campaign: Campaign, total: float, window: float, checkpoint: Checkpoint
             campaign.warnings.append(f"{error.message}; {error.hint}")
             campaign.interrupted = True
     campaign.shaping = shaping
-    campaign.interrupted |= done < total * 0.999
+    campaign.interrupted |= done < enough
     overall = merged([r.figures for r in campaign.runs]) if campaign.runs else None
     record = campaign.record("soak", drifts=drifts_of(campaign.runs), overall=overall)
     return replace(record, runs=thinned(record.runs))
