@@ -313,6 +313,11 @@ def _hardening_system(spec: Service) -> list[Entry]:
         Entry("ProtectHostname", "yes"),
         Entry("ProtectProc", "invisible", "not ProcSubset=pid: CUDA reads /proc/driver/nvidia, torch /proc/cpuinfo"),
         Entry("RemoveIPC", "yes", "shared memory of killed workers goes with the service"),
+        Entry(
+            "MemoryDenyWriteExecute",
+            "no",
+            "kernels are compiled in memory: by CUDA's driver and Triton, and by oneDNN on a CPU, which was tried",
+        ),
         *_seccomp(),
         *_devices(spec),
     ]
@@ -329,15 +334,9 @@ def _devices(spec: Service) -> list[Entry]:
             Entry("PrivateDevices", "yes", none),
             Entry("DevicePolicy", "closed", none),
             Entry("PrivateUsers", "yes", none),
-            Entry("MemoryDenyWriteExecute", "yes", none),
         ]
     why = "NVIDIA's devices and the harmless ones; PrivateDevices=yes would hide the GPU"
-    jit = "not MemoryDenyWriteExecute: CUDA's driver and Triton compile kernels in memory"
-    return [
-        Entry("DevicePolicy", "closed", why),
-        Entry("DeviceAllow", "char-nvidia* rw", why),
-        Entry("MemoryDenyWriteExecute", "no", jit),
-    ]
+    return [Entry("DevicePolicy", "closed", why), Entry("DeviceAllow", "char-nvidia* rw", why)]
 
 
 def _seconds(value: float) -> str:

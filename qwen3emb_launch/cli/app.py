@@ -31,6 +31,7 @@ COMMANDS: tuple[str, ...] = (
     "bench",
     "cost",
     "gateway",
+    "doctor",
     "systemd",
 )
 
