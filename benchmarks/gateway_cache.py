@@ -194,14 +194,16 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(
-        f"{args.cached:,} of {args.texts:,} texts cached, {args.requests:,} requests\n\n| policy | Zipf 0.8 | Zipf 1.0 | µs a request |\n|---|---|---|---|"
+        f"{args.cached:,} of {args.texts:,} texts cached, {args.requests:,} requests\n\n"
+        "| policy | Zipf 0.8 | Zipf 1.0 | µs a request |\n|---|---|---|---|"
     )
     for name, row in result["zipf"]["1.0"].items():
         print(
             f"| {name} | {result['zipf']['0.8'][name]['hit_rate']:.1%} | {row['hit_rate']:.1%} | {row['us'] or '-'} |"
         )
     print(
-        f"\nResident bytes a cached 2560-dim vector: {result['bytes_per_2560_dim_entry']:,}\n\n| store | write, µs | read, µs |\n|---|---|---|"
+        f"\nResident bytes a cached 2560-dim vector: {result['bytes_per_2560_dim_entry']:,}\n\n"
+        "| store | write, µs | read, µs |\n|---|---|---|"
     )
     for name, row in result["stores"].items():
         print(f"| {name} | {row['write_us']:.0f} | {row['read_us']:.0f} |")

@@ -124,8 +124,11 @@ SERVERS = {"asyncio.Protocol + httptools": "raw", "uvicorn + httptools, bare ASG
 def start(kind: str, port: int) -> subprocess.Popen:
     here = Path(__file__)
     if kind == "granian":
-        argv = [str(Path(sys.executable).with_name("granian")), "--interface", "asginl", "--host", "127.0.0.1", "--port", str(port),
-                "--workers", "1", "--no-ws", "--loop", "uvloop", "--log-level", "critical", f"{here.stem}:asgi"]  # fmt: skip
+        granian = str(Path(sys.executable).with_name("granian"))
+        argv = [
+            granian, "--interface", "asginl", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--no-ws",
+            "--loop", "uvloop", "--log-level", "critical", f"{here.stem}:asgi",
+        ]  # fmt: skip
     else:
         argv = [sys.executable, str(here), "--serve", kind, "--port", str(port)]
     process = subprocess.Popen(["taskset", "-c", "0", *argv], cwd=here.parent, stderr=subprocess.DEVNULL)

@@ -499,7 +499,7 @@ def test_a_folder_without_tokenizer_is_said(tmp_path: Path) -> None:
     assert caught.value.code == "no_tokenizer"
 
 
-def bpe_rules() -> TokenRules:
+def bpe_rules(page: Path = Path(__file__)) -> TokenRules:
     """A tokenizer with merges, trained on a page of text: what makes one list of ids its own and another foreign."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -508,22 +508,48 @@ def bpe_rules() -> TokenRules:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1500, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.train_from_iterator([page.read_text(encoding="utf-8")], trainer)
     return TokenRules(tokenizer, vocab_size=tokenizer.get_vocab_size())
 
 
-def test_another_tokenizers_ids_are_told_from_our_own() -> None:
+def test_another_tokenizers_ids_are_told_from_our_own_whole_or_cut() -> None:
     r = bpe_rules()
     assert r.tokenizer is not None
-    own = r.tokenizer.encode("def test_the_cache_beats_lru(): the request is answered when it is back").ids
-    joined = r.tokenizer.encode("the first part of").ids + r.tokenizer.encode("another text entirely, joined").ids
-    assert not r.looks_foreign(own)
-    assert not r.looks_foreign(joined)
-    assert not r.looks_foreign(own[3:-2])
-    shifted = [(i * 7 + 13) % r.tokenizer.get_vocab_size() for i in own]
-    assert r.looks_foreign(shifted)
+    text = "def test_the_cache_beats_lru(): the request is answered when 包裹 is back — naïve 🙂 at last"
+    own = r.tokenizer.encode(text).ids
+    for start in range(len(own) - 1):
+        for end in range(start + 1, len(own) + 1):
+            assert not r.looks_foreign(own[start:end]), r.tokenizer.decode(own[start:end])
+    foreign = bpe_rules(Path(tasks.__file__)).tokenizer.encode(text).ids
+    assert r.looks_foreign(foreign)
     with pytest.raises(ApiError) as caught:
-        r.ids(shifted)
+        r.ids(foreign)
     assert caught.value.code == "foreign_token_ids"
+    assert "check_embedding_ctx_length" in caught.value.message
     r.foreign = "accept"
-    assert r.ids(shifted).payload == shifted
+    assert r.ids(foreign).payload == foreign
+
+
+def test_foreign_ids_are_decoded_by_policy() -> None:
+    """The text they stand for in the other table is what gets embedded."""
+
+    class Table:
+        def decode(self, ids: list[int]) -> str:
+            return f"text of {len(ids)} ids"
+
+    r = bpe_rules()
+    assert r.tokenizer is not None
+    text = "the request is answered when it is back, or it is not"
+    foreign = bpe_rules(Path(tasks.__file__)).tokenizer.encode(text).ids
+    assert r.looks_foreign(foreign)
+    r.foreign, r._foreign_decoder = "decode", Table()
+    assert r.ids(foreign).payload == f"text of {len(foreign)} ids"
+
+
+def test_the_decode_policy_without_its_table_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(InvalidInputError) as caught:
+        TokenRules(foreign="decode")
+    assert caught.value.code == "no_cl100k"

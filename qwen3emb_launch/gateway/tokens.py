@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,9 +24,9 @@ Foreign = Literal["refuse", "decode", "accept"]
 
 INLINE_CHARS = 4_000  # up to here tokenising on the event loop is cheaper than a thread (about 1 ms)
 COMPOSING = 4  # normalisation may join that many characters into one (Hangul, accents)
-CHECKED_IDS = 2_048  # of a list of ids, that many are looked at to tell whose they are
-MIN_FOREIGN = 6  # shorter lists of ids say too little
-OWN_SHARE = 0.85  # of a list's ids the tokenizer itself would have chosen; below this they are another tokenizer's
+CHECKED_IDS = 512  # of a list of ids, that many are looked at to tell whose they are
+PARTS_OF_A_CHARACTER = 3  # ids that a cut may have left of one
+BROKEN = "\ufffd"  # what incomplete bytes decode to
 
 LANGCHAIN_HINT = (
     "send text instead; with LangChain: OpenAIEmbeddings(check_embedding_ctx_length=False), "
@@ -171,7 +170,7 @@ class TokenRules:
         if self.foreign != "accept" and self.looks_foreign(ids):
             if self._foreign_decoder is None:
                 raise invalid(
-                    f"these token ids were not made by this model's tokenizer; {LANGCHAIN_HINT}",
+                    f"these token ids are not what this model's tokenizer makes of their text; {LANGCHAIN_HINT}",
                     "input",
                     "foreign_token_ids",
                 )
@@ -188,18 +187,39 @@ class TokenRules:
         return Prepared(ids, len(ids), exact=True)
 
     def looks_foreign(self, ids: list[int]) -> bool:
-        """Whether another tokenizer made these ids.
+        """Whether these ids are not what our tokenizer makes of the text they stand for.
 
-        Ids of our own tokenizer, decoded and encoded again, come back as they were, but for a joint or a cut.
-        Ids of another one decode to a text that ours would have cut up differently.
+        Its own ids, whole or cut anywhere, always come back from text as they were. Ids of another tokenizer decode
+        to a text that ours cuts up differently: the longer the list, the surer (docs/gateway.md has the rates for
+        OpenAI's cl100k). Two lists joined are seen too, and rightly: the model never saw such a joint in training.
         """
-        if self.tokenizer is None or len(ids) < MIN_FOREIGN:
+        if self.tokenizer is None:
             return False
         sample = ids[:CHECKED_IDS]
-        text = self.tokenizer.decode(sample, skip_special_tokens=False)
-        again = self.tokenizer.encode(text, add_special_tokens=False).ids
-        kept = sum((Counter(sample) & Counter(again)).values())
-        return kept < OWN_SHARE * max(len(sample), len(again))
+        if self.eos_id is not None and sample[-1] == self.eos_id:
+            sample = sample[:-1]
+        if not sample or self._comes_back(sample):
+            return False
+        whole = self._whole_characters(sample)
+        return bool(whole) and not self._comes_back(whole)
+
+    def _comes_back(self, ids: list[int]) -> bool:
+        if self.tokenizer is None:
+            return True
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        again: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return again == ids
+
+    def _whole_characters(self, ids: list[int]) -> list[int]:
+        """Without the ids at either end that hold only a part of a character: a cut went through it."""
+        if self.tokenizer is None:
+            return ids
+        for _ in range(PARTS_OF_A_CHARACTER):
+            if ids and self.tokenizer.decode(ids[:1]).startswith(BROKEN):
+                ids = ids[1:]
+            if ids and self.tokenizer.decode(ids).endswith(BROKEN):
+                ids = ids[:-1]
+        return ids
 
 
 def estimate(text: str) -> int:
