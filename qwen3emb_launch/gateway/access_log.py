@@ -11,13 +11,18 @@ from typing import Any
 
 import orjson
 
+from qwen3emb_launch.errors import UnfitError
+
 FLUSH_EVERY = 0.25
 FLUSH_BYTES = 64 << 10
 MAX_KEPT = 4 << 20  # bytes kept when the file cannot be written (disk full); what is beyond is counted, not kept
 
 
 class AccessLog:
-    """Buffered lines to a file (0600) or to stderr (`-`). A log that cannot be written never fails a request."""
+    """Buffered lines to a file (0600) or to stderr (`-`). A log that cannot be written never fails a request.
+
+    Raises UnfitError (`cannot_log`) when it cannot be opened.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -28,14 +33,19 @@ class AccessLog:
         self._timer: asyncio.TimerHandle | None = None
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            message = f"cannot write the access log {self._path}: {exc.strerror}"
+            raise UnfitError("cannot_log", message, "another --access-log, or - for stderr") from exc
 
     def reopen(self) -> None:
         """After rotation by somebody else."""
         if self._path != "-":
             self.flush()
+            new = self._open()
             os.close(self._file)
-            self._file = self._open()
+            self._file = new
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a line; it is on its way to the file within a quarter of a second."""

@@ -65,6 +65,7 @@ class Service:
             items=config.batch_items, tokens=config.batch_tokens, long_tokens=config.long_tokens,
             wait=config.batch_wait, queue=config.queue, hold=config.hold, timeout=config.timeout, stall=config.stall,
         )  # fmt: skip
+        self._tls = _tls(config)
         self.port = config.port
         self.admin_port: int | None = None
         self._watcher: asyncio.Task[None] | None = None
@@ -93,9 +94,7 @@ class Service:
         config = self.config
         _raise_fd_limit(config.connections + OWN_FDS)
         try:
-            self.port = await self.server.listen(
-                config.host, config.port, tls=_tls(config), reuse_port=config.workers > 1
-            )
+            self.port = await self.server.listen(config.host, config.port, tls=self._tls, reuse_port=config.workers > 1)
             if config.admin_port is not None and self.number == 0:
                 self.admin_port = await self.operators.listen("127.0.0.1", config.admin_port)
         except OSError as exc:
@@ -207,7 +206,10 @@ class Service:
         """SIGHUP: tasks and keys read again, the access log reopened."""
         self._reload_files()
         if self.access_log:
-            self.access_log.reopen()
+            try:
+                self.access_log.reopen()
+            except LaunchError as error:
+                log.error("the access log stays as it was: %s", error.message)
 
     async def _watch(self) -> None:
         while True:

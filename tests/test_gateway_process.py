@@ -1,0 +1,251 @@
+"""The gateway as a process: `qwen3emb gateway`, its workers, signals, admin socket, TLS, files read again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen3emb_launch.gateway import admin_client
+from tests.conftest import free_port
+from tests.null_engine import NullEngine, in_thread
+
+
+class Running:
+    """A gateway process."""
+
+    def __init__(self, argv: list[str], log: Path) -> None:
+        with log.open("wb") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "qwen3emb_launch", "gateway", "--json", *argv],
+                stdout=subprocess.PIPE,
+                stderr=err,
+            )
+        self.log = log
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, log.read_text()
+        self.where = json.loads(line)["result"]
+        self.base = self.where["base_url"]
+
+    def call(
+        self, path: str, body: object = None, tls: ssl.SSLContext | None = None, **headers: str
+    ) -> tuple[int, bytes]:
+        """Status and body; `path` below the root."""
+        request = urllib.request.Request(
+            self.base.removesuffix("/v1") + path,
+            json.dumps(body).encode() if body is not None else None,
+            {"content-type": "application/json", **headers},
+        )
+        handlers: list = [urllib.request.ProxyHandler({})]
+        if tls:
+            handlers.append(urllib.request.HTTPSHandler(context=tls))
+        try:
+            with urllib.request.build_opener(*handlers).open(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def vector(self, text: str, **more: object) -> np.ndarray:
+        status, body = self.call("/v1/embeddings", {"model": "null", "input": text, **more})
+        assert status == 200, body
+        return np.array(json.loads(body)["data"][0]["embedding"], np.float32)
+
+
+@contextmanager
+def gateway(tmp_path: Path, *argv: str) -> Iterator[Running]:
+    running = Running(["--port", str(free_port()), *argv], tmp_path / "gateway.log")
+    try:
+        yield running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            running.process.send_signal(signal.SIGTERM)
+        running.process.wait(30)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def test_it_serves_and_ends_with_0_on_sigterm_leaving_no_socket(tmp_path: Path) -> None:
+    engine = NullEngine(64)
+    socket = tmp_path / "run" / "admin.sock"
+    with in_thread(engine) as served, gateway(tmp_path, "--upstream", served.url, "--admin-socket", str(socket)) as gw:
+        assert np.array_equal(gw.vector("a"), engine.vector("a"))
+        assert oct(socket.stat().st_mode & 0o777) == "0o600"
+        gw.process.terminate()
+        assert gw.process.wait(20) == 0
+        assert not socket.exists()
+
+
+def test_upstreams_come_and_go_through_the_admin_socket(tmp_path: Path) -> None:
+    """Started without any engine; the first one is added, replaced by another, each step answered when it is done."""
+    one, two = NullEngine(64), NullEngine(64)
+    socket = tmp_path / "admin.sock"
+    with in_thread(one) as first, in_thread(two) as second, gateway(tmp_path, "--admin-socket", str(socket)) as gw:
+        assert gw.call("/ready")[0] == 503
+        admin_client.call(socket, "POST", "/upstreams", {"url": first.url})
+        assert np.array_equal(gw.vector("a"), one.vector("a"))
+        assert gw.call("/ready")[0] == 200
+        admin_client.call(socket, "POST", "/upstreams", {"url": second.url})
+        until(lambda: [u["state"] for u in admin_client.call(socket, "GET", "/state")["upstreams"]] == ["up", "up"])
+        gone = admin_client.call(socket, "DELETE", "/upstreams", {"url": first.url})
+        assert gone == {"url": first.url, "drained": True}
+        seen = one.calls
+        for i in range(5):
+            assert np.array_equal(gw.vector(f"t{i}"), two.vector(f"t{i}"))
+        assert one.calls == seen
+        for body, status in (({"url": "x"}, 400), ({}, 400)):
+            with pytest.raises(Exception, match="no upstream"):
+                admin_client.call(socket, "POST", "/upstreams", body)
+            assert status == 400
+
+
+def test_workers_share_the_port_the_disk_cache_and_their_numbers(tmp_path: Path) -> None:
+    """A killed worker is started again; /metrics is the sum of all; a vector of one is a hit in the other."""
+    engine = NullEngine(64)
+    disk = tmp_path / "vectors.db"
+    with in_thread(engine) as served, gateway(tmp_path, "--upstream", served.url, "--workers", "2",
+                                              "--disk-cache", str(disk)) as gw:  # fmt: skip
+        for i in range(40):
+            assert np.array_equal(gw.vector(f"t{i}"), engine.vector(f"t{i}"))
+        children = Path(f"/proc/{gw.process.pid}/task/{gw.process.pid}/children").read_text().split()
+        workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+        assert len(workers) == 2
+
+        def total() -> int:
+            text = gw.call("/metrics")[1].decode()
+            return sum(int(float(x.split()[-1])) for x in text.splitlines() if x.startswith("qwen3emb_items_total"))
+
+        until(lambda: total() == 40)
+        until(lambda: disk.exists())
+        asked = engine.items
+        for i in range(40):
+            gw.vector(f"t{i}")
+        assert engine.items - asked < 40  # on either worker, most are found in memory or on disk
+        os.kill(workers[1], signal.SIGKILL)
+        until(lambda: "started again" in gw.log.read_text())
+        for i in range(10):
+            until(lambda i=i: _answers(gw, f"u{i}"))
+        os.kill(gw.process.pid, signal.SIGKILL)
+        gw.process.wait(10)
+        until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers))
+
+
+def _answers(gw: Running, text: str) -> bool:
+    try:
+        return gw.call("/v1/embeddings", {"model": "null", "input": text})[0] == 200
+    except OSError:  # the connection was dealt to the worker that was just killed
+        return False
+
+
+def test_the_disk_cache_answers_after_a_restart_and_not_under_another_fingerprint(tmp_path: Path) -> None:
+    engine = NullEngine(64)
+    disk = ["--disk-cache", str(tmp_path / "vectors.db")]
+    with in_thread(engine) as served:
+        for fingerprint, fresh in (("one", True), ("one", False), ("two", True)):
+            config = tmp_path / "config.json"
+            config.write_text(json.dumps({"fingerprint": fingerprint, "upstreams": [served.url]}))
+            with gateway(tmp_path, "--config", str(config), *disk) as gw:
+                gw.vector("probe the new process")
+                seen = engine.items
+                assert np.array_equal(gw.vector("kept"), engine.vector("kept"))
+                assert engine.items - seen == (1 if fresh else 0)
+
+
+def test_tasks_and_keys_are_read_again_and_an_invalid_file_keeps_the_old_ones(tmp_path: Path) -> None:
+    engine = NullEngine(64)
+    tasks, keys = tmp_path / "tasks.yaml", tmp_path / "keys"
+    tasks.write_text("schema: 1\ntasks: {mine: {dims: 32, role: document}}\n")
+    keys.write_text("alice sk-a\n")
+    with in_thread(engine) as served, gateway(tmp_path, "--upstream", served.url, "--tasks", str(tasks),
+                                              "--api-keys", str(keys)) as gw:  # fmt: skip
+
+        def dims(key: str = "sk-a") -> int:
+            body = {"model": "null:mine", "input": "x"}
+            status, answer = gw.call("/v1/embeddings", body, authorization=f"Bearer {key}")
+            return len(json.loads(answer)["data"][0]["embedding"]) if status == 200 else -status
+
+        assert dims() == 32
+        tasks.write_text("schema: 1\ntasks: {mine: {dims: 48, role: document}}\n")
+        until(lambda: dims() == 48)
+        tasks.write_text("schema: 1\ntasks: {mine: {dims: oops}}\n")
+        keys.write_text("bob sk-b\n")
+        until(lambda: dims("sk-b") == 48)
+        assert dims("sk-a") == -401
+        log = gw.log.read_text()
+        assert "the tasks stay as they were" in log
+        assert "sk-" not in log
+
+
+def test_it_speaks_tls(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", str(key), "-out", str(cert), "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    engine = NullEngine(64)
+    with in_thread(engine) as served, gateway(tmp_path, "--upstream", served.url, "--tls-cert", str(cert),
+                                              "--tls-key", str(key)) as gw:  # fmt: skip
+        assert gw.base.startswith("https://")
+        context = ssl.create_default_context(cafile=str(cert))
+        status, _ = gw.call("/v1/embeddings", {"model": "null", "input": "x"}, tls=context)
+        assert status == 200
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "code"),
+    [
+        ([], 2, "no_upstream"),
+        (["--upstream", "nonsense"], 2, "bad_upstream"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--host", "0.0.0.0"], 3, "no_api_keys"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--api-keys", "/nonexistent"], 2, "bad_keys"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--tasks", "/nonexistent"], 2, "bad_tasks"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--model-path", "/nonexistent"], 2, "no_tokenizer"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--overflow", "truncate"], 2, "no_tokenizer"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--overflow", "cut"], 2, "bad_gateway_config"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--cache-bytes", "lots"], 2, "bad_size"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--price", "free"], 2, "bad_price"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--tls-cert", "a", "--tls-key", "b"], 2, "bad_tls"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--workers", "2", "--tls-cert", "a", "--tls-key", "b"], 2, "bad_tls"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--access-log", "/nonexistent/x"], 3, "cannot_log"),
+        (["--config", "/nonexistent"], 2, "bad_gateway_config"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_listens(argv: list[str], status: int, code: str) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "qwen3emb_launch", "gateway", "--json", "--port", str(free_port()), *argv],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == status, ran.stderr
+    assert json.loads(ran.stdout)["error"]["code"] == code
+
+
+def test_a_port_in_use_is_said(tmp_path: Path) -> None:
+    with in_thread(NullEngine(64)) as served:
+        port = served.port
+        ran = subprocess.run(
+            [sys.executable, "-m", "qwen3emb_launch", "gateway", "--json", "--port", str(port),
+             "--upstream", served.url],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert ran.returncode == 3
+    assert json.loads(ran.stdout)["error"]["code"] == "port_in_use"
