@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -75,9 +78,9 @@ def instance(name: str | None, model: str | None) -> Target:
 @contextmanager
 def profile(name: str, model: str | None, console: Console) -> Iterator[Target]:
     """A target started for the run and stopped after it: `up --detach` and `down` as a user would type them."""
-    chosen = f"bench-{name}".lower()[:63]
+    chosen = re.sub(r"[^a-z0-9._-]+", "-", f"bench-{Path(name).stem}".lower())[:63]
     console.say(f"bench: starting profile {name} as {chosen}")
-    argv = ["up", "--detach", "--profile", name, "--name", chosen]
+    argv = ["up", "--detach", "--profile", name, "--name", chosen, "--port", str(_free_port())]
     _command([*argv, *(["--model", model] if model else [])])
     try:
         yield instance(chosen, None)
@@ -106,6 +109,19 @@ def distinct(targets: list[Target]) -> list[Target]:
         number = seen[target.name]
         out.append(target if number == 1 else replace(target, name=f"{target.name}#{number}"))
     return out
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, in the range where SGLang's further ports (port + 10000) are valid too."""
+    for port in range(30100, 40000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise UnfitError("port_in_use", "no free port from 30100 to 39999", "qwen3emb down what is not needed")
 
 
 def _command(arguments: list[str]) -> dict[str, Any]:
