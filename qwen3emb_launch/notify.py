@@ -48,8 +48,11 @@ class NotifySocket:
         self._socket.setblocking(False)
 
     def send(self, **fields: str) -> bool:
-        """Send the fields, older unsent ones with them. False when the manager does not take it now."""
-        self._unsent |= {key: " ".join(value.split("\n")) for key, value in fields.items()}
+        """Send the fields, older unsent ones with them. False when the manager does not take it now.
+
+        Line ends in a value (systemd takes a carriage return for one) would begin fields of their own.
+        """
+        self._unsent |= {key: " ".join(value.split()) for key, value in fields.items()}
         text = "\n".join(f"{key}={value}" for key, value in self._unsent.items())
         try:
             self._socket.sendto(text.encode(errors="replace"), self._address)

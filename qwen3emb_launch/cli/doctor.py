@@ -31,6 +31,9 @@ def doctor(
     command: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Judge this SGLang command instead of the machine.")
     ] = None,
+    sglang: Annotated[
+        str | None, typer.Option(metavar="VERSION", help="With --command: the SGLang release. Default: the newest.")
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Ask no hub.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -45,7 +48,7 @@ def doctor(
         if command is not None:
             from qwen3emb_launch.doctor import serving
 
-            report = Report(tuple(serving.of_command(command)))
+            report = Report(tuple(serving.of_command(command, sglang)))
         else:
             from qwen3emb_launch.doctor.examine import examine
 

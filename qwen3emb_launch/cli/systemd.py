@@ -111,11 +111,18 @@ def install(
 ) -> None:
     """Write the unit and what goes with it, and enable it. Doing it again changes nothing."""
     with shell("systemd install", json) as console:
+        import sys
+
         from qwen3emb_launch.systemd import installer
 
         asked = _Asked(profile, name, model, host, port, engine, settings or [], download, credential or [])
-        unit = _unit(_places(system, root), asked, template=template, console=console)
-        manager = _manager(unit.where)
+        where = _places(system, root)
+        manager = _manager(where)
+        if manager:
+            manager.check()
+            if where.scope == "system":
+                installer.check_launcher(Path(sys.executable), Path(installer.__file__))
+        unit = _unit(where, asked, template=template, console=console)
         ready = not unit.missing or download
 
         def put(*, enabled: bool, started: bool) -> Installed:

@@ -19,6 +19,11 @@ from qwen3emb_launch.planning.known_bad import KNOWN_BAD, Combination, KnownBad
 MODULE = "sglang.launch_server"
 NO_SUCH_MODULES = ("sglang.srt.server",)
 EVERYWHERE = ("0.0.0.0", "::", "")
+# Where the nearest spelling is not what is meant.
+BETTER = {
+    ("--kv-cache-dtype", ("fp8",)): "--kv-cache-dtype fp8_e4m3, which every backend reads",
+    ("--enable-prompt-trust-remote-code", ()): "leave it out: no release has it, and the models bring no code",
+}
 SECRETS = ("--api-key", "--admin-api-key", "--ssl-keyfile-password")
 
 
@@ -107,7 +112,8 @@ def _flags(launch: Launch, name: str) -> list[Check]:
         try:
             argv.check(option, launch.flags, origin)
         except InvalidInputError as error:
-            found.append(fail(name, f"{error.message}: the engine exits with status 2", error.hint))
+            mend = BETTER.get((option.flag, option.values), error.hint)
+            found.append(fail(name, f"{error.message}: the engine exits with status 2", mend))
     return found
 
 

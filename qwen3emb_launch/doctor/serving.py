@@ -39,8 +39,8 @@ def of_process(pid: int, words: Sequence[str], launch: Launch) -> list[Check]:
     return faults or [ok(name, f"serves {launch.model} with sglang {version}")]
 
 
-def of_command(text: str) -> list[Check]:
-    """What is wrong with a pasted command, by the newest recorded release."""
+def of_command(text: str, release: str | None = None) -> list[Check]:
+    """What is wrong with a pasted command: for `release`, the one beside its python, or else the newest recorded."""
     words = command_line.split(text)
     launch = command_line.read(words)
     if launch is None:
@@ -49,7 +49,7 @@ def of_command(text: str) -> list[Check]:
             "no SGLang is started there: neither `-m sglang.launch_server` nor `sglang serve`",
             "qwen3emb doctor --command 'python -m sglang.launch_server --model-path …'",
         )
-    version = release_of(words[0]) or recorded_flags.versions()[-1]
+    version = release or release_of(words[0]) or recorded_flags.versions()[-1]
     flags = recorded_flags.flags(version) if version in recorded_flags.versions() else None
     known = replace(launch, version=version, flags=flags, shape=_shape(launch.model))
     return command_line.judge(known, "command") or [ok("command", f"nothing is known against it (sglang {version})")]

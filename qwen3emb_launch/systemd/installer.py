@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch import unit_text
 from qwen3emb_launch.disk import disk_error
-from qwen3emb_launch.errors import InvalidInputError
+from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, UnfitError
 from qwen3emb_launch.files import write_atomic
 from qwen3emb_launch.systemd import places
 from qwen3emb_launch.systemd.manager import Manager
@@ -57,6 +59,21 @@ class Removed:
     scope: str
     files: tuple[Written, ...]
     notes: tuple[str, ...] = ()
+
+
+def check_launcher(python: Path, package: Path) -> None:
+    """Whether a service of another user can run this qwen3emb. Raises UnfitError `launcher_private`."""
+    for path in (python.resolve(), package.resolve()):
+        hidden = str(path).startswith(("/home/", "/root/", "/run/user/"))  # ProtectHome=yes
+        closed = next((p for p in path.parents if not p.stat().st_mode & stat.S_IXOTH), None)
+        if hidden or closed:
+            raise UnfitError(
+                "launcher_private",
+                f"a system service cannot run this qwen3emb: {path} lies in {closed or 'a home folder'}, "
+                "which other users do not see",
+                "install it for all: /usr/bin/python3 -m venv /opt/qwen3emb; "
+                "/opt/qwen3emb/bin/pip install qwen3emb-launch; or a unit of your own: --user",
+            )
 
 
 def install(
@@ -225,10 +242,6 @@ def _remove_drop_ins(folder: Path) -> list[Written]:
 
 
 def _forget_failure(manager: Manager, unit: str) -> None:
-    from contextlib import suppress
-
-    from qwen3emb_launch.errors import CheckFailedError
-
     with suppress(CheckFailedError):  # a unit that never failed is not known any more
         manager.do("reset-failed", "--", unit)
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from qwen3emb_launch import __version__, unit_text
-from qwen3emb_launch.errors import InvalidInputError, UnfitError
+from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.facts import Deadlines, LaunchPlan
 from qwen3emb_launch.notify import watchdog_seconds
 from qwen3emb_launch.systemd import places
 from qwen3emb_launch.unit_text import Scope, Service, Verbatim
 
+# This installation of qwen3emb. `-P`: a file in the working folder must not be taken for a module.
+LAUNCHER = (sys.executable, "-P", "-m", "qwen3emb_launch")
 WRITTEN_BY = "Written by `qwen3emb systemd install`"
 ROOM = 60.0  # seconds of a start before and after the engine's own: reading, planning, the last kill
 STOP_ROOM = 20.0
@@ -60,7 +62,7 @@ class Wanted:
 def service(wanted: Wanted, plan: LaunchPlan, environ: Mapping[str, str]) -> Service:
     """The unit of one instance.
 
-    Raises InvalidInputError `bad_credential`, UnfitError `launcher_private`.
+    Raises InvalidInputError: `bad_credential`, `secret_in_unit`, `unit_unsafe`.
     """
     cuda = plan.engine.flavour == "cuda"
     return Service(
@@ -92,7 +94,7 @@ def template(scope: Scope, environ: Mapping[str, str], *, cuda: bool) -> Service
     return Service(
         scope=scope,
         description="Qwen3-Embedding endpoint, profile %i, on SGLang",
-        words=(*_launcher(scope), "up", "--offline", "--profile", Verbatim("%i")),
+        words=(*LAUNCHER, "up", "--offline", "--profile", Verbatim("%i")),
         instance="%i",
         environment=environment(Wanted(scope, "%i"), environ),
         cuda=cuda,
@@ -138,7 +140,7 @@ def environment(wanted: Wanted, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _words(wanted: Wanted) -> tuple[str, ...]:
-    words = [*_launcher(wanted.scope), "up", "--name", wanted.instance]
+    words = [*LAUNCHER, "up", "--name", wanted.instance]
     words += [] if wanted.download else ["--offline"]
     given = {
         "--profile": wanted.profile,
@@ -152,19 +154,6 @@ def _words(wanted: Wanted) -> tuple[str, ...]:
     for setting in wanted.settings:
         words += ["--set", setting]
     return tuple(words)
-
-
-def _launcher(scope: Scope) -> tuple[str, ...]:
-    """This installation of qwen3emb. `-P`: a file in the working folder must not be taken for a module."""
-    if scope == "system":
-        for path in (sys.executable, __file__):
-            if path.startswith(("/home/", "/root/", "/run/user/")):
-                raise UnfitError(
-                    "launcher_private",
-                    f"this qwen3emb lies in {path}, a person's own folder, which system services do not see",
-                    "install it for all: python3 -m venv /opt/qwen3emb; /opt/qwen3emb/bin/pip install qwen3emb-launch",
-                )
-    return (sys.executable, "-P", "-m", "qwen3emb_launch")
 
 
 def _checked(credentials: Mapping[str, str]) -> Mapping[str, str]:
