@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
+from qwen3emb_launch import state
 from qwen3emb_launch.bench.target import Target, Work, prepare
 from qwen3emb_launch.cli.app import run
 
@@ -75,3 +77,18 @@ def test_the_seeds_table_in_small(demo_endpoint, capsys) -> None:
     assert all(c["measured"] for name, c in claims.items() if not name.startswith(("512 dims", "2560 dims")))
     assert "256 dimensions" in claims["2560 dims: storage of a vector against 2048"]["verdict"]
     assert "3.1 s" in claims["batch of 32 x 2048 tokens, 4B on an RTX 4090"]["verdict"]
+
+
+def test_a_profile_is_started_for_the_run_and_stopped_after_it(engine_python, tmp_path, monkeypatch, capsys) -> None:
+    """`--profile demo` serves, is measured with its facts in the record, and nothing runs afterwards."""
+    if "QWEN3EMB_TEST_ENGINE_PYTHON" in os.environ:
+        monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
+        assert run(["engine", "install", "--python", str(engine_python), "--name", "cpu", "--json"]) == 0
+        capsys.readouterr()
+    status, envelope = command(capsys, "bench", "--profile", "demo", "-d", "2s", "--warmup", "0.5s", "-c", "2")
+    assert status == 0
+    (target,) = envelope["result"]["targets"]
+    assert target["facts"]["engine"].startswith("sglang ")
+    assert target["facts"]["profile_hash"]
+    assert envelope["result"]["runs"][0]["rss"] > 100 << 20
+    assert not [i for i in state.instances() if i.running]
