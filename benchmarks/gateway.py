@@ -73,7 +73,9 @@ def process(*argv: str, core: int | None = None, port: int) -> Iterator[subproce
 def answers(port: int) -> bool:
     """Whether a real embedding comes back."""
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/embeddings", b'{"model": "null", "input": "up?"}', {"content-type": "application/json"}
+        f"http://127.0.0.1:{port}/v1/embeddings",
+        b'{"model": "null", "input": "up?"}',
+        {"content-type": "application/json"},
     )
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=5) as answer:
@@ -182,7 +184,15 @@ def main() -> None:
         pids["gateway"] = stack.enter_context(process(*launch, core=0, port=GATEWAY)).pid
         ports = {"engine": ENGINE, "gateway": GATEWAY}
         if args.smg:
-            smg = [*args.smg.split(), "--host", "127.0.0.1", "--port", str(SMG), "--worker-urls", engine.removesuffix("/v1")]
+            smg = [
+                *args.smg.split(),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(SMG),
+                "--worker-urls",
+                engine.removesuffix("/v1"),
+            ]
             pids["smg"] = stack.enter_context(process(*smg, core=0, port=SMG)).pid
             ports["smg"] = SMG
         result = rows(args, ports, pids)
