@@ -124,8 +124,8 @@ def _check(text: str) -> None:
 
 
 def _one_line_each(text: str) -> list[str]:
-    """Comment lines; a backslash at an end would swallow the next line."""
-    return [line.rstrip("\\").rstrip() for line in re.split(r"[\r\n]+", text)]
+    """Comment lines; NUL ends a line too, and a backslash at an end would swallow the next one."""
+    return [line.rstrip("\\ ").rstrip() for line in re.split(r"[\r\n\0]+", text)]
 
 
 # ---- the service -------------------------------------------------------------------------------------------------

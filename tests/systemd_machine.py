@@ -76,7 +76,7 @@ def _cgroup() -> Path | None:
 
 
 class Machine:
-    """`with Machine(scratch, share) as machine`: a booted systemd; `share` are folders here and where they lie there."""
+    """`with Machine(scratch, share) as machine`: a booted systemd; `share` are folders, here and there."""
 
     def __init__(self, scratch: Path, share: Sequence[tuple[Path, str]]) -> None:
         self._scratch, self._share = scratch, share
@@ -88,7 +88,9 @@ class Machine:
     def __enter__(self) -> Machine:
         self._scratch.mkdir(exist_ok=True)
         self._cgroup.mkdir(exist_ok=True)
-        enter = f'echo $$ > {self._cgroup}/cgroup.procs; exec unshare -m -p -u -i -C --fork --kill-child bash -c "$INNER"'
+        enter = (
+            f'echo $$ > {self._cgroup}/cgroup.procs; exec unshare -m -p -u -i -C --fork --kill-child bash -c "$INNER"'
+        )
         self._outer = subprocess.Popen(
             ["bash", "-c", enter],
             env={
@@ -119,7 +121,9 @@ class Machine:
             _remove(folder)
         _remove(self._cgroup)
 
-    def run(self, *words: str, timeout: float = 120, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *words: str, timeout: float = 120, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """A command inside, as root, with nothing of the test's environment but what `env` says."""
         if not self.pid:
             self.pid = self._child()
@@ -128,7 +132,9 @@ class Machine:
         clean = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **(env or {})}
         inside = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "env", "-i", "--chdir=/"]
         inside += [f"{k}={v}" for k, v in clean.items()]
-        return subprocess.run([*inside, *words], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
+        return subprocess.run(
+            [*inside, *words], capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
+        )
 
     def must(self, *words: str, **options) -> str:
         """The output of a command that has to succeed."""
