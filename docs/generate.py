@@ -28,7 +28,8 @@ def cli_reference() -> str:
         "# Command reference",
         "",
         "Written by `make docs` from the commands themselves. Every command takes `--json`; exit statuses: 0 ok, 1 the",
-        "check or operation failed, 2 invalid input, 3 surroundings not fit, 4 engine failed, 5 network or hub, 130 interrupted.",
+        "check or operation failed, 2 invalid input, 3 surroundings not fit, 4 engine failed, 5 network or hub,",
+        "130 interrupted.",
         "",
     ]
     for words in command_paths(typer.main.get_command(app)):

@@ -112,7 +112,8 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
         self.argv = [
             str(python), "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--is-embedding",
             "--json-model-override-args", '{"is_matryoshka": true}', "--context-length", str(context_length),
-            "--max-total-tokens", str(4 * context_length), "--sleep-on-idle", "--host", "127.0.0.1", "--port", str(self.port), *extra,
+            "--max-total-tokens", str(4 * context_length), "--sleep-on-idle", "--host", "127.0.0.1",
+            "--port", str(self.port), *extra,
         ]  # fmt: skip
 
     def __enter__(self) -> Endpoint:

@@ -121,7 +121,8 @@ def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
             if behaviour.shuffle:
                 vectors = vectors[1:] + vectors[:1]
             data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]
-            usage = {"prompt_tokens": 1, "total_tokens": 1}
+            tokens = sum(len(str(text).encode()) + 1 for text in texts)
+            usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             self.answer(200, {"object": "list", "model": "fake", "data": data, "usage": usage})
 
         def answer(self, status: int, body: object) -> None:

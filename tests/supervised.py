@@ -17,6 +17,7 @@ from qwen3emb_launch import state
 from qwen3emb_launch.catalog import ModelShape
 from qwen3emb_launch.facts import Deadlines, EngineFacts, LaunchPlan, ModelFacts, RestartPolicy
 from qwen3emb_launch.lifecycle import State, Transition
+from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor
 
@@ -94,6 +95,7 @@ class Supervised:
         self.plan = plan
         self.watcher = Watcher()
         self.claim = state.claim(plan.name)
+        state.write_private(self.claim.plan, json.dumps(plan_to_dict(plan)))
         self.supervisor = Supervisor(plan, self.claim, check_argv=check_argv, listeners=[self.watcher])
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -1,4 +1,4 @@
-"""The docs say what the code does: generated pages are current, every command has a page, README and its Chinese twin agree."""
+"""The docs say what the code does: generated pages are current, every command has a page, both READMEs agree."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_every_command_has_a_page_and_an_example() -> None:
     missing = [words for words in commands() if f"qwen3emb {' '.join(words)}" not in pages]
     assert not missing
     reference = (DOCS / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## (qwen3emb .*)\n\n```text\n(.*?)```", reference, flags=re.M | re.S))
+    sections = dict(
+        re.findall(r"^## (qwen3emb .*)\n\n```text\n(.*?)```", reference, flags=re.MULTILINEULTILINE | re.DOTALL)
+    )
     leaves = [w for w in commands() if not any(o[: len(w)] == w and o != w for o in commands())]
     without = [w for w in leaves if sections[f"qwen3emb {' '.join(w)}"].count("qwen3emb") < 2]
     assert not without, "help without an example"
@@ -52,11 +54,12 @@ def test_every_command_has_a_page_and_an_example() -> None:
 
 def test_links_lead_somewhere() -> None:
     """No relative link in README or docs/ is broken."""
-    broken = []
-    for page in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
-            if "://" not in target and not target.startswith("mailto:") and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+    pages = [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
+    links = [
+        (page, t) for page in pages for t in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    ]
+    local = [(page, t) for page, t in links if "://" not in t and not t.startswith("mailto:")]
+    broken = [f"{page.relative_to(ROOT)} -> {t}" for page, t in local if not (page.parent / t).exists()]
     assert not broken
 
 
@@ -65,9 +68,9 @@ def test_chinese_readme_keeps_step() -> None:
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
 
     def shape(text: str) -> tuple[list[str], list[str], list[str]]:
-        code = re.findall(r"```\w*\n.*?```", text, flags=re.S)
-        prose = re.sub(r"```\w*\n.*?```", "", text, flags=re.S)
-        headings = re.findall(r"^#+", prose, flags=re.M)
+        code = re.findall(r"```\w*\n.*?```", text, flags=re.DOTALL)
+        prose = re.sub(r"```\w*\n.*?```", "", text, flags=re.DOTALL)
+        headings = re.findall(r"^#+", prose, flags=re.MULTILINE)
         rows = [re.sub(r"[^0-9.|]", "", line) for line in prose.splitlines() if line.startswith("|")]
         commands_only = [re.sub(r"#.*", "", block) for block in code]
         return headings, commands_only, rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from qwen3emb_launch.lifecycle import State, Transition
 from qwen3emb_launch.notify import NotifySocket, ServiceManager, service_manager, watchdog_seconds
 from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.supervisor import Supervisor
-
 
 RECORD = InstanceRecord(
     "n", State.READY, "", None, (), "p", "m", "served", "http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1", 64, 512, 0.0

@@ -92,7 +92,7 @@ def test_crashes_end_at_the_limit(tmp_path: Path) -> None:
         ({"norm": 3.0}, "engine_wrong_answer", "length is 3"),
         ({"refuse": 400}, "engine_wrong_answer", "HTTP 400"),
         ({"shuffle": True}, "smoke_test_failed", "order"),
-        ({"ignore_dimensions": True}, "smoke_test_failed", "64 numbers came back, 32 were asked for"),
+        ({"ignore_dimensions": True}, "smoke_test_failed", "64 dims for 32 asked"),
     ],
 )
 def test_failed_start_says_why(behaviour: dict[str, object], code: str, word: str) -> None:

@@ -98,6 +98,7 @@ def flat(argv: list[Any]) -> list[str]:
 def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     up = running.load(state)
     taken = {s.name for s in up}
+    first_port = max([s.port + 20 for s in up], default=FIRST_PORT)
     todo = {n: s for n, s in chosen(config["servers"], args.only).items() if n not in taken}
 
     def one(item: tuple[int, str]) -> running.Server | None:
@@ -105,7 +106,7 @@ def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: 
         spec = {**config["servers"][name], "argv": flat(config["servers"][name]["argv"])}
         before = running.device_used_bytes()
         try:
-            server = running.start(name, spec, model, FIRST_PORT + 20 * (len(taken) + position), args.out)
+            server = running.start(name, spec, model, first_port + 20 * position, args.out)
         except running.StartError as error:
             print(error, flush=True)
             return None

@@ -40,7 +40,6 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"# {record['title']}",
         "",
         f"{record['date']}; {record['gpu']}, driver {record['driver']}; {versions}.",
-        +", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".",
         f"Model: {record['model']} shape, {record['weights']}.",
         f"{record['rounds']} interleaved rounds of {record['seconds']} s, medians.",
         f"Command: `{record['command']}`",

@@ -8,6 +8,7 @@ table, so aborts, metrics, dumps, health and the drain at shutdown work as they 
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import itertools
 import time
@@ -74,6 +75,7 @@ class EngineCalls:
         self._queue: list[Waiting] = []
         self._numbers = itertools.count()
         self._base = f"{OUR_RIDS}{time.time_ns():x}-"
+        self._settled = False
 
     def accepts(self) -> bool:
         """Whether the manager is in its everyday state; paused, logging or dumping requests it is left to itself."""
@@ -100,7 +102,21 @@ class EngineCalls:
             except BaseException:
                 self._abandon(waiting)
                 raise
+        if not self._settled:
+            self._settled = True
+            loop.call_soon(self._settle, loop)
         return await self._results(waiting)
+
+    def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Once, after the first answer: what start-up left alive is never looked at by a collection again.
+
+        A full collection walks a million objects of torch and transformers: half a second without an answer, every few
+        thousand requests. The engine's own call freezes all three processes.
+        """
+        gc.collect()
+        task = loop.create_task(self.manager.freeze_gc())
+        self.manager.asyncio_tasks.add(task)
+        task.add_done_callback(self.manager.asyncio_tasks.discard)
 
     async def _results(self, waiting: Waiting) -> tuple[list[Any], int]:
         vectors, prompt_tokens = [], 0

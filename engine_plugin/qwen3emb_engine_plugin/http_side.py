@@ -91,6 +91,7 @@ def route() -> str | None:
             "TokenizedEmbeddingReqInput",
             "self.rid_to_state[obj.rid].time_stats",
         )
+        or misfit(Manager.freeze_gc, "self", "FreezeGCReq")
         or misfit(Manager._send_one_request, "self tokenized_obj")
         or misfit(Manager._send_batch_request, "self tokenized_objs", "BatchTokenizedEmbeddingReqInput")
         or misfit(Manager._handle_abort_finish_reason, "self out state is_stream")

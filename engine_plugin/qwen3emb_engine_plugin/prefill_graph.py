@@ -41,7 +41,7 @@ def full_graph() -> str | None:
     problem = (
         (misfit(prepare, f"{start} num_tokens", *marks) and misfit(prepare, f"{start} shape_key", *marks))
         or misfit(PrefillCudaGraphRunner.can_run_graph, "self forward_batch")
-        or misfit(fill, "self forward_batch in_capture", "m.cu_seqlens_q[1:].copy_(", "full_cg_prefill_metadata")
+        or misfit(fill, "self forward_batch in_capture", "m.cu_seqlens_q[1:].copy_(", "m.max_seq_len_q")
         or misfit(FlashAttentionBackend.forward_extend, None, "metadata.fa_skip_cu_seqlens_q = cu_seqlens_q")
     )
     if problem:
@@ -69,9 +69,18 @@ def _prepare(original: Any, self: Any, forward_batch: Any, static_forward_batch:
 
 
 def _fill(original: Any, self: Any, forward_batch: Any, in_capture: bool) -> None:
-    """At replay only the query offsets are read: no page table of a cache that is not there."""
+    """At replay only the query offsets are read: no page table of a cache that is not there.
+
+    At capture each size gets its own longest segment (the engine keeps the first, largest one for all), and attention
+    over one size is not split along the keys: with that longest segment, the kernel's heuristic splits small batches
+    dozens of ways, and 33 tokens took 58 ms.
+    """
     if in_capture or not self.fa_skip_kv_cache:
         original(self, forward_batch, in_capture)
+        if in_capture and self.fa_skip_kv_cache:
+            self.full_cg_prefill_metadata.fa_skip_cu_seqlens_q = None
+            self.full_cg_prefill_metadata.fa_skip_max_seqlen_q = None
+            self.num_splits = 1
         return
     metadata = self.full_cg_prefill_metadata
     metadata.cu_seqlens_q[1:].copy_(forward_batch.extend_seq_lens[: forward_batch.batch_size].cumsum(dim=0))

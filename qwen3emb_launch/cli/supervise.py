@@ -19,7 +19,7 @@ from qwen3emb_launch.notify import service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
 
-SMOKE = (sys.executable, "-P", "-m", "qwen3emb_launch.up.smoke")
+SMOKE = (sys.executable, "-P", "-m", "qwen3emb_launch.verify.smoke")
 
 
 def main() -> int:

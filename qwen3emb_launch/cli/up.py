@@ -82,7 +82,7 @@ def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
 
 
 def _detach(claim: Claim, flags: list[str], console: Console) -> None:
-    from qwen3emb_launch.cli.up_view import show_last_lines, show_serving
+    from qwen3emb_launch.cli.up_view import show_checks, show_last_lines, show_serving
     from qwen3emb_launch.errors import LaunchError
     from qwen3emb_launch.up.detached import detach
     from qwen3emb_launch.up.serving import serving
@@ -95,6 +95,7 @@ def _detach(claim: Claim, flags: list[str], console: Console) -> None:
         raise
     except LaunchError as error:
         show_last_lines(console, error)
+        show_checks(console, error)
         raise
     answer = serving(record)
     console.result(answer, lambda c: show_serving(c, answer))

@@ -63,6 +63,7 @@ class UpView:
         """The end, when it is not a good one: the engine's own last words, then what happened."""
         self._hide()
         show_last_lines(self._console, error)
+        show_checks(self._console, error)
         console = Console("up") if self._answered else self._console
         console.failure(error, error.result)
 
@@ -106,3 +107,11 @@ def show_last_lines(console: Console, error: LaunchError) -> None:
         console.say(f"--- last lines of {error.details.get('log')}")
         for line in lines:
             console.say(f"  {line}")
+
+
+def show_checks(console: Console, error: LaunchError) -> None:
+    """The smoke test's table, where it is what failed. With `--json` the envelope carries it."""
+    checks = error.result.get("checks") if isinstance(error.result, dict) else None
+    if checks and not console.json:
+        rows = [(c["title"], c["verdict"].upper(), c["expected"] or None, c["seen"] or None) for c in checks]
+        console.table(("check", "verdict", "expected", "seen"), rows)

@@ -19,13 +19,14 @@ from qwen3emb_launch.results import plain
 
 @dataclass(frozen=True)
 class CheckOrder:
-    """What the child is told. `base_url` ends in /v1; `key` is the engine's API key, if it has one."""
+    """What the child is told. `base_url` ends in /v1; `key` is the engine's API key, if any; `plan` is a file."""
 
     base_url: str
     model: str
     max_dims: int
     context_length: int
     key: str | None = None
+    plan: str | None = None
 
 
 @dataclass(frozen=True)

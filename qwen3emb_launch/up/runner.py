@@ -212,7 +212,7 @@ class EngineRunner:
         def told(result: CheckResult) -> None:
             self._tell(Checked(action.start, result.faults, result.report))
 
-        order = CheckOrder(spec.url, spec.model, spec.dims, spec.context_length, self._key)
+        order = CheckOrder(spec.url, spec.model, spec.dims, spec.context_length, self._key, str(self._claim.plan))
         self._check.begin(order, action.timeout, told)
 
     def _end_check(self) -> None:

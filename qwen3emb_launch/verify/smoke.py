@@ -1,16 +1,19 @@
 """The quick level as a child process, started before the engine is ready: `python -m qwen3emb_launch.verify.smoke`.
 
 Reads one JSON line, `{"base_url", "model", "max_dims", "context_length", "key", "plan"}` (all but the first may be
-missing), and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are loaded while the order is
-awaited, so that the check itself takes what its requests take. End of input instead of an order ends it.
+missing; `plan` is the plan's file), and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are
+loaded while the order is awaited, so that the check itself takes what its requests take. End of input instead of an
+order ends it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
+from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.paths import paths
 from qwen3emb_launch.results import plain
@@ -21,6 +24,7 @@ from qwen3emb_launch.verify.session import Options
 
 def main() -> int:
     """Load, wait, check, answer."""
+    die_with_parent()
     import httpx  # noqa: F401 - loaded now, used later
     import openai  # noqa: F401
 
@@ -34,7 +38,8 @@ def main() -> int:
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
     """What is wrong with the endpoint, a sentence a fault, and the whole report."""
-    known = from_plan(order.get("plan") or {})
+    plan = json.loads(Path(order["plan"]).read_text(encoding="utf-8")) if order.get("plan") else {}
+    known = from_plan(plan)
     request = Request(
         base_url=order["base_url"],
         options=Options("quick", context=order.get("context_length"), openai_client=True),
