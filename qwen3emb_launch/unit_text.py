@@ -291,6 +291,7 @@ def _seccomp() -> list[Entry]:
         Entry("RestrictAddressFamilies", "AF_UNIX AF_INET AF_INET6 AF_NETLINK", "netlink: listing the interfaces"),
         Entry("SystemCallArchitectures", "native"),
         Entry("SystemCallFilter", "@system-service", calls),
+        Entry("SystemCallFilter", "~@privileged", calls),
         Entry("SystemCallErrorNumber", "EPERM", calls),
     ]
 

@@ -265,6 +265,31 @@ def test_a_users_install_tells_his_manager(
     assert "daemon-reload" not in asked.read_text()
 
 
+@pytest.mark.parametrize("ends", [0, 5])
+def test_fetch_installs_and_downloads_before_the_start(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: int
+) -> None:
+    """--fetch runs qwen3emb's own commands in the service's environment; a failed one is said, and nothing starts."""
+    asked = fake_systemctl(tmp_path, monkeypatch, "echo ActiveState=inactive")
+    real, ran = subprocess.run, []
+
+    def observed(words: list[str], **options: Any) -> Any:
+        if "qwen3emb_launch" not in words:
+            return real(words, **options)
+        ran.append(words[words.index("qwen3emb_launch") + 1 :])
+        return subprocess.CompletedProcess(words, ends)
+
+    monkeypatch.setattr(subprocess, "run", observed)
+    status, answer = envelope(capsys, "systemd", "install", "-p", "cpu", "--user", "--now", "--fetch")
+    assert "start" not in asked.read_text().split()  # it is still missing: nothing was really installed
+    if ends:
+        assert ran == [["engine", "install", "cpu"]]
+        assert (status, answer["error"]["code"]) == (1, "fetch_failed")
+    else:
+        assert ran == [["engine", "install", "cpu"], ["download", "0.6b"]]
+        assert answer["result"]["missing"]
+
+
 @pytest.mark.parametrize(
     ("script", "command", "status", "code"),
     [

@@ -16,6 +16,7 @@ from test_unit_text import NASTY
 
 from qwen3emb_launch import unit_text
 from qwen3emb_launch.probe import Target, embed_once
+from qwen3emb_launch.systemd.spec import WRITTEN_BY
 from qwen3emb_launch.unit_text import Service
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -227,6 +228,50 @@ def test_a_launcher_in_a_home_is_refused_for_the_system(machine: Machine) -> Non
     assert json.loads(done.stdout)["error"]["code"] == "launcher_private"
 
 
+def test_a_users_own_manager_needs_no_root(machine: Machine) -> None:
+    """As an ordinary user: install enables, the locks of a user's unit hold a serving endpoint, uninstall cleans up."""
+    machine.must("useradd", "--create-home", "--uid", "4711", "alice")
+    machine.must("install", "-d", "-o", "alice", "-m", "700", "/run/user/4711")
+    manager = ["--unit=alice-manager", "--uid=alice", "-p", "Delegate=yes", "-E", "XDG_RUNTIME_DIR=/run/user/4711"]
+    machine.must("systemd-run", *manager, "/lib/systemd/systemd", "--user")
+    environ = {"XDG_RUNTIME_DIR": "/run/user/4711", "HOME": "/home/alice", "USER": "alice", "PATH": "/usr/bin:/bin"}
+    alice = ("runuser", "-u", "alice", "--", "env", "-i", *(f"{k}={v}" for k, v in environ.items()))
+    until(lambda: machine.run(*alice, "systemctl", "--user", "show", "-p", "Version").returncode == 0, "her manager")
+
+    done = json.loads(machine.must(*alice, *QWEN3EMB, "systemd", "install", "-p", "demo", "--json"))["result"]
+    assert (done["scope"], done["enabled"]) == ("user", True)
+    port = free_port()
+    secret = "/home/alice/secret file"
+    machine.must(*alice, "bash", "-c", f"echo s3cret > '{secret}'; chmod 600 '{secret}'")
+    spec = Service(
+        scope="user",
+        description="the fake engine",
+        words=("/opt/launcher/bin/python3", "/opt/repository/tests/notified_service.py", "hers", str(port)),
+        instance="hers",
+        environment={"FAKE_ENGINE": '{"width": 64}', "PYTHONDONTWRITEBYTECODE": "1"},
+        cuda=False,
+        start_seconds=30,
+        stop_seconds=20,
+        watchdog_seconds=8,
+        credentials={"hf_token": secret},
+        from_credentials={"HF_TOKEN_PATH": "hf_token"},
+        head=(WRITTEN_BY,),
+    )
+    write(machine, "/home/alice/.config/systemd/user/qwen3emb-hers.service", unit_text.service(spec))
+    machine.must(*alice, "systemctl", "--user", "daemon-reload")
+    machine.must(*alice, "systemctl", "--user", "start", "qwen3emb-hers")
+    assert embed_once(Target("127.0.0.1", port, "fake", 64), "hello", 5).ok
+    rows = json.loads(machine.must(*alice, *QWEN3EMB, "systemd", "status", "--json"))["result"]["units"]
+    hers = next(row for row in rows if row["unit"] == "qwen3emb-hers.service")
+    assert (hers["active"], hers["says"]) == ("active", f"ready: http://127.0.0.1:{port}/v1 serves fake")
+    place = machine.must("bash", "-c", f"tr '\\0' '\\n' < /proc/{hers['pid']}/environ | sed -n 's/^HF_TOKEN_PATH=//p'")
+    assert machine.must(*alice, "cat", place.strip()) == "s3cret\n"
+    for name in ("hers", "demo"):
+        machine.must(*alice, *QWEN3EMB, "systemd", "uninstall", "--name", name)
+    assert machine.run("bash", "-c", "find /home/alice/.config/systemd -type f -o -type l").stdout == ""
+    machine.must("systemctl", "stop", "alice-manager")
+
+
 @pytest.mark.engine
 def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: Path) -> None:
     """The generated unit, unchanged: the real engine starts as its own account, embeds, is killed, serves again."""
@@ -241,7 +286,8 @@ def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: 
         machine.must(
             *as_service, *QWEN3EMB, "engine", "install", "cpu", "--python", pythons.engine, "--name", "cpu", timeout=300
         )
-        assert json.loads(machine.must(*install))["result"]["missing"] == []
+        started = json.loads(machine.must(*install, "--now"))["result"]
+        assert (started["missing"], started["started"]) == ([], True)
         done = machine.run("systemctl", "start", unit, timeout=300)
         assert done.returncode == 0, machine.journal(unit)
         target = Target("127.0.0.1", port, "demo", 256)

@@ -122,20 +122,19 @@ def install(
             manager.check()
             if where.scope == "system":
                 installer.check_launcher(Path(sys.executable), Path(installer.__file__))
-        unit = _unit(where, asked, template=template, console=console)
-        ready = not unit.missing or download
 
-        def put(*, enabled: bool, started: bool) -> Installed:
+        def put(unit: _Unit, *, start: bool) -> Installed:
             return installer.install(
-                unit.where, unit.name, unit.text, manager, cuda=unit.cuda, enable=enabled, now=started
+                unit.where, unit.name, unit.text, manager, cuda=unit.cuda, enable=enable, now=start
             )
 
-        done = put(enabled=enable, started=now and ready and not fetch)
+        unit = _unit(where, asked, template=template, console=console)
         if fetch and unit.missing and manager:
+            put(unit, start=False)  # the service's account comes with it
             _fetch(unit, console)
-            ready = True
-        if now and ready and fetch:
-            done = put(enabled=enable, started=True)
+            unit = _unit(where, asked, template=template, console=console)
+        ready = not unit.missing or download
+        done = put(unit, start=now and ready)
         if not ready:
             console.warn(f"starts will fail without {' and '.join(unit.missing)}: repeat this with --fetch")
         console.result({**_plain(done), "missing": [] if ready else unit.missing}, lambda c: _show_installed(c, done))
