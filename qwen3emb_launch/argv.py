@@ -69,6 +69,13 @@ def _one_of(**flags: str) -> Spelling:
     return Spelling(tuple(flags.values()), lambda value: Option(flags[value]) if value in flags else None)
 
 
+def _graph_requests(value: object) -> Option | None:
+    """No flag of its own: a key of the JSON that overrides the graph flags one by one."""
+    if value is None:
+        return None
+    return Option("--cuda-graph-config", (json.dumps({"prefill": {"full_prefill_max_req": value}}),))
+
+
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -94,6 +101,7 @@ SPELLINGS: dict[str, Spelling] = {
     "prefill_graphs": _when(False, "--disable-prefill-cuda-graph"),
     "prefill_graph_backend": _value("--cuda-graph-backend-prefill"),
     "prefill_graph_sizes": _many("--cuda-graph-bs-prefill"),
+    "prefill_graph_requests": Spelling(("--cuda-graph-config",), _graph_requests),
     "decode_graphs": _when(False, "--disable-decode-cuda-graph"),
     # They exclude each other, so they are one setting.
     "batch_tokenize": _one_of(lists="--enable-tokenizer-batch-encode", singles="--enable-dynamic-batch-tokenizer"),

@@ -127,6 +127,9 @@ class Settings(Part):
         default=None, description="batch sizes in tokens to capture", min_length=1
     )
     prefill_graph_backend: str | None = Field(default=None, min_length=1)
+    prefill_graph_requests: Count | None = Field(
+        default=None, description="requests of one `full` graph, one of them the padding's"
+    )
     decode_graphs: bool | None = Field(default=None, description="CUDA graphs for decoding, which embedding never does")
     batch_tokenize: Literal["lists", "singles", "off"] | None = Field(
         default=None, description="tokenise the items of a request together, or many requests together"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -250,6 +251,34 @@ def test_the_chosen_card_is_the_one_used() -> None:
 def test_no_plugin_is_said_to_the_engine() -> None:
     """`plugin=false` gives the stock engine."""
     assert plan("h100", overrides={"plugin": "false"}).env["QWEN3EMB_PLUGIN"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("release", "plugin", "overrides", "backend"),
+    [
+        ("0.5.16", "0.1.0", {}, "full"),
+        ("0.5.16", None, {}, "breakable"),
+        ("0.5.16", "0.1.0", {"plugin": "false"}, "breakable"),
+        ("0.5.16", "0.1.0", {"kv_pool": "full"}, "breakable"),
+        ("0.5.23", "0.1.0", {}, "breakable"),
+        ("0.5.23", "0.1.0", {"prefill_graph_backend": "full"}, "full"),
+    ],
+)
+def test_full_graphs_only_where_they_are_proven(release: str, plugin: str | None, overrides, backend: str) -> None:
+    """One graph a batch needs the plugin wherever there is no KV pool, and is chosen on releases it was run on."""
+    engine = replace(recorded_flags.engine(release, "cuda"), plugin=plugin)
+    made = plan("h100", engine=engine, overrides=overrides)
+    assert said(made, "--cuda-graph-backend-prefill") == [backend]
+    slots = ['{"prefill": {"full_prefill_max_req": 129}}'] if backend == "full" else None
+    assert said(made, "--cuda-graph-config") == slots
+
+
+def test_full_graphs_without_the_plugin_are_refused() -> None:
+    """Stock SGLang would spoil the pooled token of every padded batch."""
+    engine = replace(recorded_flags.engine("0.5.16", "cuda"), plugin=None)
+    with pytest.raises(InvalidInputError) as caught:
+        plan("h100", engine=engine, overrides={"prefill_graph_backend": "full"})
+    assert caught.value.code == "full_graph_needs_plugin"
 
 
 UNFIT = [

@@ -21,6 +21,11 @@ RUNNING = 512  # requests of one batch; the engine's own 2048 to 4096 cost up to
 # Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there;
 # above 2048 the GPU's work outlasts the CPU's launching of kernels and a graph gains nothing.
 GRAPH_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+# A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay.
+FULL_GRAPH_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+FULL_GRAPH_REQUESTS = 129  # 128 texts and the padding
+# Releases on which the plugin's `full` graphs were run on a GPU and their vectors compared (docs/benchmarks).
+FULL_GRAPHS_PROVEN = ("0.5.16",)
 
 
 @dataclass(frozen=True)
@@ -188,14 +193,14 @@ def graphs(around: Surroundings, ledger: Ledger) -> None:
     if wanted:
         chunk = ledger.value("chunked_prefill_size")
         ceiling = min(ledger.value("context_length"), chunk if chunk > 0 else ledger.value("max_prefill_tokens"))
-        sizes = tuple(size for size in GRAPH_SIZES if size <= ceiling) or (ceiling,)
-        _if_known(
-            around,
-            ledger,
-            "prefill_graph_backend",
-            "breakable",
-            "works with prompts of any length and batches of any mix",
-        )
+        backend, reason = _graph_backend(around, ledger)
+        _if_known(around, ledger, "prefill_graph_backend", backend, reason)
+        full = ledger.value("prefill_graph_backend") == "full"
+        grid = FULL_GRAPH_SIZES if full else GRAPH_SIZES
+        sizes = tuple(size for size in grid if size <= ceiling) or (ceiling,)
+        if full:
+            why = "the engine's own default comes from the chunk size and would be one request"
+            _if_known(around, ledger, "prefill_graph_requests", FULL_GRAPH_REQUESTS, why)
         _if_known(
             around,
             ledger,
@@ -213,6 +218,24 @@ def graphs(around: Surroundings, ledger: Ledger) -> None:
     _if_known(
         around, ledger, "decode_graphs", False, "an embedding never decodes: capturing would cost start time and memory"
     )
+
+
+def _graph_backend(around: Surroundings, ledger: Ledger) -> tuple[str, str]:
+    """`full` where it was proven. Without a KV pool it needs the plugin: stock SGLang spoils padded batches there."""
+    pool = ledger.value("kv_pool") != "none"
+    plugin = bool(around.engine.plugin) and ledger.asked("plugin") is not False
+    if ledger.asked("prefill_graph_backend") == "full" and not pool and not plugin:
+        raise InvalidInputError(
+            "full_graph_needs_plugin",
+            "prefill_graph_backend full without a KV pool is wrong on stock SGLang: padding spoils the pooled token",
+            "--set plugin=true and an engine that has it, or --set prefill_graph_backend=breakable",
+        )
+    if pool or not plugin:
+        return "breakable", "works with prompts of any length and batches of any mix"
+    if around.engine.version not in FULL_GRAPHS_PROVEN:
+        proven = ", ".join(FULL_GRAPHS_PROVEN)
+        return "breakable", f"the plugin's `full` graphs were proven on {proven}, not on {around.engine.version}"
+    return "full", "one launch a batch; the plugin gives the padding a place of its own, which stock SGLang does not"
 
 
 def serving(around: Surroundings, ledger: Ledger) -> None:
