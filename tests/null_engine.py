@@ -127,6 +127,10 @@ class Link(asyncio.Protocol):
         if self.url == b"/v1/models":
             row = {"id": self.engine.model, "object": "model", "max_model_len": self.engine.max_model_len}
             self.write(200, orjson.dumps({"object": "list", "data": [row]}))
+        elif self.url != b"/v1/embeddings":  # what a router asks a worker: health, model and server information
+            name = self.engine.model
+            about = {"model_path": name, "served_model_name": name, "model_id": name, "is_generation": False}
+            self.write(200, orjson.dumps(about))
         else:
             self.task = asyncio.ensure_future(self.answer(body))
 

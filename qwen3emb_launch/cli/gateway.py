@@ -54,7 +54,7 @@ def gateway(
     cors: Annotated[list[str] | None, typer.Option(help="Origin that browsers may call from; may be repeated.")] = None,
     tls_cert: Annotated[str | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
-    cache_bytes: Annotated[str | None, typer.Option(help="Memory for vectors: 256m, 2g, 0. Default: 256m.")] = None,
+    cache_bytes: Annotated[str | None, typer.Option(help="Memory for vectors: 256m, 2g, 0. Default: 128m.")] = None,
     disk_cache: Annotated[str | None, typer.Option(help="File for vectors that survive a restart.")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help="Its size. Default: 4g.")] = None,
     overflow: Annotated[

@@ -35,6 +35,7 @@ TRUNCATED = 1 << 31  # flag in the token count that goes with a cached vector
 ESTIMATED = 1 << 30
 TOKEN_MASK = ESTIMATED - 1
 SWEEP = 0.1
+SMALL_BATCH = 4  # items that are not worth being divided among calls
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class Batcher:
                 if due > 0:
                     self._look_again_in(due)
                 continue
-            batch = self._take(queue, -(-len(queue) // max(1, self.pool.idle)))
+            batch = self._take(queue, self._fair_size(len(queue)))
             if batch:
                 self._send(upstream, batch, long)
             if queue:
@@ -230,6 +231,12 @@ class Batcher:
         """Whether a further call beside one in the air is better than waiting for that one to end."""
         in_air = upstream.slots.calls(long)
         return in_air == 0 or waiting >= min(self.limits.items, (self._last_size[long] + 1) // 2)
+
+    def _fair_size(self, waiting: int) -> int:
+        """Items for the next call, so that all slots of all engines get equal calls: one big call with little beside
+        it leaves engines idle while its answers are read and the next texts come in."""
+        slots = max(1, self.pool.calls * len(self.pool.up))
+        return max(SMALL_BATCH, -(-(waiting + self.in_air) // slots))
 
     def _look_again_in(self, seconds: float) -> None:
         """For the text that no ending call takes along before it has waited long enough."""
@@ -243,7 +250,7 @@ class Batcher:
     def _take(self, queue: FairQueue[Item], fair: int) -> list[Item]:
         """A batch within the bounds, at least one item; items that nobody wants any more are let go.
 
-        `fair` is this engine's part of the queue when several have nothing to do.
+        `fair` is this call's part of the work there is.
         """
         batch: list[Item] = []
         tokens, company = 0, min(fair, self.limits.items)

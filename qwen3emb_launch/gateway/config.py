@@ -53,7 +53,7 @@ class GatewayConfig:
     tls_cert: str = ""
     tls_key: str = ""
     tls_verify_upstream: bool = True
-    cache_bytes: int = 256 << 20
+    cache_bytes: int = 128 << 20
     disk_cache: str = ""
     disk_bytes: int = 4 << 30
     overflow: Overflow = "refuse"
@@ -66,7 +66,7 @@ class GatewayConfig:
     batch_tokens: int = 16_384
     batch_wait: float = 0.05
     long_tokens: int = 512
-    calls: int = 2
+    calls: int = 4
     queue: int = 8_192
     max_items: int = 2_048
     max_body: int = 32 << 20

@@ -101,8 +101,8 @@ class UpstreamPool:
     def __init__(
         self,
         *,
-        calls: int = 2,
-        extra_calls: int = 2,
+        calls: int = 4,
+        extra_calls: int = 4,
         model: str | None = None,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
@@ -206,11 +206,6 @@ class UpstreamPool:
             if best is None or upstream.load < best.load:
                 best = upstream
         return best
-
-    @property
-    def idle(self) -> int:
-        """How many have nothing to do."""
-        return sum(u.state is UpstreamState.UP and not u.slots.items for u in self.upstreams.values())
 
     # -- health
 
