@@ -91,9 +91,8 @@ def ask(argv: list[str], script: str, suffix: str, folder: Path) -> dict[str, ob
     file.write_text(script)
     env = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     base = f"http://127.0.0.1:{GATEWAY}/v1"
-    ran = subprocess.run(
-        [*argv, str(file), base, json.dumps(TEXTS)], capture_output=True, text=True, timeout=120, cwd=folder, env=env, check=False
-    )  # fmt: skip
+    command = [*argv, str(file), base, json.dumps(TEXTS)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=env, check=False)
     if ran.returncode:
         raise SystemExit(f"{file.name} failed:\n{ran.stderr[-3000:]}")
     found: dict[str, object] = json.loads(ran.stdout.splitlines()[-1])
