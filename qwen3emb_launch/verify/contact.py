@@ -207,7 +207,6 @@ class Contact:
 
     def openai_vector(self, text: str) -> list[float]:
         """One vector through the official client with its own defaults (it asks for base64)."""
-        import httpx2
         import openai
 
         with openai.OpenAI(
@@ -215,7 +214,7 @@ class Contact:
             api_key=self._key or "none",
             max_retries=0,
             timeout=self.timeout,
-            http_client=httpx2.Client(trust_env=not is_loopback(self.base_url)),
+            http_client=openai.DefaultHttpxClient(trust_env=not is_loopback(self.base_url)),
         ) as client:
             try:
                 answer = client.embeddings.create(model=self.model, input=text)
