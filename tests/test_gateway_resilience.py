@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
+from qwen3emb_launch.gateway.config import UpstreamConfig
 from tests.gateway_bench import Bench, error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -96,6 +97,38 @@ def test_rolling_restart_of_two_replicas_loses_nothing() -> None:
                 await until(lambda: len(gw.service.pool.up) == 2)
             going = False
             assert min(await asyncio.gather(*clients)) > 10
+
+    run(main())
+
+
+def test_a_change_of_model_under_load_loses_nothing_and_mixes_nothing() -> None:
+    """Until the change every vector is the old model's, after it every one is the new one's, cached texts too."""
+
+    async def main() -> None:
+        old, new = NullEngine(64, delay=0.01), NullEngine(64, seed=2, delay=0.01)
+        async with Served(old) as one, Served(new) as two, gateway(one) as gw:
+            going = True
+            seen: list[str] = []
+
+            async def client(number: int) -> None:
+                i = 0
+                while going:
+                    text = f"{number}-{i % 10}"
+                    row = rows(await gw.post({"model": "null", "input": text}))[0]
+                    which = [n for n, e in (("old", old), ("new", new)) if np.array_equal(row, e.vector(text))]
+                    seen.extend(which or ["neither"])
+                    i += 1
+
+            clients = [asyncio.create_task(client(n)) for n in range(8)]
+            await until(lambda: len(seen) > 100)
+            await gw.service.new_model("new", [UpstreamConfig(two.url)])
+            changed = len(seen)
+            await until(lambda: len(seen) > changed + 100)
+            going = False
+            await asyncio.gather(*clients)
+            assert set(seen[: changed - 8]) == {"old"}
+            assert set(seen[changed + 8 :]) == {"new"}
+            assert list(gw.service.pool.upstreams) == [two.url]
 
     run(main())
 

@@ -6,7 +6,9 @@ HTTP on a Unix socket that only its owner may open:
     POST   /upstreams   {"url": ..., "api_key": ...}     add, or bring back from draining
     POST   /drain       {"url": ..., "timeout": 30}      nothing new for it; answers when nothing is in the air
     DELETE /upstreams   {"url": ..., "timeout": 30}      drain and forget
-    POST   /new-model   {"fingerprint": ...}             forget all vectors, prove the upstreams again
+    POST   /new-model   {"fingerprint": ..., "upstreams": [URL, ...]}
+                                                         forget all vectors, prove the upstreams again; the list, when
+                                                         given, replaces the old ones; nothing in work is lost
     POST   /reload                                       tasks and keys
     GET    /metrics                                      this worker's series as JSON
 """
@@ -20,6 +22,7 @@ import orjson
 
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.api_errors import ApiError, invalid
+from qwen3emb_launch.gateway.config import UpstreamConfig
 from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.http_server import Request, Response, json_response
 
@@ -58,7 +61,7 @@ class Admin:
         key = body.get("api_key")
         if key is not None and not isinstance(key, str):
             raise invalid("'api_key' must be a string", "api_key")
-        upstream = self._service.pool.add(_address(body), key, self._service.config.tls_verify_upstream)
+        upstream = self._service.add_upstream(UpstreamConfig(_address(body).url, key))
         return json_response(upstream.describe())
 
     async def _drain(self, body: dict[str, Any]) -> Response:
@@ -75,7 +78,11 @@ class Admin:
         fingerprint = body.get("fingerprint", "")
         if not isinstance(fingerprint, str):
             raise invalid("'fingerprint' must be a string", "fingerprint")
-        await self._service.new_model(fingerprint)
+        urls = body.get("upstreams")
+        if urls is not None and not isinstance(urls, list):
+            raise invalid("'upstreams' must be a list of addresses", "upstreams")
+        new = None if urls is None else [UpstreamConfig(_address({"url": url}).url) for url in urls]
+        await self._service.new_model(fingerprint, new)
         return json_response(self._service.state())
 
 

@@ -135,6 +135,11 @@ class Batcher:
         return sum(map(len, self._lanes.values()))
 
     @property
+    def waited_for(self) -> int:
+        """Requests that wait for vectors."""
+        return len(self._waits)
+
+    @property
     def in_air(self) -> int:
         """Items in calls."""
         return sum(len(items) for _, items, _ in self._calls.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import ssl
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError
@@ -19,14 +21,14 @@ from qwen3emb_launch.gateway.admin import Admin
 from qwen3emb_launch.gateway.app import App
 from qwen3emb_launch.gateway.batcher import Batcher, BatchLimits
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
-from qwen3emb_launch.gateway.config import UPSTREAM_KEY_VARIABLE, GatewayConfig
+from qwen3emb_launch.gateway.config import UPSTREAM_KEY_VARIABLE, GatewayConfig, UpstreamConfig
 from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.embeddings import Embeddings, Model
 from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.http_server import HttpLimits, HttpServer
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import TokenRules
-from qwen3emb_launch.gateway.upstream import UpstreamPool
+from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 
 log = logging.getLogger(__name__)
 
@@ -106,11 +108,7 @@ class Service:
         if config.admin_socket:
             await self._listen_admin(Path(config.admin_socket))
         for upstream in config.upstreams:
-            self.pool.add(
-                Address.parse(upstream.url),
-                upstream.api_key or os.environ.get(UPSTREAM_KEY_VARIABLE),
-                config.tls_verify_upstream,
-            )
+            self.add_upstream(upstream)
         self._chain_on_change()
         self._watcher = asyncio.create_task(self._watch())
 
@@ -155,18 +153,36 @@ class Service:
         self.endpoint.model = Model(pool.width, cache, keyer, batcher, disk)
         self.endpoint.known.set()
 
-    async def new_model(self, fingerprint: str) -> None:
-        """The engines are about to serve something else: forget every vector, prove the upstreams again."""
-        model = self.endpoint.model
+    async def new_model(self, fingerprint: str, upstreams: list[UpstreamConfig] | None = None) -> None:
+        """Serve something else from now on: forget every vector, prove the upstreams again.
+
+        Requests in work are finished by the old engines first, requests that come meanwhile are held for the new.
+        With `upstreams` these replace the old ones; without, the same addresses are expected to serve the new model.
+        """
+        model, pool = self.endpoint.model, self.pool
         self.endpoint.known.clear()
         self.endpoint.model = None
-        self.config = _with(self.config, fingerprint=fingerprint)
         if model is not None:
+            deadline = monotonic() + self.config.hold
+            while model.batcher.waited_for and monotonic() < deadline:
+                await asyncio.sleep(0.01)
             await model.batcher.close()
             if isinstance(model.disk, DiskCache):
                 await asyncio.to_thread(model.disk.close)
-        self.pool.on_change = self._model_known
-        self.pool.forget_reference()
+        self.config = dataclasses.replace(self.config, fingerprint=fingerprint)
+        pool.on_change = self._model_known
+        if upstreams is not None:
+            wanted = {Address.parse(u.url).url for u in upstreams}
+            for url in [u for u in pool.upstreams if u not in wanted]:
+                await pool.remove(url, 0.0)
+        pool.forget_reference()
+        for upstream in upstreams or ():
+            self.add_upstream(upstream)
+
+    def add_upstream(self, upstream: UpstreamConfig) -> Upstream:
+        """Add an engine; it gets traffic once it has proved itself. Raises InvalidInputError (`bad_upstream`)."""
+        key = upstream.api_key or os.environ.get(UPSTREAM_KEY_VARIABLE)
+        return self.pool.add(Address.parse(upstream.url), key, self.config.tls_verify_upstream)
 
     async def run(self, started: Callable[[Service], None] = lambda _: None) -> None:
         """Serve until SIGTERM or SIGINT, then let requests in work finish."""
@@ -255,12 +271,6 @@ class Service:
             "queued": model.batcher.queued if model else 0,
             "in_air": model.batcher.in_air if model else 0,
         }
-
-
-def _with(config: GatewayConfig, **changes: Any) -> GatewayConfig:
-    import dataclasses
-
-    return dataclasses.replace(config, **changes)
 
 
 def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
