@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen3emb_launch.gateway import openapi
-from qwen3emb_launch.gateway.http_server import HttpLimits
+from qwen3emb_launch.gateway.http_messages import HttpLimits
 from tests.gateway_bench import error, gateway, parse_answer, rows
 from tests.null_engine import NullEngine, Served
 

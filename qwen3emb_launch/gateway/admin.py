@@ -24,7 +24,7 @@ from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.api_errors import ApiError, invalid
 from qwen3emb_launch.gateway.config import UpstreamConfig
 from qwen3emb_launch.gateway.http_client import Address
-from qwen3emb_launch.gateway.http_server import Request, Response, json_response
+from qwen3emb_launch.gateway.http_messages import Request, Response, json_response
 
 if TYPE_CHECKING:
     from qwen3emb_launch.gateway.service import Service

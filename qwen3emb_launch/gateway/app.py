@@ -17,7 +17,8 @@ from qwen3emb_launch.gateway import openapi
 from qwen3emb_launch.gateway.access_log import AccessLog
 from qwen3emb_launch.gateway.api_errors import ApiError
 from qwen3emb_launch.gateway.embeddings import Embeddings, Served
-from qwen3emb_launch.gateway.http_server import HttpServer, Request, Response, error_response, json_response
+from qwen3emb_launch.gateway.http_messages import Request, Response, error_response, json_response
+from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.keys import Client, Keyring
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.upstream import UpstreamPool

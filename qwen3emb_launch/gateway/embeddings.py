@@ -14,14 +14,15 @@ from typing import Protocol
 
 from qwen3emb_launch.gateway.answer import Encoding, Vector, embeddings, encode, shrink
 from qwen3emb_launch.gateway.api_errors import ApiError, invalid
-from qwen3emb_launch.gateway.batcher import ESTIMATED, TOKEN_MASK, TRUNCATED, Batcher, Wait
+from qwen3emb_launch.gateway.batcher import Batcher
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
-from qwen3emb_launch.gateway.http_server import JSON, Request, Response
+from qwen3emb_launch.gateway.http_messages import JSON, Request, Response
 from qwen3emb_launch.gateway.keys import Client
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.request import EmbeddingRequest, parse
 from qwen3emb_launch.gateway.tasks import Chosen, TaskTable
 from qwen3emb_launch.gateway.tokens import Prepared, TokenRules, estimate
+from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, Wait
 
 MAX_SHOWN = 200  # indexes of truncated inputs a header lists
 

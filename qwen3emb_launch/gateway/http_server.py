@@ -10,90 +10,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import httptools
-import orjson
 
 from qwen3emb_launch.gateway.api_errors import ApiError
+from qwen3emb_launch.gateway.http_messages import REASONS, Handler, HttpLimits, Request, Response, error_response
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
 log = logging.getLogger(__name__)
 
-REASONS = {
-    200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
-    405: b"Method Not Allowed", 408: b"Request Timeout", 409: b"Conflict", 413: b"Content Too Large",
-    414: b"URI Too Long", 417: b"Expectation Failed", 429: b"Too Many Requests",
-    431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 502: b"Bad Gateway",
-    503: b"Service Unavailable", 504: b"Gateway Timeout",
-}  # fmt: skip
-JSON = "application/json"
 LINGER = 2.0  # seconds a refused client may go on sending into the void
 HIGH_WATER = 1 << 20  # bytes a connection may have unsent before its requests wait
-
-
-@dataclass(frozen=True)
-class HttpLimits:
-    """What one connection may take. Bytes and seconds."""
-
-    body: int = 32 << 20
-    header_bytes: int = 32 << 10
-    header_count: int = 100
-    line: int = 8 << 10
-    head_timeout: float = 10.0
-    body_timeout: float = 60.0
-    idle_timeout: float = 120.0
-    write_timeout: float = 60.0
-    connections: int = 4096
-    pipelined: int = 16
-
-
-class Request:
-    """One request, whole. `headers` has lower-case names; a repeated one is joined by a comma."""
-
-    __slots__ = ("body", "headers", "keep_alive", "method", "path", "peer", "query", "received")
-
-    def __init__(self, method: str, path: str, query: str, headers: dict[str, str], peer: str) -> None:
-        self.method = method
-        self.path = path
-        self.query = query
-        self.headers = headers
-        self.peer = peer
-        self.body = b""
-        self.keep_alive = True
-        self.received = monotonic()
-
-
-class Response:
-    """One answer, ready to be written."""
-
-    __slots__ = ("body", "content_type", "headers", "status")
-
-    def __init__(
-        self, status: int, body: bytes, content_type: str = JSON, headers: Mapping[str, str] | None = None
-    ) -> None:
-        self.status = status
-        self.body = body
-        self.content_type = content_type
-        self.headers = headers
-
-
-Handler = Callable[[Request], "Response | Awaitable[Response]"]
-
-
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Any plain value as JSON."""
-    return Response(status, orjson.dumps(value), JSON, headers)
-
-
-def error_response(error: ApiError) -> Response:
-    """An error in OpenAI's form."""
-    return json_response(error.body(), error.status, error.headers())
 
 
 @dataclass

@@ -19,16 +19,18 @@ from qwen3emb_launch.gateway import keys, tasks
 from qwen3emb_launch.gateway.access_log import AccessLog
 from qwen3emb_launch.gateway.admin import Admin
 from qwen3emb_launch.gateway.app import App
-from qwen3emb_launch.gateway.batcher import Batcher, BatchLimits
+from qwen3emb_launch.gateway.batcher import Batcher
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
 from qwen3emb_launch.gateway.config import UPSTREAM_KEY_VARIABLE, GatewayConfig, UpstreamConfig
 from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.embeddings import Embeddings, Model
 from qwen3emb_launch.gateway.http_client import Address
-from qwen3emb_launch.gateway.http_server import HttpLimits, HttpServer
+from qwen3emb_launch.gateway.http_messages import HttpLimits
+from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import TokenRules
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
+from qwen3emb_launch.gateway.work import BatchLimits
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,82 @@
+"""What travels through the batcher: a request that waits, a text on its way, and the bounds on both."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from qwen3emb_launch.gateway.answer import Vector
+from qwen3emb_launch.gateway.api_errors import ApiError
+from qwen3emb_launch.gateway.tokens import Prepared
+
+TRUNCATED = 1 << 31  # flag in the token count that goes with a cached vector
+ESTIMATED = 1 << 30
+TOKEN_MASK = ESTIMATED - 1
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """The bounds. Tokens include EOS, times are seconds.
+
+    `hold` is how long a request waits for an engine when none is up; `stall` how long an engine may be silent with
+    calls in the air before they are tried elsewhere.
+    """
+
+    items: int = 128
+    tokens: int = 16_384
+    long_tokens: int = 512
+    wait: float = 0.05
+    queue: int = 8_192
+    attempts: int = 5
+    hold: float = 30.0
+    timeout: float = 120.0
+    stall: float = 30.0
+
+
+class Wait:
+    """A request waiting for vectors. `future` resolves to the list of (vector, token flags), in order."""
+
+    __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "started")
+
+    def __init__(self, client: str, count: int, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
+        self.client = client
+        self.results: list[tuple[Vector, int] | None] = [None] * count
+        self.left = count
+        self.items: list[Item] = []
+        self.future: asyncio.Future[list[Any]] = loop.create_future()
+        self.started = monotonic()
+        self.deadline = deadline
+        self.queued = 0.0
+        self.engine = 0.0
+
+    def give(self, index: int, vector: Vector, flags: int, queued: float, engine: float) -> None:
+        """One of the vectors is there."""
+        if self.future.done():
+            return
+        self.results[index] = (vector, flags)
+        self.queued, self.engine = max(self.queued, queued), max(self.engine, engine)
+        self.left -= 1
+        if not self.left:
+            self.future.set_result(self.results)
+
+    def fail(self, error: ApiError) -> None:
+        """The whole request fails with its first error."""
+        if not self.future.done():
+            self.future.set_exception(error)
+
+
+class Item:
+    """One text, or list of ids, on its way; wanted by one or more requests."""
+
+    __slots__ = ("attempts", "call", "company", "key", "prepared", "queued_at", "waiters")
+
+    def __init__(self, key: bytes, prepared: Prepared) -> None:
+        self.key = key
+        self.prepared = prepared
+        self.waiters: list[tuple[Wait, int]] = []
+        self.attempts = 0
+        self.company = 1 << 30  # the largest batch it may be part of
+        self.queued_at = monotonic()
+        self.call: asyncio.Task[None] | None = None
