@@ -25,6 +25,7 @@ NAME = r"^[a-z0-9][a-z0-9._-]*$"
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Words = Annotated[tuple[str, ...], Field(strict=False)]
+Day = Annotated[date, Field(strict=False)]  # YAML reads a date, JSON an ISO string
 Sizes = Annotated[tuple[Count, ...], Field(strict=False)]
 
 
@@ -186,7 +187,7 @@ class Evidence(Part):
     unit: str = Field(min_length=1)
     hardware: str = Field(min_length=1)
     versions: dict[str, str]
-    date: date
+    date: Day
     command: str = Field(min_length=1)
 
 

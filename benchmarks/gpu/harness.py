@@ -264,7 +264,7 @@ def versions(config: dict[str, Any]) -> dict[str, str]:
         "import importlib.metadata as m, json\n"
         "names = 'sglang vllm torch transformers sglang-kernel flashinfer-python qwen3emb-engine-plugin'.split()\n"
         "found = [((d.metadata['Name'] or '').lower(), d.version) for d in m.distributions()]\n"
-        "print(json.dumps({n: v for n, v in found if n in names}))"
+        "print(json.dumps({n: v for n, v in reversed(found) if n in names}))"  # the first on the path is imported
     )
     found: dict[str, str] = {}
     for spec in config["servers"].values():

@@ -43,13 +43,15 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"Model: {record['model']} shape, {record['weights']}.",
         f"{record['rounds']} interleaved rounds of {record['seconds']} s, medians.",
         f"Command: `{record['command']}`",
+        *record.get("notes", []),
         "",
         "| server | ready after | GPU memory |",
         "|---|---|---|",
     ]
     for server in record["servers"]:
         memory = f"{server['gpu_bytes'] / 1e9:.2f} GB" if server.get("gpu_bytes") else "-"
-        out.append(f"| {server['name']} | {server['ready_s']:.0f} s | {memory} |")
+        ready = f"{server['ready_s']:.0f} s" if server.get("ready_s") else "-"
+        out.append(f"| {server['name']} | {ready} | {memory} |")
     table = record["medians"]
     loads = sorted({load for cells in table.values() for load in cells})
     for load in loads:
@@ -72,3 +74,11 @@ def markdown(record: Mapping[str, Any]) -> str:
             latency = f"{c['p50_ms']:.1f} | {c['p95_ms']:.1f} | {c['p99_ms']:.1f}"
             out.append(f"| {server} | {speed} | {latency} | {c['spread']:.2f} | {c['errors']:.0f} | {ratio} |")
     return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":  # python benchmarks/gpu/report.py RECORD.json > PAGE.md
+    import json
+    import sys
+    from pathlib import Path
+
+    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text())))
