@@ -44,7 +44,9 @@ def test_every_command_has_a_page_and_an_example() -> None:
     missing = [words for words in commands() if f"qwen3emb {' '.join(words)}" not in pages]
     assert not missing
     reference = (DOCS / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## (qwen3emb .*)\n\n```text\n(.*?)```", reference, flags=re.MULTILINE | re.DOTALL))
+    sections = dict(
+        re.findall(r"^## (qwen3emb [^\n]*)\n\n```text\n(.*?)```", reference, flags=re.MULTILINE | re.DOTALL)
+    )
     leaves = [w for w in commands() if not any(o[: len(w)] == w and o != w for o in commands())]
     without = [w for w in leaves if sections[f"qwen3emb {' '.join(w)}"].count("qwen3emb") < 2]
     assert not without, "help without an example"
