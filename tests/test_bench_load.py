@@ -262,14 +262,20 @@ def test_a_header_with_a_line_break_is_refused() -> None:
 # Loads
 
 
+def in_flight(result: load.LoadResult, phase: load.PhaseTimes) -> float:
+    """Requests on their way at a time, by Little's law: the same on a fast and on a busy machine."""
+    overlap = (min(done, phase.ended) - max(sent, phase.began) for _, sent, done, _, _ in result.batch.rows())
+    return sum(seconds for seconds in overlap if seconds > 0) / (phase.ended - phase.began)
+
+
 def test_a_closed_loop_keeps_its_clients_busy() -> None:
-    """4 clients on a server that takes 20 ms each make 200 requests a second at 20 ms."""
+    """4 clients on a server that takes 20 ms each have 4 requests on their way all the time, none under 20 ms."""
     with null_server(Behaviour(delay=0.02)) as (url, endpoint):
         result = load.run(closed(url, 4, 1.5))
     figures = figures_of(result, result.phases[-1], None)
     assert figures.failed == {}
-    assert figures.requests_per_s == pytest.approx(200, rel=0.15)
-    assert figures.latency.p50 == pytest.approx(20, rel=0.25)
+    assert in_flight(result, result.phases[-1]) == pytest.approx(4, rel=0.1)
+    assert figures.latency.p50 >= 20
     assert endpoint.answered == result.sent == len(result.batch)
 
 
@@ -353,9 +359,7 @@ def test_a_burst_changes_the_number_of_clients() -> None:
     phases = (Phase("before", 0.5, 1), Phase("burst", 0.5, 6), Phase("after", 0.5, 1))
     with null_server(Behaviour(delay=0.02)) as (url, _):
         result = load.run(LoadSpec(url=url, model="m", phases=phases))
-    rates = [figures_of(result, p, None).requests_per_s for p in result.phases]
-    assert rates[1] > 3 * rates[0]
-    assert rates[2] < rates[1] / 3
+    assert [in_flight(result, phase) for phase in result.phases] == pytest.approx([1, 6, 1], rel=0.2)
 
 
 def test_ctrl_c_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
