@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch import results
-from qwen3emb_launch.errors import LaunchError
+from qwen3emb_launch.errors import CheckFailedError, LaunchError
 from qwen3emb_launch.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -72,6 +72,12 @@ class Console:
             sys.stdout.flush()
         except BrokenPipeError:
             _abandon_stdout()
+        except OSError as error:
+            _abandon_stdout()
+            self.json = False  # stdout is lost: the failure is told on stderr
+            raise CheckFailedError(
+                "stdout_unwritable", f"stdout cannot be written: {error.strerror}", "free space where it goes"
+            ) from error
 
     def say(self, text: str) -> None:
         """A line of talk. Silent with `--json`."""
@@ -104,11 +110,11 @@ class Console:
         rows = [(k, _cell(v)) for k, v in pairs]
         width = max((len(k) for k, _ in rows), default=0)
         for key, value in rows:
-            self.out.print(f"{key.ljust(width)}  {value}", markup=False, highlight=False, soft_wrap=True)
+            self.raw(f"{key.ljust(width)}  {value}")
 
     def text(self, text: str) -> None:
         """Plain text on stdout, never wrapped or marked up."""
-        self.out.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.raw(text)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[Progress]:

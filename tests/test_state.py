@@ -246,3 +246,18 @@ def test_old_logs_and_events_are_bounded() -> None:
     claim.append(Transition("one", State.STARTING, State.READY, "x", 1.0))
     assert (claim.folder / "events.jsonl").stat().st_size < 1000
     assert (claim.folder / "events.jsonl.1").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"started_at": None}, {"log": 5}, {"error": "text"}, {"restarts": "many"}, {"base_url": None}, {"engines": None}],
+)
+def test_record_of_wrong_types_is_left_over(wrong: dict[str, object]) -> None:
+    """A record that is JSON but not ours is a warning for whoever reads it, not a crash later."""
+    claim = saved()
+    path = claim.folder / "instance.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **wrong}))
+    found = state.find("one")
+    assert (found.state, found.record) == (State.FAILED, None)
+    assert found.warning is not None
+    assert str(path) in found.warning

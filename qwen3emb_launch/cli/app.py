@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated
@@ -13,7 +15,7 @@ from typer.exceptions import TyperException
 
 from qwen3emb_launch import __version__
 from qwen3emb_launch.console import Console
-from qwen3emb_launch.errors import Exit, InterruptedByUser, InvalidInputError, LaunchError
+from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError
 
 # One module a command (or group), in the order of `--help`. Each has `register(app)`.
 COMMANDS: tuple[str, ...] = (
@@ -72,19 +74,21 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. Usage errors take the same form as every other error."""
     args = list(sys.argv[1:] if argv is None else argv)
     console = Console(_command_of(args), json="--json" in args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is escaped, not a crash
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Typer builds a validator a parameter: of the one command named, where one is, not of all of them.
         app = build(args[:1]) if args and args[0] in COMMANDS else build()
         status = app(args=args, prog_name="qwen3emb", standalone_mode=False)
+        if status == Exit.INTERRUPTED and not isinstance(status, Exit):  # Typer's own word, outside a command's body
+            raise KeyboardInterrupt
         return int(status or 0)
     except typer.Exit as leave:
         return int(leave.exit_code)
     except TyperException as usage:
         message = usage.format_message()
         if message:  # empty when bare `qwen3emb` has just printed its help
-            console.failure(
-                InvalidInputError("usage", message, f"qwen3emb {_command_of(args)} --help".replace("  ", " "))
-            )
+            console.failure(InvalidInputError("usage", message, _help_for(args)))
         return int(Exit.INVALID)
     except LaunchError as error:
         console.failure(error, error.result)
@@ -95,6 +99,19 @@ def run(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.FAILED)
+    except Exception as error:  # noqa: BLE001 - a defect of this program: its place for us, the promised form for the user
+        traceback.print_exc()
+        what = f"unexpected {type(error).__name__}: {error}"
+        console.failure(
+            CheckFailedError("internal_error", what, "a defect of qwen3emb: report it with the lines above")
+        )
+        return int(Exit.FAILED)
+
+
+def _help_for(args: Sequence[str]) -> str:
+    """The help to read after a mistake: the command's, the program's when there is no such command."""
+    words = _command_of(args).split()
+    return " ".join(["qwen3emb", *(words if words and words[0] in COMMANDS else []), "--help"])
 
 
 def _command_of(args: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def embed(
         embedder = _embedder(name, base_url, model, dims, api_key_file)
         if not texts and sys.stdin.isatty():
             console.say("reading lines; Ctrl-D ends")
-        source = iter(texts) if texts else _lines()
+        source = map(_argument, texts) if texts else _lines()
         vectors = embedder.embed(source, dims=dims, task=task, batch=batch)
         if json:
             embeddings = list(vectors)
@@ -99,6 +99,18 @@ def _is_loopback(url: str) -> bool:
 
     host = urlsplit(url).hostname or ""
     return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _argument(text: str) -> str:
+    """A text of the command line as UTF-8, whatever the locale took it for. Raises InvalidInputError `not_utf8`."""
+    from qwen3emb_launch.errors import InvalidInputError
+
+    if not any("\udc80" <= letter <= "\udcff" for letter in text):
+        return text
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError("not_utf8", f"text {text!r} is not UTF-8 text", "iconv -t utf-8") from error
 
 
 def _lines() -> Iterator[str]:

@@ -46,9 +46,12 @@ class Chosen:
 def choose(options: LaunchOptions, console: Console) -> Chosen:
     """The named profile, or the one that matches the GPU found. Raises UnfitError `no_gpu`, InvalidInputError."""
     from qwen3emb_launch import gpu, planning, profile_files
+    from qwen3emb_launch.engine_process.ports import check_range
     from qwen3emb_launch.state import check_name
 
-    wanted = options.profile or ("demo" if options.model == "demo" else None)
+    if options.port is not None:
+        check_range(options.port)
+    wanted = "demo" if options.profile is None and options.model == "demo" else options.profile
     if wanted is None:
         match = planning.match_profile(gpu.inventory(), profile_files.profiles())
         if match.warning:
@@ -59,7 +62,7 @@ def choose(options: LaunchOptions, console: Console) -> Chosen:
     else:
         profile = profile_files.load(wanted)
         card = None if profile.engine.flavour == "cpu" else _card(profile)
-    return Chosen(profile, card, check_name(options.name or profile.name.replace(":", "-")))
+    return Chosen(profile, card, check_name(profile.name.replace(":", "-") if options.name is None else options.name))
 
 
 def _card(profile: Profile) -> GpuFacts:
@@ -121,7 +124,8 @@ def _model(options: LaunchOptions, chosen: Chosen, console: Console) -> ModelFac
     from qwen3emb_launch import hub
 
     with console.progress("model") as progress:
-        return hub.resolve(options.model or chosen.profile.model, allow_download=not options.offline, progress=progress)
+        wanted = chosen.profile.model if options.model is None else options.model
+        return hub.resolve(wanted, allow_download=not options.offline, progress=progress)
 
 
 def _free_memory() -> int:

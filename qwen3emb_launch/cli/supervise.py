@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 
 from qwen3emb_launch import state
@@ -34,6 +35,7 @@ def main() -> int:
     console = Console("up", options.json)
     view = UpView(console, behind=options.behind)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `up` held it back
         claim = state.adopt(options.name, options.lock_fd)
         plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))
         with view:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -62,6 +63,8 @@ def up(
         else:
             from qwen3emb_launch.up.detached import become
 
+            # Ctrl-C waits until the supervisor can take it: not a traceback from the middle of its imports.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             become(claim, flags)
 
 

@@ -10,13 +10,18 @@ from qwen3emb_launch.errors import InvalidInputError, UnfitError
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
 
 
+def check_range(port: int) -> None:
+    """Raise InvalidInputError `bad_port` unless it is a TCP port's number."""
+    if not 1 <= port <= 65535:
+        raise InvalidInputError("bad_port", f"port {port} is not in 1..65535", "qwen3emb up --port 30000")
+
+
 def check_free(host: str, port: int) -> None:
     """Raise unless this user can listen on host:port now.
 
     InvalidInputError `bad_port`, `bad_host`; UnfitError `port_in_use` (names the holder), `port_privileged`.
     """
-    if not 1 <= port <= 65535:
-        raise InvalidInputError("bad_port", f"port {port} is not in 1..65535", "qwen3emb up --port 30000")
+    check_range(port)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

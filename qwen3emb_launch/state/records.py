@@ -42,6 +42,15 @@ def identify(pid: int) -> ProcessId | None:
     return None if fields_[0] in (b"Z", b"X") else ProcessId(pid, int(fields_[19]), boot)
 
 
+_KINDS: dict[str, type[str | int | float | dict[str, Any]]] = {
+    **dict.fromkeys(("name", "reason", "profile", "model", "served_model_name", "base_url", "engine_url", "log"), str),
+    **dict.fromkeys(("max_dims", "context_length", "restarts"), int),
+    **dict.fromkeys(("started_at", "ready_at"), float),
+    "error": dict,
+}
+_OPTIONAL = frozenset(("log", "ready_at", "error"))
+
+
 @dataclass(frozen=True)
 class InstanceRecord:
     """What the supervisor says of itself. Times are seconds since the epoch; None is not yet, or unknown."""
@@ -77,6 +86,9 @@ class InstanceRecord:
         values["state"] = State(values["state"])
         values["supervisor"] = ProcessId(**supervisor) if supervisor else None
         values["engines"] = tuple(ProcessId(**e) for e in values["engines"])
+        for key, kind in _KINDS.items():
+            if not isinstance(values.get(key, kind()), kind) and (key not in _OPTIONAL or values[key] is not None):
+                raise TypeError(f"{key} is {values[key]!r}")
         return cls(**values)
 
 
@@ -152,14 +164,15 @@ def load(name: str) -> Instance | None:
 
 
 def instances() -> list[Instance]:
-    """Every instance there is, running or not, by name."""
+    """Every instance there is, running or not, by name. A folder whose `up` was refused before a plan is none."""
     try:
         names = sorted(p.name for p in paths().instances.iterdir())
     except FileNotFoundError:
         return []
     except OSError as error:
         raise unusable(paths().instances, error) from error
-    return [found for name in names if (found := load(name)) is not None]
+    found = [instance for name in names if (instance := load(name)) is not None]
+    return [i for i in found if i.record or i.warning or i.plan.exists()]
 
 
 def find(name: str | None = None) -> Instance:

@@ -1,0 +1,120 @@
+"""The edges of every command: closed or full stdout, other locales, defects, and words that are empty."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from qwen3emb_launch import state
+from qwen3emb_launch.cli.app import run
+
+PROGRAM = f"{sys.executable} -m qwen3emb_launch"
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, shell=True, capture_output=True, text=True, timeout=60, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.parametrize("arguments", ["status", "status --json", "profiles list"])
+def test_closed_streams_are_no_crash(arguments: str) -> None:
+    """A stream closed by the shell is output that nobody wants."""
+    done = shell(f"{PROGRAM} {arguments} >&- <&-")
+    assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+
+
+@pytest.mark.parametrize("arguments", ["profiles list", "profiles list --json", "profiles show demo"])
+def test_full_stdout_is_told_on_stderr(arguments: str) -> None:
+    """Data that cannot be written is a failure: exit 1 and one line on stderr, with --json too."""
+    done = shell(f"{PROGRAM} {arguments} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: stdout cannot be written: No space left on device")
+
+
+def test_text_survives_a_locale_without_its_letters() -> None:
+    """Under LC_ALL=C the bytes of the command line are taken as the UTF-8 that they are; the refusal shows them."""
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    code = "import sys; from qwen3emb_launch.cli.embed import _argument; print(ascii(_argument(sys.argv[1])))"
+    done = shell(f'{sys.executable} -c "{code}" 你好', **ascii_only)
+    assert done.stdout.strip() == "'\\u4f60\\u597d'", done.stderr
+    done = shell(f"{PROGRAM} profiles show 演示 --json", **ascii_only)
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (2, "unknown_profile")
+
+
+def test_defect_is_one_envelope(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that nobody foresaw: its place on stderr, one envelope on stdout, exit 1."""
+
+    def fall(*_: Any) -> None:
+        raise ZeroDivisionError("by the test")
+
+    monkeypatch.setattr(state, "instances", fall)
+    assert run(["status", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["code"] == "internal_error"
+    assert "in fall" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["nosuch"], "qwen3emb --help"),
+        (["status", "--nosuch"], "qwen3emb status --help"),
+        (["--no"], "qwen3emb --help"),
+    ],
+)
+def test_usage_error_points_at_help_that_exists(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], hint: str
+) -> None:
+    """The next command to run is one that runs."""
+    assert run([*arguments, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["hint"] == hint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--profile", "demo", "--name", ""], "bad_name"),
+        (["--profile", ""], "unknown_profile"),
+        (["--profile", "demo", "--port", "0"], "bad_port"),
+        (["--profile", "demo", "--port", "-5"], "bad_port"),
+    ],
+)
+def test_dry_run_refuses_what_a_start_refuses(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], code: str
+) -> None:
+    """An empty word is a mistake (an unset shell variable), not the default; a dry run looks at ports too."""
+    assert run(["up", "--dry-run", *arguments, "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == code
+
+
+def test_refused_start_leaves_no_instance(capsys: pytest.CaptureFixture[str]) -> None:
+    """A claim that never came to a plan is not shown as an instance."""
+    state.claim("never").release()
+    assert state.instances() == []
+
+
+def test_ctrl_c_before_a_command_is_told_like_any_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the command line is read: 130 and one envelope, as from a command's body."""
+
+    monkeypatch.setattr("qwen3emb_launch.cli.app.build", lambda *_: lambda **_: 130)
+    assert run(["status", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "interrupted"
+
+
+def test_ctrl_c_between_up_and_its_supervisor_waits() -> None:
+    """Ctrl-C held back over the change of program ends the supervisor in words, before anything is started."""
+    code = (
+        "import os, signal, sys; from qwen3emb_launch import state; from qwen3emb_launch.up.detached import become;"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); os.kill(os.getpid(), signal.SIGINT);"
+        "become(state.claim('held'), ['--json'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (130, "interrupted"), done.stderr
