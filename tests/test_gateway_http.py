@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from pathlib import Path
 
 import numpy as np
 import orjson
 import pytest
 
+from qwen3emb_launch.demo_model import make_demo_model
 from tests.gateway_bench import error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -209,5 +211,22 @@ def test_tasks_choose_instruction_and_dims() -> None:
             own_dims = await gw.post({"model": "null:faq_match", "input": "lost parcel", "dimensions": 64})
             assert rows(own_dims).shape == (1, 64)
             assert base64.b64encode(rows(answer).tobytes())  # finite numbers, float32
+
+    run(main())
+
+
+def test_the_context_length_is_the_engines_own_unless_told(tmp_path: Path) -> None:
+    """An engine started with less than its model could take: the gateway holds to that, not to the model's config."""
+    folder = make_demo_model(tmp_path / "demo")
+
+    async def main() -> None:
+        async with Served(NullEngine(64, max_model_len=100)) as served:
+            for told, longest in ((None, 99), (50, 49)):
+                async with gateway(served, model_path=str(folder), context_length=told) as gw:
+                    listed = orjson.loads((await gw.request("GET", "/v1/models")).body)["data"]
+                    assert {m["max_input_tokens"] for m in listed} == {longest}
+                    assert (await gw.post({"model": "null", "input": "a" * (longest - 1)})).status == 200
+                    refused = await gw.post({"model": "null", "input": "a" * longest})
+                    assert (refused.status, error(refused)["code"]) == (400, "context_length_exceeded")
 
     run(main())

@@ -95,6 +95,19 @@ def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
     assert (status, body["ok"], body["error"]["code"]) == (4, False, "engine_oom_pool")
 
 
+def test_a_failed_smoke_test_shows_its_table(capsys: OUTER, planned: Any) -> None:
+    """`up --detach` that fails its check: exit 4, the whole table for people, the report in the envelope."""
+    planned({"ignore_dimensions": True})
+    assert run(["up", "--profile", "demo", "-d"]) == 4
+    out, err = capsys.readouterr()
+    assert "fewer dims\tFAIL\t" in out
+    assert "unit length\tPASS\t" in out
+    assert "`dimensions` is ignored" in err
+    status, body = envelope(capsys, "up", "--profile", "demo", "-d")
+    assert (status, body["error"]["code"]) == (4, "smoke_test_failed")
+    assert {c["id"]: c["verdict"] for c in body["result"]["checks"]}["dims"] == "fail"
+
+
 def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: Any) -> None:
     """--dry-run shows environment and command, ready to paste; no instance is made."""
     plan = planned()

@@ -44,7 +44,7 @@ def gateway(
         str | None, typer.Option(help="The model's folder: its tokenizer counts and cuts inputs.")
     ] = None,
     context_length: Annotated[
-        int | None, typer.Option(help="The engine's context length. Default: the model's.")
+        int | None, typer.Option(help="Default: the engine's own word, else the model's.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Table of tasks (YAML), read again when it changes.")] = None,
     api_keys: Annotated[str | None, typer.Option(help="File: [NAME] KEY [rpm=N] [tpm=N] [admin] a line.")] = None,

@@ -142,8 +142,8 @@ class Service:
         if not self.endpoint.names:
             self.endpoint.names = tuple(dict.fromkeys((first.model.rstrip("/").rsplit("/", 1)[-1], first.model)))
         rules = self.endpoint.rules
-        if rules.max_tokens is None and first.context_length and rules.tokenizer is not None:
-            rules.max_tokens = first.context_length - 1
+        if config.context_length is None and first.context_length and rules.tokenizer is not None:
+            rules.max_tokens = first.context_length - 1  # often started with less than the model could take
         disk = None
         if config.disk_cache:
             disk = DiskCache(Path(config.disk_cache), config.fingerprint, pool.reference, config.disk_bytes)

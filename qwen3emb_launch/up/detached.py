@@ -140,4 +140,6 @@ def error_from(data: Mapping[str, Any]) -> LaunchError:
         Exit.NETWORK: NetworkError,
     }
     kind = kinds.get(int(data.get("exit", Exit.ENGINE)), EngineFailedError)
-    return kind(data["code"], data["message"], data.get("hint", ""), data.get("details"))
+    error = kind(data["code"], data["message"], data.get("hint", ""), data.get("details"))
+    error.result = data.get("result")
+    return error

@@ -26,7 +26,7 @@ from qwen3emb_launch.up.events import Action, Begin, Event, Move, Note, Probed, 
 from qwen3emb_launch.up.machine import Unit
 from qwen3emb_launch.up.runner import EngineRunner, EngineSpec
 from qwen3emb_launch.up.stages import stage
-from qwen3emb_launch.up.verdict import failure
+from qwen3emb_launch.up.verdict import failure, kept
 
 LOOK_EVERY = 0.5  # seconds between two looks at a starting engine's log
 PULSE_EVERY = 5.0  # seconds; the loop turns at least that often where somebody watches it
@@ -169,7 +169,7 @@ class Supervisor:
             engines=(engine,) if engine else (),
             restarts=self._unit.restart_count,
             log=str(self._runner.log) if self._runner.log else None,
-            error=self._error.to_dict() | {"exit": int(self._error.exit)} if self._error else None,
+            error=kept(self._error) if self._error else None,
         )
         self._save(lambda: self._claim.write(self.record))
 

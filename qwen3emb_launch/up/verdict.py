@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen3emb_launch.engine_process.log_tail import last_lines
 from qwen3emb_launch.errors import EngineFailedError, LaunchError
+from qwen3emb_launch.results import plain
 from qwen3emb_launch.up.diagnosis import diagnose
 from qwen3emb_launch.up.events import Cause, Fault
 
@@ -53,6 +54,12 @@ def failure(fault: Fault, evidence: Evidence, stage: str) -> LaunchError:
     )
     error.result = fault.report
     return error
+
+
+def kept(error: LaunchError) -> dict[str, Any]:
+    """The error as the instance's record keeps it, a failed smoke test's report included: `up --detach` shows it."""
+    found = error.to_dict() | {"exit": int(error.exit)}
+    return found | {"result": plain(error.result)} if error.result is not None else found
 
 
 HINTS = {
