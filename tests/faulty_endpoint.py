@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
+from qwen3emb_launch.vectors import from_base64, to_base64
+
 
 @dataclass
 class Exchange:
@@ -53,11 +55,12 @@ Fault = Callable[[Exchange], tuple[int, Any]]
 
 
 def each_vector(exchange: Exchange, change: Callable[[list[float], int], Any]) -> tuple[int, Any]:
-    """Forward, then change every vector of a right answer."""
+    """Forward, then change every vector of a right answer; base64 comes back as numbers."""
     status, answer = exchange.forward()
     if status == 200:
         for i, item in enumerate(answer["data"]):
-            item["embedding"] = change(item["embedding"], i)
+            vector = item["embedding"]
+            item["embedding"] = change(from_base64(vector) if isinstance(vector, str) else vector, i)
     return status, answer
 
 
@@ -259,6 +262,62 @@ def int8_storage(exchange: Exchange) -> tuple[int, Any]:
     return each_vector(exchange, rounded)
 
 
+def two_decimals(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [round(x, 2) for x in v])
+
+
+def two_decimals_renormalised(exchange: Exchange) -> tuple[int, Any]:
+    def rounded(vector: list[float], _: int) -> list[float]:
+        cut = [round(x, 2) for x in vector]
+        return [x / math.hypot(*cut) for x in cut]
+
+    return each_vector(exchange, rounded)
+
+
+def drops_signs(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [abs(x) for x in v])
+
+
+def _cut(vector: list[float], dims: int | None) -> list[float]:
+    part = vector[:dims]
+    return [x / math.hypot(*part) for x in part]
+
+
+def permutes_dims(exchange: Exchange) -> tuple[int, Any]:
+    """One fixed order for all texts, fewer dims cut afterwards: searches find the same, an index breaks."""
+    dims = exchange.body.pop("dimensions", None)
+
+    def changed(vector: list[float], _: int) -> list[float]:
+        order = random.Random(3).sample(range(len(vector)), len(vector))
+        return _cut([vector[i] for i in order], dims)
+
+    return each_vector(exchange, changed)
+
+
+def flips_half_the_signs(exchange: Exchange) -> tuple[int, Any]:
+    return each_vector(exchange, lambda v, _: [-x if i % 2 else x for i, x in enumerate(v)])
+
+
+def caches_by_length(exchange: Exchange) -> tuple[int, Any]:
+    """A cache whose key is the text's length."""
+    dims = exchange.body.pop("dimensions", None)
+    texts, known = exchange.texts, exchange.memory
+    return each_vector(exchange, lambda v, i: _cut(known.setdefault(len(texts[i]), v) if texts else v, dims))
+
+
+def older_model_one_in_twenty(exchange: Exchange) -> tuple[int, Any]:
+    """One replica of many still serves the model before: a vector of its own for each text."""
+    if exchange.count % 20 != 7:
+        return exchange.forward()
+    dims, texts = exchange.body.pop("dimensions", None), exchange.texts
+
+    def older(vector: list[float], i: int) -> list[float]:
+        source = random.Random(texts[i] if texts else i)
+        return _cut([x + 2 * source.gauss(0, 1 / math.sqrt(len(vector))) for x in vector], dims)
+
+    return each_vector(exchange, older)
+
+
 def crashes_on_bad_input(exchange: Exchange) -> tuple[int, Any]:
     status, answer = exchange.forward()
     return (500, {"detail": "Internal Server Error"}) if 400 <= status < 500 else (status, answer)
@@ -270,16 +329,12 @@ def accepts_anything(exchange: Exchange) -> tuple[int, Any]:
 
 
 def broken_base64(exchange: Exchange) -> tuple[int, Any]:
-    from qwen3emb_launch.vectors import to_base64
-
     if exchange.body.pop("encoding_format", None) != "base64":
         return exchange.forward()
     return each_vector(exchange, lambda v, _: to_base64(list(reversed(v))))
 
 
 def right_base64(exchange: Exchange) -> tuple[int, Any]:
-    from qwen3emb_launch.vectors import to_base64
-
     if exchange.body.pop("encoding_format", None) != "base64":
         return exchange.forward()
     return each_vector(exchange, lambda v, _: to_base64(v))

@@ -129,7 +129,7 @@ def url(endpoint: SmallEndpoint) -> Iterator[str]:
         yield address
 
 
-def report_of(url: str, folder: Path, *only: str, **more: Any) -> Report:
+def report_of(url: str, folder: Path, /, *only: str, **more: Any) -> Report:
     options = more.pop("options", Options())
     return verify(Request(url, options, folder / "w.json", only=frozenset(only), **more))[0]
 
@@ -227,6 +227,30 @@ def test_a_missing_v1_is_found_with_a_warning(url: str, capsys: pytest.CaptureFi
     said = capsys.readouterr()
     assert json.loads(said.out)["result"]["endpoint"] == url
     assert "/v1" in said.err
+
+
+def test_a_checkpoint_tells_what_the_endpoint_does_not(url: str, tmp_path: Path) -> None:
+    """Depth and number format come from --checkpoint, and so do the tolerances."""
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 28, "dtype": "float32"}', encoding="utf-8")
+    assert report_of(url, tmp_path, "norm").precision == "bfloat16 (assumed), 36 layers"
+    assert report_of(url, tmp_path, "norm", folder=tmp_path).precision == "float32 (the checkpoint's), 28 layers"
+
+
+def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
+    """An endpoint that takes less than it says fails `limit` with that cause, and is not called unreliable for it."""
+    right = endpoint.embed
+
+    def short(body: Any) -> tuple[int, Any]:
+        if isinstance(body, dict) and isinstance(body.get("input"), str) and len(body["input"]) > 700:
+            return 400, {"error": {"message": "longer than the context"}}
+        return right(body)
+
+    endpoint.embed = short  # type: ignore[method-assign]
+    endpoint.model["max_model_len"] = 1000
+    report = report_of(url, tmp_path, "limit", "reliable")
+    (failure,) = report.failures
+    assert failure.id == "limit"
+    assert "less is taken than the endpoint says" in failure.cause
 
 
 @pytest.mark.parametrize(

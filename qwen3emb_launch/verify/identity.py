@@ -88,6 +88,18 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
     )
 
 
+def from_checkpoint(folder: Path, identity: Identity) -> dict[str, Any]:
+    """What the folder named by the user tells of an endpoint that says little of itself, as changes to `identity`."""
+    config = _read_json(folder / "config.json")
+    told: dict[str, Any] = {"folder": folder, "demo": "qwen3emb_demo" in config}
+    told["layers"] = identity.layers or _positive(config.get("num_hidden_layers"))
+    told["catalog"] = identity.catalog or catalog_of(str(folder))
+    dtype = canonical_dtype(config.get("dtype") or config.get("torch_dtype"))
+    if identity.dtype is None and dtype:
+        told |= {"dtype": dtype, "dtype_origin": "the checkpoint's"}
+    return told
+
+
 def from_plan(plan: Mapping[str, Any]) -> dict[str, Any]:
     """What an instance's plan.json says beyond the server's own words: fields of Identity, known ones only."""
     model, engine = _part(plan, "model"), _part(plan, "engine")

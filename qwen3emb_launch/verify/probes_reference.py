@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
 from statistics import fmean
 from typing import Any
 
 from qwen3emb_launch.vectors import distance, has_direction, normalised
-from qwen3emb_launch.verify.probes_vectors import SAME
+from qwen3emb_launch.verify.probes_vectors import NEARBY, SAME
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
@@ -116,12 +117,32 @@ def _cause(
     ]  # fmt: skip
     if len(others) == len(wrong) and len(wrong) > 1:
         return "these are vectors of other texts of the set: texts are mixed up"
+    if len(wrong) == len(seen):
+        moved = _moved(seen, reference, allowed)
+        if moved:
+            return moved
     far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
-    if far < 0.02 and len(wrong) > len(seen) // 2:
+    if far < NEARBY and len(wrong) > len(seen) // 2:
         return "noise or a coarser number format: close to the right vectors, further than the precision explains"
     if len(wrong) == len(seen):
         return "another checkpoint, or a pooling, EOS or padding that none of the known faults explains"
     return f"{len(wrong)} texts are embedded as something else: truncated, rewritten or padded"
+
+
+def _moved(seen: Mapping[str, Vector], reference: ReferenceSet, allowed: float) -> str:
+    """What was done to the components of right vectors, the same for all texts; empty when it was nothing of this."""
+    right = {t: reference.vectors[t] for t in seen}
+    if all(distance(v, [abs(x) for x in right[t]]) <= allowed for t, v in seen.items()):
+        return "the signs of the components are lost: unsigned storage, or absolute values"
+    texts = list(seen)
+    pairs = [(a, b) for i, a in enumerate(texts) for b in texts[:i]]
+    # Errors of size e in random directions change a cosine by about e / sqrt(dims).
+    slack = 4 * sqrt(2 * allowed / reference.width)
+    if len(pairs) < 3 or any(abs(distance(seen[a], seen[b]) - distance(right[a], right[b])) > slack for a, b in pairs):
+        return ""
+    if all(distance(sorted(v), sorted(right[t])) <= allowed for t, v in seen.items()):
+        return "the right vectors with their components in another order: searches agree, an index of both does not"
+    return "the right vectors in another basis: signs flipped or rotated; searches agree, an index of both does not"
 
 
 def sample(wrong: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qwen3emb_launch.errors import NetworkError
 from qwen3emb_launch.vectors import distance, finite, norm
 from qwen3emb_launch.verify.contact import Misanswer
-from qwen3emb_launch.verify.probes_vectors import ONE_FOR_ALL, SAME, one_for_all, quoted
+from qwen3emb_launch.verify.probes_vectors import BY_LENGTH, ONE_FOR_ALL, SAME, one_for_all, quoted
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session
 from qwen3emb_launch.verify.texts import PAIRS, long_text
@@ -27,10 +27,11 @@ def probe_faithful(session: Session) -> Outcome:
     if not alike:
         return held(expected, f"{len(PAIRS)} pairs")
     first = alike[0]
+    of_one_length = [pair for pair in PAIRS if len(pair.a) == len(pair.b)]
     return broken(
         expected,
         f"{len(alike)} of {len(PAIRS)} pairs are one vector: {quoted(first.a, 60)} = {quoted(first.b, 60)}",
-        "; ".join(dict.fromkeys(pair.fault for pair in alike)),
+        BY_LENGTH if alike == of_one_length else "; ".join(dict.fromkeys(pair.fault for pair in alike)),
     )
 
 
@@ -131,11 +132,11 @@ def probe_limit(session: Session) -> Outcome:
             return skipped("the server's token counts do not add up, so a text of a known length cannot be made")
         text, tokens = made
     except Misanswer as exc:
-        return broken(expected, f"shorter texts already: {exc.message}", exc.cause)
+        return broken(expected, f"shorter texts already: {exc.message}", _too_long(exc))
     try:
-        answer = session.contact.embed(text, timeout=timeout)
+        answer = session.contact.embed(text, timeout=timeout, may_refuse=True)
     except Misanswer as exc:
-        return broken(expected, f"{tokens} tokens: {exc.message}", exc.cause)
+        return broken(expected, f"{tokens} tokens: {exc.message}", _too_long(exc))
     vector = answer.vectors[0]
     if not finite(vector) or abs(norm(vector) - 1) > session.precision.norm:
         return broken(expected, f"{tokens} tokens: a vector of length {norm(vector):.3f}", "long texts overflow")
@@ -166,17 +167,27 @@ def probe_limit(session: Session) -> Outcome:
     return held(expected, f"{tokens} answered in {answer.seconds:.2f} s, {over_tokens} refused with {reply.status}")
 
 
+def _too_long(exc: Misanswer) -> str:
+    if exc.refused:
+        return (
+            "less is taken than the endpoint says, or --context was told: a gateway or proxy with another context "
+            "length than its engine's"
+        )
+    return exc.cause
+
+
 def exact_text(session: Session, lengths: Lengths, tokens: int) -> tuple[str, int] | None:
     """A text of exactly that many tokens by the server's count: words first, then ` a` one token at a time.
 
     The count is predicted from a text of half the length, so that no request but the last comes near the limit.
     """
     half = lengths.words_for(tokens // 2)
-    counted = session.contact.embed(long_text(half, 21)).tokens or 0
+    timeout = LONG_TIMEOUT * session.contact.timeout
+    counted = session.contact.embed(long_text(half, 21), timeout=timeout, may_refuse=True).tokens or 0
     measured = Lengths(half, counted, 1)
     words = measured.words_for(tokens - max(64, tokens // 32))
     text = long_text(words, 21)
-    single = session.contact.embed(text, timeout=LONG_TIMEOUT * session.contact.timeout).tokens or 0
+    single = session.contact.embed(text, timeout=timeout, may_refuse=True).tokens or 0
     step = _tokens_of_filler(session)
     if step is None:
         return None

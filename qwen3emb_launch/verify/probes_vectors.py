@@ -16,6 +16,8 @@ OVERFLOW = (
     "float16 does that on Qwen3-Embedding (QwenLM/Qwen3-Embedding#164), SGLang 0.5.11 to 0.5.13.post1 under a "
     "piecewise CUDA graph; serve in bfloat16"
 )
+BY_LENGTH = "texts of one length get one vector: a cache or a batch that tells texts apart by their length"
+NEARBY = 0.02  # 1 - cosine of a coarse copy of a vector; any of the faults in computing it moves it further
 SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
 
 
@@ -81,6 +83,18 @@ def probe_width(session: Session) -> Outcome:
     return held(expected, seen)
 
 
+def probe_signs(session: Session) -> Outcome:
+    expected = "components above and below zero"
+    usable = [v for v in session.base if has_direction(v)]
+    if not usable:
+        return skipped(NO_DIRECTION)
+    below = sum(x < 0 for v in usable for x in v) / sum(map(len, usable))
+    seen = f"{below:.0%} below zero"
+    if 0 < below < 1:
+        return held(expected, seen)
+    return broken(expected, seen, "the signs of the components are lost: unsigned storage, or absolute values")
+
+
 def probe_distinct(session: Session) -> Outcome:
     expected = "other texts get other vectors"
     vectors = session.base
@@ -94,6 +108,8 @@ def probe_distinct(session: Session) -> Outcome:
     cause = (
         "a constant: the text does not reach the model"
         if len(equal) == everything
+        else BY_LENGTH
+        if all(len(x) == len(y) for x, y in equal)
         else "texts are confused, or cut to nothing before they are embedded"
     )
     a, b = equal[0]
@@ -204,6 +220,8 @@ def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) 
     ]  # fmt: skip
     if len(elsewhere) == len(wrong):
         return "the batch's order is swapped: each of these vectors belongs to another text of the batch"
+    if len(wrong) <= len(BASE) // 2 and _wavers(session, wrong):
+        return "an intermittent fault: the same text asked again, alone, gets another vector"
     longest = max(range(len(BASE)), key=lambda i: session.tokens.get(BASE[i]) or len(BASE[i].encode()))
     if longest not in wrong and len(wrong) > len(BASE) // 2:
         return (
@@ -213,6 +231,12 @@ def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) 
     if len(wrong) == len(BASE):
         return "noise, or another computation in batches than alone"
     return "some texts of a batch get vectors of their own: padding, truncation or noise"
+
+
+def _wavers(session: Session, wrong: list[int]) -> bool:
+    """Whether these texts differ from themselves, batch or not."""
+    again = [session.contact.embed(BASE[i]).vectors[0] for i in wrong[:4]]
+    return any(distance(v, session.base[i]) > session.precision.distance for i, v in zip(wrong, again, strict=False))
 
 
 def probe_order(session: Session) -> Outcome:
@@ -274,6 +298,8 @@ def _slice_cause(session: Session, vector: Vector, whole: Vector) -> str:
         return "no L2 normalisation after the cut"
     if distance(vector, whole[-dims:]) <= session.precision.distance:
         return "the last components are answered instead of the first"
+    if distance(vector, whole[:dims]) < NEARBY:
+        return "close to the right cut, further off than the precision explains: rounded or quantised storage, or noise"
     return "fewer dims are not the first ones of the full vector: projected, reordered, or noise"
 
 
@@ -281,6 +307,7 @@ PROBES = (
     Probe("finite", "numbers are finite", probe_finite),
     Probe("width", "one width", probe_width),
     Probe("norm", "unit length", probe_norm),
+    Probe("signs", "signs of the components", probe_signs),
     Probe("distinct", "texts tell apart", probe_distinct),
     Probe("instruction", "the instruction counts", probe_instruction),
     Probe("ranking", "the right document ranks first", probe_ranking),

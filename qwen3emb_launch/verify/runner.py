@@ -15,7 +15,7 @@ from qwen3emb_launch.errors import InvalidInputError, NetworkError, UnfitError, 
 from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_texts, probes_vectors, texts
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.fingerprint import fingerprint, weights_hash
-from qwen3emb_launch.verify.identity import Identity, ask_identity
+from qwen3emb_launch.verify.identity import Identity, ask_identity, from_checkpoint
 from qwen3emb_launch.verify.probes_reference import saved_probe, shipped_probe, transformers_probe
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_set, transformers_reference
 from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
@@ -62,10 +62,9 @@ def open_session(request: Request) -> Session:
     except BaseException:
         contact.close()
         raise
-    told: dict[str, Any] = dict(request.known or {})
+    identity = replace(identity, **(request.known or {}))
     if request.folder:
-        told["folder"] = request.folder
-    identity = replace(identity, **told)
+        identity = replace(identity, **from_checkpoint(request.folder, identity))
     return Session(contact, identity, identity.precision(request.dtype), request.options)
 
 

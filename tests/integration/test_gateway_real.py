@@ -26,8 +26,7 @@ pytestmark = pytest.mark.engine
 @contextmanager
 def before(endpoint: Endpoint, tmp_path: Path, *argv: str) -> Iterator[Running]:
     with gateway(
-        tmp_path, "--upstream", endpoint.base_url, "--model-path", str(endpoint.model), "--model", "demo",
-        "--context-length", str(endpoint.context_length), *argv,
+        tmp_path, "--upstream", endpoint.base_url, "--model-path", str(endpoint.model), "--model", "demo", *argv,
     ) as running:  # fmt: skip
         yield running
 

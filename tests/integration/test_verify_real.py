@@ -106,6 +106,14 @@ QUICK: list[tuple[Fault, str, str]] = [
     (faults.mixes_under_load, "steady", "cross-talk"),
     (faults.broken_base64, "base64", "base64"),
     (faults.dies, "reliable", "fail"),
+    (faults.two_decimals, "norm", "quantised storage"),
+    (faults.two_decimals_renormalised, "dims", "rounded or quantised storage"),
+    (faults.drops_signs, "signs", "signs of the components are lost"),
+    (faults.drops_signs, "demo_reference", "signs of the components are lost"),
+    (faults.permutes_dims, "demo_reference", "components in another order"),
+    (faults.flips_half_the_signs, "demo_reference", "another basis: signs flipped"),
+    (faults.caches_by_length, "faithful", "texts of one length"),
+    (faults.older_model_one_in_twenty, "steady", "intermittent"),
 ]
 
 
