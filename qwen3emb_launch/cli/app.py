@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -70,6 +71,21 @@ def build(commands: Sequence[str] = COMMANDS) -> typer.Typer:
     return app
 
 
+def outline(app: typer.Typer) -> typer.Typer:
+    """The same commands by name and first sentence only: enough for the program's own help, and built in no time."""
+    for command in app.registered_commands:
+        if command.callback:
+            command.name = command.name or command.callback.__name__
+            command.help = command.help or inspect.getdoc(command.callback)
+            command.callback = lambda: None
+    for group in app.registered_groups:
+        inner = group.typer_instance
+        if inner is not None:
+            inner.registered_commands, inner.registered_groups = [], []
+            inner.command(name="_", hidden=True)(lambda: None)
+    return app
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. Usage errors take the same form as every other error."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -78,7 +94,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Typer builds a validator a parameter: of the one command named, where one is, not of all of them.
-        app = build(args[:1]) if args and args[0] in COMMANDS else build()
+        app = build(args[:1]) if args and args[0] in COMMANDS else outline(build())
         status = app(args=args, prog_name="qwen3emb", standalone_mode=False)
         if status == Exit.INTERRUPTED and not isinstance(status, Exit):  # Typer's own word, outside a command's body
             raise KeyboardInterrupt
