@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -316,6 +317,24 @@ def older_model_one_in_twenty(exchange: Exchange) -> tuple[int, Any]:
         return _cut([x + 2 * source.gauss(0, 1 / math.sqrt(len(vector))) for x in vector], dims)
 
     return each_vector(exchange, older)
+
+
+def repeats_in_large_batches(exchange: Exchange) -> tuple[int, Any]:
+    status, answer = exchange.forward()
+    if status == 200:
+        for item in answer["data"][8:]:
+            item["embedding"] = answer["data"][7]["embedding"]
+    return status, answer
+
+
+def half_filled_with_zeros(exchange: Exchange) -> tuple[int, Any]:
+    dims = exchange.body.pop("dimensions", None)
+    return each_vector(exchange, lambda v, _: _cut([*v[: len(v) // 2], *[0.0] * (len(v) // 2)], dims))
+
+
+def strips_html(exchange: Exchange) -> tuple[int, Any]:
+    exchange.rewrite(lambda t: re.sub(r"<\w+>|</\w+>", "", t) or t)
+    return exchange.forward()
 
 
 def crashes_on_bad_input(exchange: Exchange) -> tuple[int, Any]:

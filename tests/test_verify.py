@@ -236,6 +236,22 @@ def test_a_checkpoint_tells_what_the_endpoint_does_not(url: str, tmp_path: Path)
     assert report_of(url, tmp_path, "norm", folder=tmp_path).precision == "float32 (the checkpoint's), 28 layers"
 
 
+def test_a_letter_of_many_tokens_is_warned_of(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
+    """A prefix before every text shows in the count of the shortest one."""
+    right = endpoint.embed
+
+    def framed(body: Any) -> tuple[int, Any]:
+        status, answer = right(body)
+        if status == 200:
+            answer["usage"]["prompt_tokens"] += 9 * len(answer["data"])
+        return status, answer
+
+    endpoint.embed = framed  # type: ignore[method-assign]
+    check = report_of(url, tmp_path, "usage").checks[-1]
+    assert check.verdict is Verdict.WARN
+    assert "a prefix or an instruction is added" in check.cause
+
+
 def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
     """An endpoint that takes less than it says fails `limit` with that cause, and is not called unreliable for it."""
     right = endpoint.embed

@@ -17,6 +17,7 @@ OVERFLOW = (
     "piecewise CUDA graph; serve in bfloat16"
 )
 BY_LENGTH = "texts of one length get one vector: a cache or a batch that tells texts apart by their length"
+PADDED = 0.9  # vectors that are zero in more than the last tenth were cut, then filled up
 NEARBY = 0.02  # 1 - cosine of a coarse copy of a vector; any of the faults in computing it moves it further
 SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
 
@@ -80,6 +81,9 @@ def probe_width(session: Session) -> Outcome:
         return broken(expected, seen, "some texts get vectors of another width")
     if catalog and widths[0] != catalog.shape.hidden_size:
         return broken(expected, seen, f"this is not {catalog.hub_id}, or its vectors are cut by default")
+    used = max((i + 1 for v in session.base for i, x in enumerate(v) if x), default=0)
+    if 0 < used <= PADDED * widths[0]:
+        return broken(expected, f"{seen}, zero from {used} on", "vectors of fewer dims, filled up with zeros")
     return held(expected, seen)
 
 
@@ -219,6 +223,8 @@ def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) 
         i for i in wrong if any(distance(batch[i], s) <= allowed for j, s in enumerate(singles) if j != i)
     ]  # fmt: skip
     if len(elsewhere) == len(wrong):
+        if any(distance(batch[i], v) < SAME for i in wrong for j, v in enumerate(batch) if j != i):
+            return "a vector of the batch is repeated: texts get that of another one"
         return "the batch's order is swapped: each of these vectors belongs to another text of the batch"
     if len(wrong) <= len(BASE) // 2 and _wavers(session, wrong):
         return "an intermittent fault: the same text asked again, alone, gets another vector"

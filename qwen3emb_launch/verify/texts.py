@@ -51,6 +51,8 @@ PAIRS = (
     Pair("Is it good?", "Is it good", "punctuation is stripped"),
     Pair("résumé", "resume", "accents are folded"),
     Pair("price 100", "price 900", "digits are dropped"),
+    Pair("a <b>bold</b> claim", "a bold claim", "HTML tags are stripped"),
+    Pair("Smith &amp; Sons", "Smith & Sons", "HTML entities are decoded"),
     Pair("ABC株式会社", "ＡＢＣ株式会社", "full-width characters are folded (NFKC)"),
     Pair(
         instruct("tax law", WEB_SEARCH),

@@ -113,6 +113,10 @@ QUICK: list[tuple[Fault, str, str]] = [
     (faults.permutes_dims, "demo_reference", "components in another order"),
     (faults.flips_half_the_signs, "demo_reference", "another basis: signs flipped"),
     (faults.caches_by_length, "faithful", "texts of one length"),
+    (faults.repeats_in_large_batches, "batch", "is repeated"),
+    (faults.repeats_in_large_batches, "faithful", "in large batches"),
+    (faults.half_filled_with_zeros, "width", "filled up with zeros"),
+    (faults.strips_html, "faithful", "^HTML tags are stripped$"),
     (faults.older_model_one_in_twenty, "steady", "intermittent"),
 ]
 
