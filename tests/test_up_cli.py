@@ -252,6 +252,18 @@ def test_down_kills_what_does_not_end(capsys: OUTER, planned: Any) -> None:
     assert state.find("demo").state is State.STOPPED
 
 
+def test_down_ends_an_instance_whose_record_is_broken(planned: Any) -> None:
+    """Half a state file hides no supervisor: the lock names it, and nothing of it is left."""
+    planned()
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    instance, record = state.running("demo")
+    (instance.folder / "instance.json").write_text('{"state": "rea')
+    assert run(["down", "demo"]) == 0
+    assert not record.supervisor.alive
+    assert not record.engines[0].alive
+    assert state.lock_holder(instance.folder) is None
+
+
 def test_logs_follow_over_a_restart(planned: Any) -> None:
     """logs -f goes on with the next start's file, and ends with the instance."""
     planned()

@@ -14,7 +14,7 @@ also after a reboot. A record that cannot be read is no error: the instance is s
 
 from __future__ import annotations
 
-from qwen3emb_launch.state.claim import Claim, adopt, claim, write_private
+from qwen3emb_launch.state.claim import Claim, adopt, claim, lock_holder, write_private
 from qwen3emb_launch.state.records import (
     Instance,
     InstanceRecord,
@@ -39,6 +39,7 @@ __all__ = [
     "identify",
     "instances",
     "load",
+    "lock_holder",
     "running",
     "write_private",
 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from qwen3emb_launch.errors import UnfitError
 from qwen3emb_launch.lifecycle import Transition
 from qwen3emb_launch.paths import paths
-from qwen3emb_launch.state.records import InstanceRecord, check_name, unusable
+from qwen3emb_launch.state.records import InstanceRecord, ProcessId, check_name, identify, unusable
 
 EVENTS_LIMIT = 1 << 20  # bytes of events.jsonl before it becomes events.jsonl.1
 KEEP_LOGS = 10  # engine starts whose logs are kept
@@ -119,6 +119,24 @@ def adopt(name: str, lock_fd: int) -> Claim:
     os.ftruncate(lock_fd, 0)
     os.pwrite(lock_fd, str(os.getpid()).encode(), 0)
     return Claim(name, paths().instances / name, lock_fd)
+
+
+def lock_holder(folder: Path) -> ProcessId | None:
+    """The process that holds an instance's lock, or None. Needs no record: a broken one hides nobody."""
+    try:
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = _holder(fd)
+        return identify(pid) if pid else None
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+    return None
 
 
 def _holder(fd: int) -> int | None:

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from qwen3emb_launch.errors import EngineFailedError, UnfitError
-from qwen3emb_launch.state import Instance, ProcessId
+from qwen3emb_launch.state import Instance, ProcessId, lock_holder
 
 KILL_PATIENCE = 10.0  # seconds from "at once" to the supervisor's own end, and from its death to the engine's
 LOOK_EVERY = 0.05
@@ -35,14 +35,17 @@ def stop(instance: Instance, timeout: float) -> Stopped:
     begin = time.monotonic()
     record = instance.record
     processes = [p for p in ((record.supervisor, *record.engines) if record else ()) if p is not None]
-    if not instance.running or record is None or record.supervisor is None:
+    supervisor = record.supervisor if record and instance.running else None
+    if supervisor is None and record is None:
+        supervisor = lock_holder(instance.folder)  # its record cannot be read, but it lives
+        processes = [supervisor] if supervisor else []
+    if supervisor is None:
         # A supervisor that was killed leaves no engine behind; a recorded one that lives all the same is removed.
         leftover = [p for p in processes if p.alive and (record is None or p != record.supervisor)]
         for process in leftover:
             send(process, signal.SIGKILL)
         _gone(leftover, KILL_PATIENCE, instance.name)
         return Stopped(instance.name, bool(leftover), bool(leftover), time.monotonic() - begin)
-    supervisor = record.supervisor
     send(supervisor, signal.SIGTERM)
     killed = not _wait([supervisor], timeout)
     if killed:
