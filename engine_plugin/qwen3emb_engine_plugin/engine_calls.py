@@ -110,8 +110,8 @@ class EngineCalls:
     def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
         """Once, after the first answer: what start-up left alive is never looked at by a collection again.
 
-        A full collection walks a million objects of torch and transformers: half a second without an answer, every few
-        thousand requests. The engine's own call freezes all three processes.
+        A full collection walks what torch and transformers left, 790,000 objects here, and no answer goes out meanwhile.
+        The engine's own call freezes all three processes.
         """
         gc.collect()
         task = loop.create_task(self.manager.freeze_gc())
