@@ -110,7 +110,7 @@ class EngineCalls:
     def _settle(self, loop: asyncio.AbstractEventLoop) -> None:
         """Once, after the first answer: what start-up left alive is never looked at by a collection again.
 
-        A full collection walks what torch and transformers left, 790,000 objects here, and no answer goes out meanwhile.
+        A full collection walks what torch and transformers left alive, and no answer goes out meanwhile.
         The engine's own call freezes all three processes.
         """
         gc.collect()
