@@ -20,7 +20,7 @@ def cli_reference() -> str:
     import typer
     from typer.testing import CliRunner
 
-    from qwen3emb_launch.cli.app import build
+    from qwen3emb_launch.cli.app import build, outline
 
     app = build()
     runner = CliRunner()
@@ -33,7 +33,9 @@ def cli_reference() -> str:
         "",
     ]
     for words in command_paths(typer.main.get_command(app)):
-        shown = runner.invoke(app, [*words, "--help"], prog_name="qwen3emb", terminal_width=int(WIDTH))
+        shown = runner.invoke(
+            app if words else outline(), [*words, "--help"], prog_name="qwen3emb", terminal_width=int(WIDTH)
+        )
         assert shown.exit_code == 0, (words, shown.output)
         text = "\n".join(line.rstrip() for line in shown.stdout.strip("\n").splitlines())
         parts += [f"## {' '.join(['qwen3emb', *words])}", "", "```text", text, "```", ""]

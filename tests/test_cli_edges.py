@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from qwen3emb_launch import state
-from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.cli.app import COMMANDS, build, run
+from qwen3emb_launch.cli.program_help import first_sentence
 
 PROGRAM = f"{sys.executable} -m qwen3emb_launch"
 
@@ -74,6 +77,32 @@ def test_usage_error_points_at_help_that_exists(
     """The next command to run is one that runs."""
     assert run([*arguments, "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["error"]["hint"] == hint
+
+
+def test_program_help_says_what_the_commands_say() -> None:
+    """Each sentence of `qwen3emb --help` is the first of that command's own help; none is missing."""
+    commands = typer.main.get_command(build()).commands
+    assert {name: first_sentence(command.help) for name, command in commands.items()} == COMMANDS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["status"], ["--version"]])
+def test_quick_answers_import_nothing_heavy(arguments: list[str]) -> None:
+    """What takes long to import (a fifth of a second and more) stays out of the commands that should be instant."""
+    code = (
+        "import sys; from qwen3emb_launch.cli.app import run; status = run(sys.argv[1:]);"
+        "print(*sys.modules, file=sys.stderr); sys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    heavy = {"pydantic", "httpx", "openai", "huggingface_hub", "numpy", "yaml", "markdown_it", "pygments", "asyncio"}
+    assert not heavy & set(done.stderr.split())
+
+
+def test_completion_knows_a_commands_options() -> None:
+    """Tab after `qwen3emb up --pr` gives `--profile`, though the program's own help is built without parameters."""
+    asked = {"_QWEN3EMB_COMPLETE": "complete_bash", "COMP_WORDS": "qwen3emb up --pr", "COMP_CWORD": "2"}
+    done = shell(f"{Path(sys.executable).with_name('qwen3emb')}", **asked)
+    assert (done.returncode, done.stdout.split()) == (0, ["--profile"]), done.stderr
 
 
 @pytest.mark.parametrize(

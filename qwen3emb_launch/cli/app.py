@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Annotated
 
@@ -15,28 +14,30 @@ import typer
 from typer.exceptions import TyperException
 
 from qwen3emb_launch import __version__
+from qwen3emb_launch.cli.program_help import ProgramGroup
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError
 
-# One module a command (or group), in the order of `--help`. Each has `register(app)`.
-COMMANDS: tuple[str, ...] = (
-    "up",
-    "status",
-    "logs",
-    "down",
-    "embed",
-    "profiles",
-    "download",
-    "models",
-    "engine",
-    "verify",
-    "diff",
-    "bench",
-    "cost",
-    "gateway",
-    "doctor",
-    "systemd",
-)
+# One module a command (or group), in the order of `--help`. Each has `register(app)`. The sentence is the first of the
+# command's own help (a test compares), so that the program's help need not import them all.
+COMMANDS: dict[str, str] = {
+    "up": "Serve an embedding model: fetch what is missing, start the engine, prove it, keep it alive.",
+    "status": "Show the instances: state, model, address, uptime, restarts, pid.",
+    "logs": "Show what the engine wrote.",
+    "down": "Stop an instance: running requests are answered first, then nothing of it is left.",
+    "embed": 'Embed texts: a JSON line each, {"index", "text", "embedding"}, in their order.',
+    "profiles": "List, explain, check and make launch profiles.",
+    "download": "Download a model: only what serving needs, resumed where it stopped, every hash checked.",
+    "models": "List, show, verify and remove models.",
+    "engine": "Install, list, check and remove the environments that SGLang lives in.",
+    "verify": "Prove an endpoint's vectors right: an instance of qwen3emb, or any OpenAI-compatible one.",
+    "diff": "Say whether the vectors of A and B may share an index.",
+    "bench": "Measure an endpoint: throughput, latency, errors, energy.",
+    "cost": "Cost per 1,000 calls, per 1M tokens and per month, each step shown; break-even against API prices.",
+    "gateway": "Serve one OpenAI-compatible address before one or more engines: cached, batched, guarded, retried.",
+    "doctor": "Check driver, GPU, engine, models, disk, ports, limits, network, clock and running servers.",
+    "systemd": "Units for systemd: boot, restart, watch and stop endpoints.",
+}
 
 EPILOG = "Start here: qwen3emb up --profile demo (no GPU needed), or qwen3emb up (the profile that fits your GPU)."
 
@@ -47,10 +48,26 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-def build(commands: Sequence[str] = COMMANDS) -> typer.Typer:
+def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     """The application with every command registered, or only those that this run can need."""
+    app = _root()
+    for name in commands:
+        import_module(f"qwen3emb_launch.cli.{name}").register(app)
+    return app
+
+
+def outline() -> typer.Typer:
+    """The same commands by name and first sentence only: enough for the program's own help, and built in no time."""
+    app = _root()
+    for name, sentence in COMMANDS.items():
+        app.command(name, help=sentence)(lambda: None)
+    return app
+
+
+def _root() -> typer.Typer:
     app = typer.Typer(
         name="qwen3emb",
+        cls=ProgramGroup,
         help="One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed.",
         epilog=EPILOG,
         no_args_is_help=True,
@@ -66,23 +83,6 @@ def build(commands: Sequence[str] = COMMANDS) -> typer.Typer:
     ) -> None:
         """One command from nothing to a Qwen3-Embedding endpoint on SGLang: proven, tuned, kept alive, costed."""
 
-    for name in commands:
-        import_module(f"qwen3emb_launch.cli.{name}").register(app)
-    return app
-
-
-def outline(app: typer.Typer) -> typer.Typer:
-    """The same commands by name and first sentence only: enough for the program's own help, and built in no time."""
-    for command in app.registered_commands:
-        if command.callback:
-            command.name = command.name or command.callback.__name__
-            command.help = command.help or inspect.getdoc(command.callback)
-            command.callback = lambda: None
-    for group in app.registered_groups:
-        inner = group.typer_instance
-        if inner is not None:
-            inner.registered_commands, inner.registered_groups = [], []
-            inner.command(name="_", hidden=True)(lambda: None)
     return app
 
 
@@ -93,9 +93,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is escaped, not a crash
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        # Typer builds a validator a parameter: of the one command named, where one is, not of all of them.
-        app = build(args[:1]) if args and args[0] in COMMANDS else outline(build())
-        status = app(args=args, prog_name="qwen3emb", standalone_mode=False)
+        status = _app_for(args)(args=args, prog_name="qwen3emb", standalone_mode=False)
         if status == Exit.INTERRUPTED and not isinstance(status, Exit):  # Typer's own word, outside a command's body
             raise KeyboardInterrupt
         return int(status or 0)
@@ -122,6 +120,13 @@ def run(argv: Sequence[str] | None = None) -> int:
             CheckFailedError("internal_error", what, "a defect of qwen3emb: report it with the lines above")
         )
         return int(Exit.FAILED)
+
+
+def _app_for(args: Sequence[str]) -> typer.Typer:
+    """The least that can answer `args`: to import and build every command takes longer than most of them run."""
+    if "_QWEN3EMB_COMPLETE" in os.environ:  # the shell asks for completions: the words come in the environment
+        return build()
+    return build(args[:1]) if args and args[0] in COMMANDS else outline()
 
 
 def _help_for(args: Sequence[str]) -> str:
