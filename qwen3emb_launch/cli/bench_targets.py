@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from qwen3emb_launch.errors import EngineFailedError, Exit, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from qwen3emb_launch.bench.target import Target
@@ -22,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_KEY = "OPENAI_API_KEY"
 START_WITHIN = 3600.0  # seconds: a first start may download the model and compile kernels
+FIRST_PORT = 30100
 
 
 def endpoint(url: str, model: str | None, key_variable: str | None, verify_tls: bool, gpu: int | None) -> Target:
@@ -77,15 +75,15 @@ def instance(name: str | None, model: str | None) -> Target:
 
 @contextmanager
 def profile(name: str, model: str | None, console: Console) -> Iterator[Target]:
-    """A target started for the run and stopped after it: `up --detach` and `down` as a user would type them."""
+    """A target started for the run and stopped after it, whatever way the run ends."""
+    from qwen3emb_launch.cli.temporary import serving
+    from qwen3emb_launch.engine_process.ports import free_port
+
     chosen = re.sub(r"[^a-z0-9._-]+", "-", f"bench-{Path(name).stem}".lower())[:63]
     console.say(f"bench: starting profile {name} as {chosen}")
-    argv = ["up", "--detach", "--profile", name, "--name", chosen, "--port", str(_free_port())]
-    _command([*argv, *(["--model", model] if model else [])])
-    try:
+    words = ["--profile", name, "--name", chosen, "--port", str(free_port("127.0.0.1", FIRST_PORT))]
+    with serving([*words, *(["--model", model] if model else [])], START_WITHIN):
         yield instance(chosen, None)
-    finally:
-        _command(["down", chosen])
 
 
 def versus(word: str, model: str | None, key_variable: str | None, verify_tls: bool, gpu: int | None) -> Target | None:
@@ -109,43 +107,6 @@ def distinct(targets: list[Target]) -> list[Target]:
         number = seen[target.name]
         out.append(target if number == 1 else replace(target, name=f"{target.name}#{number}"))
     return out
-
-
-def _free_port() -> int:
-    """A port that nobody listens on, in the range where SGLang's further ports (port + 10000) are valid too."""
-    for port in range(30100, 40000):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise UnfitError("port_in_use", "no free port from 30100 to 39999", "qwen3emb down what is not needed")
-
-
-def _command(arguments: list[str]) -> dict[str, Any]:
-    """One of our own commands, its envelope's result. Raises the error that it reports."""
-    done = subprocess.run(
-        [sys.executable, "-m", "qwen3emb_launch", *arguments, "--json"],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=START_WITHIN,
-        check=False,
-    )
-    try:
-        envelope = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        envelope = {"ok": False, "error": {}}
-    if envelope.get("ok"):
-        return dict(envelope.get("result") or {})
-    error = envelope.get("error") or {}
-    kinds: dict[int, type[LaunchError]] = {Exit.INVALID: InvalidInputError, Exit.UNFIT: UnfitError}
-    raise kinds.get(done.returncode, EngineFailedError)(
-        error.get("code", "start_failed"),
-        f"`qwen3emb {' '.join(arguments)}`: {error.get('message', f'exit status {done.returncode}')}",
-        error.get("hint", "try it by itself"),
-    )
 
 
 def _only_gpu(url: str) -> int | None:
