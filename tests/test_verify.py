@@ -6,35 +6,48 @@ import hashlib
 import json
 import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
+import orjson
 import pytest
 
 from qwen3emb_launch.catalog import CATALOG
 from qwen3emb_launch.cli.app import run
 from qwen3emb_launch.verify import texts, tolerance
 from qwen3emb_launch.verify.diff import compare_sets, spearman
-from qwen3emb_launch.verify.fingerprint import differences, weights_hash, with_id
+from qwen3emb_launch.verify.fingerprint import differences, with_id
 from qwen3emb_launch.verify.identity import catalog_of, from_plan
 from qwen3emb_launch.verify.probes_reference import CAUSES, allowed_distance, diagnose
 from qwen3emb_launch.verify.reference import ReferenceSet, load, save
 from qwen3emb_launch.verify.report import Check, Report, Verdict, markdown
 from qwen3emb_launch.verify.runner import Request, verify
 from qwen3emb_launch.verify.session import Options
+from qwen3emb_launch.verify.weights import weights_sample, weights_sha256
 
 WIDTH = 64
 
 
+@cache
 def hashed(text: str, width: int = WIDTH) -> list[float]:
-    """A unit vector that the text decides."""
-    source = random.Random(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
-    values = [source.gauss(0, 1) for _ in range(width)]
-    return [x / math.hypot(*values) for x in values]
+    """A unit vector that the text decides. Not to be changed by the caller."""
+    seed = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
+    values = np.random.default_rng(seed).standard_normal(width)
+    return (values / np.linalg.norm(values)).tolist()
+
+
+@cache
+def cut(vector: tuple[float, ...], dims: int | None) -> list[float]:
+    """Its first components, at length 1."""
+    length = math.hypot(*vector[:dims])
+    return [x / length for x in vector[:dims]]
 
 
 class SmallEndpoint:
@@ -45,6 +58,7 @@ class SmallEndpoint:
         self.width = WIDTH
         self.key: str | None = None
         self.model: dict[str, Any] = {"id": "hash", "object": "model", "owned_by": "test"}
+        self.busy = 0.0  # seconds of processor time that it took to answer
 
     def get(self, path: str) -> tuple[int, Any]:
         if path == "/v1/models":
@@ -67,14 +81,15 @@ class SmallEndpoint:
             return 404, {"error": {"message": "no such model", "type": "invalid_request_error", "code": "model"}}
         data = []
         for i, text in enumerate(inputs):
-            vector = self.vectors.get(text, hashed(text, self.width))[:dims]
-            data.append({"index": i, "embedding": [x / math.hypot(*vector) for x in vector]})
+            vector = self.vectors.get(text) or hashed(text, self.width)
+            data.append({"index": i, "embedding": cut(tuple(vector), dims)})
         tokens = sum(len(t.encode()) + 1 for t in inputs)
         return 200, {"data": data, "model": "hash", "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two writes: 40 ms an answer otherwise
     endpoint: SmallEndpoint
 
     def log_message(self, *_: Any) -> None:
@@ -87,6 +102,13 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply(*self.endpoint.get(self.path))
 
     def do_POST(self) -> None:
+        began = time.thread_time()
+        try:
+            self.embed()
+        finally:
+            self.endpoint.busy += time.thread_time() - began
+
+    def embed(self) -> None:
         raw = self.rfile.read(int(self.headers["content-length"]))
         if self.path != "/v1/embeddings":
             self.reply(404, {"error": {"message": "no such route"}})
@@ -98,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(*self.endpoint.embed(body))
 
     def reply(self, status: int, value: Any) -> None:
-        data = json.dumps(value).encode()
+        data = orjson.dumps(value)
         self.send_response(status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
@@ -384,21 +406,81 @@ def test_a_diagnosis_needs_half_of_the_texts() -> None:
 
 
 def test_the_fingerprint_hangs_on_weights_not_on_how_they_came() -> None:
-    """With the weights known, a hub revision adds nothing; another dtype is another fingerprint."""
-    parts = {"weights_sha256": "w", "model_revision": None, "dtype": "bfloat16", "dims": 8}
+    """With the weights known, revision and full hash add nothing to the id; another dtype is another fingerprint."""
+    parts = {"weights_sample": "w", "model_revision": None, "weights_sha256": None, "dtype": "bfloat16", "dims": 8}
     plain = with_id(parts)
     assert plain["complete"]
-    assert with_id({**parts, "model_revision": "abc"})["id"] == plain["id"]
+    assert with_id({**parts, "model_revision": "abc", "weights_sha256": "f"})["id"] == plain["id"]
     other = with_id({**parts, "dtype": "float32"})
     assert other["id"] != plain["id"]
     assert differences(plain, other) == {"dtype": ("bfloat16", "float32")}
 
 
+def test_full_hashes_count_as_a_difference_where_both_are_known() -> None:
+    """A quick run's fingerprint beside a full one's differs in nothing; two full ones of other bytes do."""
+    parts = {"weights_sample": "w", "weights_sha256": None}
+    one, two = with_id({**parts, "weights_sha256": "1"}), with_id({**parts, "weights_sha256": "2"})
+    assert differences(with_id(parts), one) == {}
+    assert differences(one, two) == {"weights_sha256": ("1", "2")}
+
+
 def test_an_unknown_part_makes_the_fingerprint_incomplete() -> None:
-    """Unknown is not equal to unknown."""
-    found = with_id({"weights_sha256": "w", "model_revision": None, "dtype": None})
+    """Unknown is not equal to unknown, be it a number format or the whole checkpoint."""
+    found = with_id({"weights_sample": "w", "model_revision": None, "dtype": None})
     assert not found["complete"]
     assert found["id"].endswith("?")
+    assert not with_id({"weights_sample": None, "model_revision": None, "dtype": "bfloat16"})["complete"]
+
+
+def safetensors(file: Path, tensors: dict[str, bytes]) -> None:
+    """A file of one-dimensional bfloat16 tensors."""
+    header, at = {}, 0
+    for name, data in tensors.items():
+        header[name] = {"dtype": "BF16", "shape": [len(data) // 2], "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    head = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    file.write_bytes(len(head).to_bytes(8, "little") + head + b"".join(tensors.values()))
+
+
+def test_the_weights_sample_tells_checkpoints_apart_not_their_files(tmp_path: Path) -> None:
+    """Two files or one, in any order: the same. A changed number of a small tensor, or a trained large one: another."""
+    large = random.Random(1).randbytes(100_000)
+    tensors = {"a": large, "b": b"\1\2" * 100, "c": b"\3\4" * 7}
+    one, two, other, trained = (tmp_path / name for name in ("one", "two", "other", "trained"))
+    for folder in (one, two, other, trained):
+        folder.mkdir()
+    safetensors(one / "model.safetensors", tensors)
+    safetensors(two / "model-1.safetensors", {"c": tensors["c"], "b": tensors["b"]})
+    safetensors(two / "model-2.safetensors", {"a": large})
+    safetensors(other / "model.safetensors", {**tensors, "c": b"\3\4" * 6 + b"\3\5"})
+    safetensors(trained / "model.safetensors", {**tensors, "a": large[:-2] + b"\0\0"})
+    sample = weights_sample(one)
+    assert sample is not None
+    assert weights_sample(two) == sample
+    assert len({sample, weights_sample(other), weights_sample(trained)}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"one", b"\xff" * 20, b"\2\0\0\0\0\0\0\0[]", b"\2\0\0\0\0\0\0\0{}"])
+def test_weights_that_cannot_be_read_have_no_sample(content: bytes, tmp_path: Path) -> None:
+    """Unknown, not an error and not a hash of nothing."""
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert weights_sample(tmp_path) is None
+    assert weights_sample(tmp_path / "nothing") is None
+
+
+def test_quick_does_not_read_a_large_checkpoint(url: str, tmp_path: Path) -> None:
+    """The full hash takes seconds a gigabyte: quick tells it only where it is remembered, full reads it."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    safetensors(tmp_path / "model.safetensors", {"a": b"\1\2" * 9})
+    memory = tmp_path / "w.json"
+    quick = verify(Request(url, Options(), memory, folder=tmp_path))[0].fingerprint
+    assert quick["parts"]["weights_sample"] is not None
+    assert quick["parts"]["weights_sha256"] is None
+    full = verify(Request(url, Options("full"), memory, folder=tmp_path))[0].fingerprint
+    assert full["parts"]["weights_sha256"] is not None
+    assert full["id"] == quick["id"]
+    again = verify(Request(url, Options(), memory, folder=tmp_path))[0].fingerprint
+    assert again["parts"] == full["parts"]
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(tmp_path: Path) -> None:
@@ -407,20 +489,32 @@ def test_weights_are_hashed_once_and_again_when_they_change(tmp_path: Path) -> N
     folder.mkdir()
     file = folder / "model.safetensors"
     file.write_bytes(b"one")
-    first = weights_hash(folder, memory)
+    first = weights_sha256(folder, memory)
     assert first == hashlib.sha256(b"one").hexdigest()
     remembered = json.loads(memory.read_text("utf-8"))
     memory.write_text(json.dumps(dict.fromkeys(remembered, "kept")), encoding="utf-8")
-    assert weights_hash(folder, memory) == "kept"
+    assert weights_sha256(folder, memory) == "kept"
     file.write_bytes(b"other")
-    assert weights_hash(folder, memory) == hashlib.sha256(b"other").hexdigest()
+    assert weights_sha256(folder, memory) == hashlib.sha256(b"other").hexdigest()
     blob = tmp_path / "blobs" / ("ab" * 32)
     blob.parent.mkdir()
     blob.write_bytes(b"not that hash")
     file.unlink()
     file.symlink_to(blob)
-    assert weights_hash(folder, memory) == "ab" * 32
-    assert weights_hash(tmp_path / "nothing", memory) is None
+    assert weights_sha256(folder, memory) == "ab" * 32
+    assert weights_sha256(tmp_path / "nothing", memory) is None
+
+
+@pytest.mark.parametrize("width", [2560, 4096])
+def test_quick_takes_little_of_a_processor(endpoint: SmallEndpoint, url: str, tmp_path: Path, width: int) -> None:
+    """At the width of the 4B and of the 8B, all of the quick level is 0.35 s of processor time on the client's side."""
+    endpoint.width = width
+    request = Request(url, Options(max_latency=10_000), tmp_path / "w.json")
+    verify(request)  # the endpoint's hashes, the libraries
+    before = time.process_time() - endpoint.busy
+    report, _ = verify(request)
+    assert report.passed
+    assert time.process_time() - endpoint.busy - before < 0.35
 
 
 def test_a_plan_tells_what_it_knows_and_nothing_else() -> None:

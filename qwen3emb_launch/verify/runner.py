@@ -14,13 +14,14 @@ from qwen3emb_launch import __version__
 from qwen3emb_launch.errors import InvalidInputError, NetworkError, UnfitError, nearest
 from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_texts, probes_vectors, texts
 from qwen3emb_launch.verify.contact import Contact, Misanswer
-from qwen3emb_launch.verify.fingerprint import fingerprint, weights_hash
+from qwen3emb_launch.verify.fingerprint import fingerprint
 from qwen3emb_launch.verify.identity import Identity, ask_identity, from_checkpoint
 from qwen3emb_launch.verify.probes_reference import saved_probe, shipped_probe, transformers_probe
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_set, transformers_reference
 from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
 from qwen3emb_launch.verify.session import Options, Probe, Session
 from qwen3emb_launch.verify.tolerance import Precision
+from qwen3emb_launch.verify.weights import weights_sample, weights_sha256
 
 Step = Callable[[str], None]
 GIVE_UP = 3  # requests without any answer in a row, until the rest is not asked
@@ -78,14 +79,13 @@ def verify(request: Request, step: Step = silent) -> tuple[Report, ReferenceSet 
     level = request.options.level
     try:
         checks = _run(_probes(request, session), session, step)
-        weights = weights_hash(session.identity.folder, request.memory) if session.identity.folder else None
         width = len(next(iter(session.singles.values()), ())) or None
         report = Report(
             endpoint=session.contact.base_url,
             model=session.contact.model,
             level=level,
             checks=tuple(checks),
-            fingerprint=fingerprint(session.identity, session.precision, width, weights),
+            fingerprint=_fingerprint(request, session, width),
             width=width,
             precision=str(session.precision),
             seconds=time.monotonic() - began,
@@ -105,6 +105,15 @@ def verify(request: Request, step: Step = silent) -> tuple[Report, ReferenceSet 
     finally:
         session.contact.close()
     return report, kept
+
+
+def _fingerprint(request: Request, session: Session, width: int | None) -> dict[str, Any]:
+    """Of the endpoint as it is known. Only the full level reads the whole checkpoint."""
+    folder = session.identity.folder
+    sample = weights_sample(folder) if folder else None
+    read = request.options.level == "full" and not request.only
+    sha256 = weights_sha256(folder, request.memory, read=read) if folder else None
+    return fingerprint(session.identity, session.precision, width, sample, sha256)
 
 
 def now() -> str:
@@ -234,16 +243,13 @@ def vectors_for_diff(request: Request, wanted: Sequence[str] = texts.ALL) -> tup
     session = open_session(request)
     try:
         vectors = session.fitting(wanted)
-        identity = session.identity
-        weights = weights_hash(identity.folder, request.memory) if identity.folder else None
-        at = now()
         found = ReferenceSet(
-            origin=f"{session.contact.base_url} ({identity.model})",
+            origin=f"{session.contact.base_url} ({session.identity.model})",
             dtype=session.precision.dtype,
             vectors=vectors,
-            model=identity.model,
-            fingerprint=fingerprint(identity, session.precision, len(next(iter(vectors.values()))), weights),
-            at=at,
+            model=session.identity.model,
+            fingerprint=_fingerprint(request, session, len(next(iter(vectors.values())))),
+            at=now(),
         )
         return found, session.precision
     finally:
