@@ -155,7 +155,9 @@ class LaunchPlan:
     `argv` starts with the environment's python and holds no secret: keys travel in the 0600 file that the
     supervisor writes at start and passes with `--config`. `env` is added to the supervisor's own environment.
     `host`/`port` is the address users call; `engine_host`/`engine_port` is where the engine listens (the same without
-    a gateway). `context_length` is the longest input in tokens, EOS included, plus one.
+    a gateway). `context_length` is the longest input in tokens, EOS included, plus one. `replicas` engines run the same
+    command, each on a port of its own. `gateway` are the settings of the gateway before them, without a secret and
+    without the engines' addresses; None where users call the engine itself. `memory` is that of all engines together.
     """
 
     name: str
@@ -178,6 +180,8 @@ class LaunchPlan:
     deadlines: Deadlines = Deadlines()
     restart: RestartPolicy = RestartPolicy()
     warnings: tuple[str, ...] = ()
+    replicas: int = 1
+    gateway: Mapping[str, Any] | None = None
 
     @property
     def base_url(self) -> str:

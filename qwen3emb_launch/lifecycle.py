@@ -26,7 +26,8 @@ class State(StrEnum):
 
 
 TRANSITIONS: dict[State, frozenset[State]] = {
-    State.STARTING: frozenset({State.READY, State.RESTARTING, State.STOPPING, State.FAILED}),
+    # starting -> degraded: one of several engines is back, the others are not.
+    State.STARTING: frozenset({State.READY, State.DEGRADED, State.RESTARTING, State.STOPPING, State.FAILED}),
     State.READY: frozenset({State.DEGRADED, State.RESTARTING, State.STOPPING, State.FAILED}),
     State.DEGRADED: frozenset({State.READY, State.RESTARTING, State.STOPPING, State.FAILED}),
     State.RESTARTING: frozenset({State.STARTING, State.STOPPING, State.FAILED}),
@@ -51,6 +52,7 @@ class Transition:
     after: State
     reason: str
     at: float
+    unit: str = ""  # of which of its processes; empty: of the whole instance
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for the event log and `--json`."""

@@ -8,6 +8,7 @@ import socket
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
+PRIVATE_PORTS = range(12000, 20000)  # engines behind a gateway; with 10000 more they stay below 30000, our own default
 
 
 def check_range(port: int) -> None:
@@ -88,6 +89,24 @@ def free_port(host: str, first: int) -> int:
         if _binds(host, port) and _binds(host, port + 10000):
             return port
     raise UnfitError("no_free_port", f"no free port from {first} to {HIGHEST_ENGINE_PORT}", "qwen3emb status")
+
+
+def private_port(host: str) -> int:
+    """A port for an engine that only this machine's gateway calls, free now, its port + 10000 free as well.
+
+    Below the range from which Linux takes the ports of outgoing connections (32768 and up), and drawn, not counted:
+    two launchers at the same time hardly meet. Raises UnfitError `no_free_port`.
+    """
+    import random
+
+    for port in random.sample(range(PRIVATE_PORTS.start, PRIVATE_PORTS.stop), 200):
+        if _binds(host, port) and _binds(host, port + 10000):
+            return port
+    raise UnfitError(
+        "no_free_port",
+        f"200 ports drawn from {PRIVATE_PORTS.start} to {PRIVATE_PORTS.stop - 1} are all taken",
+        "ss -ltn shows who listens",
+    )
 
 
 def _binds(host: str, port: int) -> bool:

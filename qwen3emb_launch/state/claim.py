@@ -61,17 +61,20 @@ class Claim:
         except OSError as error:
             raise unusable(path, error) from error
 
-    def new_log(self, stamp: str) -> Path:
-        """The path of the next start's log; the oldest starts' files are removed."""
-        starts = sorted(self.logs.glob("engine-*.log"))
+    def new_log(self, stamp: str, kind: str = "engine") -> Path:
+        """The path of the next start's log; the oldest starts' files of that kind are removed.
+
+        `stamp` begins with a date of eight digits, which tells engine-20261122-… from engine-2-20261122-….
+        """
+        starts = sorted(self.logs.glob(f"{kind}-{'[0-9]' * 8}*.log"))
         for old in starts[: max(0, len(starts) - KEEP_LOGS + 1)]:
             for piece in self.logs.glob(old.name + "*"):
                 piece.unlink(missing_ok=True)
-        path = self.logs / f"engine-{stamp}.log"
+        path = self.logs / f"{kind}-{stamp}.log"
         number = 1
         while path.exists():
             number += 1
-            path = self.logs / f"engine-{stamp}-{number}.log"
+            path = self.logs / f"{kind}-{stamp}-{number}.log"
         return path
 
     def release(self) -> None:

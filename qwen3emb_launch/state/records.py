@@ -52,8 +52,46 @@ _OPTIONAL = frozenset(("log", "ready_at", "error"))
 
 
 @dataclass(frozen=True)
+class UnitRecord:
+    """One process of an instance: an engine or the gateway. `name` is engine, engine-2, … or gateway.
+
+    `url` is its own address, `keys` the name of the file with an engine's keys in the instance's folder.
+    """
+
+    name: str
+    kind: str
+    state: State
+    reason: str
+    process: ProcessId | None
+    url: str
+    restarts: int = 0
+    log: str | None = None
+    keys: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> UnitRecord:
+        """The inverse of `results.plain`. Raises ValueError, KeyError or TypeError on anything else."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        process = values["process"]
+        values |= {"state": State(values["state"]), "process": ProcessId(**process) if process else None}
+        for key in ("name", "kind", "reason", "url"):
+            if not isinstance(values[key], str):
+                raise TypeError(f"{key} is {values[key]!r}")
+        for key in ("log", "keys"):
+            if not isinstance(values.get(key), str | None):
+                raise TypeError(f"{key} is {values[key]!r}")
+        if not isinstance(values.get("restarts", 0), int):
+            raise TypeError(f"restarts is {values['restarts']!r}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
 class InstanceRecord:
-    """What the supervisor says of itself. Times are seconds since the epoch; None is not yet, or unknown."""
+    """What the supervisor says of itself. Times are seconds since the epoch; None is not yet, or unknown.
+
+    `engines` are the engines' main processes, `units` everything it looks after, with the gateway. `base_url` is where
+    users call; `engine_url` is the first engine's own address (the same without a gateway).
+    """
 
     name: str
     state: State
@@ -73,6 +111,7 @@ class InstanceRecord:
     log: str | None = None
     error: Mapping[str, Any] | None = None
     launcher: str = ""
+    units: tuple[UnitRecord, ...] = ()
     schema: int = SCHEMA
 
     @classmethod
@@ -86,10 +125,17 @@ class InstanceRecord:
         values["state"] = State(values["state"])
         values["supervisor"] = ProcessId(**supervisor) if supervisor else None
         values["engines"] = tuple(ProcessId(**e) for e in values["engines"])
+        values["units"] = tuple(UnitRecord.from_dict(u) for u in values.get("units", ()))
         for key, kind in _KINDS.items():
             if not isinstance(values.get(key, kind()), kind) and (key not in _OPTIONAL or values[key] is not None):
                 raise TypeError(f"{key} is {values[key]!r}")
         return cls(**values)
+
+    @property
+    def processes(self) -> tuple[ProcessId, ...]:
+        """Every process that may run: the supervisor, the engines, the gateway."""
+        units = (unit.process for unit in self.units)
+        return tuple(dict.fromkeys(p for p in (self.supervisor, *self.engines, *units) if p is not None))
 
 
 @dataclass(frozen=True)
@@ -123,12 +169,21 @@ class Instance:
         return self.folder / "logs" / "supervisor.log"
 
     def engine_key(self) -> str | None:
-        """The key of the running engine's admin routes, for this user's other commands. None when there is none."""
+        """The key of the first engine's admin routes, for this user's other commands. None when there is none."""
+        return self._key("admin-api-key")
+
+    def engine_api_key(self) -> str | None:
+        """The key that the first engine asks of every request, where only the gateway is to call it; else None."""
+        return self._key("api-key")
+
+    def _key(self, which: str) -> str | None:
+        units = self.record.units if self.record else ()
+        file = next((unit.keys for unit in units if unit.keys), "engine.yaml")
         try:
-            keys = json.loads((self.folder / "engine.yaml").read_text(encoding="utf-8"))
+            keys = json.loads((self.folder / Path(file).name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        key = keys.get("admin-api-key")
+        key = keys.get(which)
         return str(key) if key else None
 
 

@@ -72,9 +72,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class StopAsked:
-    """SIGTERM, SIGINT or `down`. The second one means at once."""
+    """SIGTERM, SIGINT or `down`. The second one means at once; so does the first where nothing is left to `drain`."""
 
     by: str
+    drain: bool = True
 
 
 @dataclass(frozen=True)

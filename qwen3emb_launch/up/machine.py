@@ -68,7 +68,17 @@ class Phase(StrEnum):
 class Unit:
     """One engine's life. `state` is public knowledge, `phase` and the rest are for the supervisor's own use."""
 
-    def __init__(self, deadlines: Deadlines, restart: RestartPolicy, *, check: bool) -> None:
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        restart: RestartPolicy,
+        *,
+        check: bool,
+        proven: bool = False,
+        proof: str = "it embeds",
+    ) -> None:
+        """`proven`: the same command served before, so that a failing first start is tried again as well. `proof`:
+        what a good answer to a probe shows, in words."""
         self.state = State.STARTING
         self.phase = Phase.IDLE
         self.start = 0  # number of the current (or last) engine start
@@ -79,7 +89,8 @@ class Unit:
         self._deadlines = deadlines
         self._restart = restart
         self._check = check
-        self._was_ready = False
+        self._proof = proof
+        self._was_ready = proven
         self._stopping = False
         self._failures = 0
         self._probing = False
@@ -98,7 +109,7 @@ class Unit:
         if self.phase is Phase.ENDED:
             return []
         if isinstance(event, StopAsked):
-            return self._stop(event.by, now)
+            return self._stop(event, now)
         if isinstance(event, Begin):
             return self._spawn(now)
         if isinstance(event, Tick):
@@ -162,9 +173,9 @@ class Unit:
         answer = event.answer
         if answer.ok:
             if not self._check:
-                return self._ready(now, "it embeds")
+                return self._ready(now, self._proof)
             self._enter(Phase.CHECKING, deadline=min(self._deadline or now, now + CHECK_TIMEOUT))
-            return [Note("it embeds; smoke test"), Check(self.start, (self._deadline or now) - now)]
+            return [Note(f"{self._proof}; smoke test"), Check(self.start, (self._deadline or now) - now)]
         self._due = now + READY_PROBE_EVERY
         self._last_answer = answer.detail
         # 4xx and wrong vectors do not heal with time; a few chances cover an engine that is still warming up.
@@ -197,7 +208,7 @@ class Unit:
         if answer.ok:
             self._failures = 0
             if self.state is State.DEGRADED:
-                return [self._move(State.READY, "it embeds again")]
+                return [self._move(State.READY, f"{self._proof} again")]
             return []
         if answer.verdict is Verdict.SLOW and event.progress:
             return [Note(f"busy: {answer.detail} to a probe, but the engine works on")]
@@ -260,22 +271,22 @@ class Unit:
 
     # ---- stopping -------------------------------------------------------------------------------------------------
 
-    def _stop(self, by: str, now: float) -> list[Action]:
+    def _stop(self, event: StopAsked, now: float) -> list[Action]:
         if self._stopping:
             if self.phase is Phase.DRAINING:
                 self._enter(Phase.DYING, deadline=now + self._deadlines.reap)
-                return [Note(f"{by}: killing it now"), Kill()]
+                return [Note(f"{event.by}: killing it now"), Kill()]
             return []
         self._stopping = True
-        moved = self._move(State.STOPPING, by)
+        moved = self._move(State.STOPPING, event.by)
         if self.phase in (Phase.IDLE, Phase.BACKOFF):
             return [moved, *self._stopped()]
-        if self.phase is Phase.SERVING:
+        if self.phase is Phase.SERVING and event.drain:
             self._enter(Phase.DRAINING, deadline=now + self._deadlines.drain)
             return [moved, Terminate()]
         if self.phase is Phase.DYING:
             return [moved]
-        self._enter(Phase.DYING, deadline=now + self._deadlines.reap)  # nobody was served yet: nothing to drain
+        self._enter(Phase.DYING, deadline=now + self._deadlines.reap)  # nobody is served: nothing to drain
         return [moved, Kill()]
 
     def _stopped(self) -> list[Action]:

@@ -1,58 +1,32 @@
-"""Carries out what one unit's machine asks for, and turns what happens into events for it."""
+"""One engine's effects: its command with fresh keys, its probes by embedding, its smoke test."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from qwen3emb_launch.engine_process import (
-    EngineCommand,
-    EngineProcess,
-    Exited,
-    Gone,
-    GuardLost,
-    ProcessEvent,
-    Spawned,
-    SpawnFailed,
-    Stuck,
-)
-from qwen3emb_launch.engine_process.log_tail import LogTail
-from qwen3emb_launch.engine_process.ports import check_free
-from qwen3emb_launch.engine_process.process import sweep
-from qwen3emb_launch.errors import LaunchError
-from qwen3emb_launch.probe import Target, embed_once
+from qwen3emb_launch.engine_process import EngineCommand
+from qwen3emb_launch.engine_process.ports import check_free, private_port
+from qwen3emb_launch.errors import UnfitError
+from qwen3emb_launch.facts import LaunchPlan
+from qwen3emb_launch.probe import Answer, Target, embed_once
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.check import CheckOrder, CheckProcess, CheckResult
-from qwen3emb_launch.up.diagnosis import ending
-from qwen3emb_launch.up.events import (
-    Check,
-    Checked,
-    EngineDied,
-    EngineGone,
-    EngineSpawned,
-    EngineStuck,
-    Event,
-    Kill,
-    Probe,
-    Probed,
-    Spawn,
-    Terminate,
-)
-from qwen3emb_launch.up.keys import take_keys
-from qwen3emb_launch.up.stages import works
-
-SWEEP_EVERY = 0.05
-SWEEP_FOR = 10.0
+from qwen3emb_launch.up.events import Check, Checked, Event
+from qwen3emb_launch.up.keys import Keys, take_keys
+from qwen3emb_launch.up.process_runner import ProcessRunner
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """One engine of an instance: its command, and where and as what it answers."""
+    """One engine of an instance: its command, and where and as what it answers.
+
+    `private` engines are called by a gateway alone; their port is theirs to choose: `port` is where the first try goes.
+    """
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -61,7 +35,7 @@ class EngineSpec:
     model: str
     dims: int
     context_length: int
-    private: bool = False  # users call a gateway, nobody calls the engine itself
+    private: bool = False
 
     @property
     def connect_host(self) -> str:
@@ -74,145 +48,126 @@ class EngineSpec:
         host = self.connect_host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
+    def on_port(self, port: int) -> EngineSpec:
+        """The same engine on another port."""
+        return replace(self, port=port, argv=with_option(self.argv, "--port", str(port)))
 
-class EngineRunner:
-    """The effects of one unit. `tell` is safe to call from any thread; `keep` names children that are not its own."""
+
+def engine_spec(plan: LaunchPlan) -> EngineSpec:
+    """An engine of the plan; each further one takes another port."""
+    return EngineSpec(
+        argv=plan.argv,
+        env=plan.env,
+        host=plan.engine_host,
+        port=plan.engine_port,
+        model=plan.served_model_name,
+        dims=plan.max_dims,
+        context_length=plan.context_length,
+        private=(plan.engine_host, plan.engine_port) != (plan.host, plan.port),
+    )
+
+
+def with_option(argv: Sequence[str], option: str, value: str) -> tuple[str, ...]:
+    """The command with another value behind one of its options."""
+    return tuple(value if before == option else word for before, word in pairwise(["", *argv]))
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where a smoke test goes: the engine itself, or the gateway before it. `url` ends in /v1."""
+
+    url: str
+    key: str | None
+
+
+class EngineRunner(ProcessRunner):
+    """The effects of one engine's unit. `number` is its own within the supervisor's life: it names its keys' file."""
 
     def __init__(
         self,
+        kind: str,
         spec: EngineSpec,
         claim: Claim,
         tell: Callable[[Event], None],
+        keep: Callable[[], set[int]],
         *,
         check_argv: Sequence[str] | None,
-        keep: Callable[[], set[int]],
+        number: int = 1,
         probe_text: str = "qwen3emb liveness",
     ) -> None:
+        super().__init__(kind, claim, tell, keep)
         self.spec = spec
-        self.log: Path | None = None
-        self.status: int | None = None  # how the last main process ended
-        self.unfit: LaunchError | None = None  # why the last start was not even tried
-        self._claim = claim
-        self._tell = tell
+        self.key: str | None = None
+        self.keys_file = claim.keys if number == 1 else claim.keys.with_name(f"engine-{number}.yaml")
         self._check_argv = check_argv
-        self._keep = keep
         self._text = probe_text
         self._probes = 0
-        self._process: EngineProcess | None = None
         self._check: CheckProcess | None = None
-        self._key: str | None = None
-        self._tail: LogTail | None = None
+
+    @property
+    def url(self) -> str:
+        """The engine's own address."""
+        return self.spec.url
+
+    @property
+    def door(self) -> Door:
+        """The engine itself."""
+        return Door(self.spec.url, self.key)
 
     @property
     def children(self) -> set[int]:
-        """Processes of this unit that are known, and not the engine's."""
-        found = set()
-        if self._process:
-            found.add(self._process.guard_pid)
-        if self._check:
-            found.add(self._check.pid)
-        return found
-
-    def act(self, action: Spawn | Probe | Check | Terminate | Kill) -> None:
-        """Carry out one action; what comes of it arrives as an event."""
-        if isinstance(action, Spawn):
-            self._spawn(action.start)
-        elif isinstance(action, Probe):
-            self._probe(action)
-        elif isinstance(action, Check):
-            self._begin_check(action)
-        elif self._process and isinstance(action, Terminate):
-            self._process.terminate()
-        elif self._process:
-            self._process.kill()
-
-    def new_lines(self) -> list[str]:
-        """What the engine wrote since the last call."""
-        return self._tail.poll() if self._tail else []
+        """The guard, and a smoke test that waits or runs."""
+        return super().children | ({self._check.pid} if self._check else set())
 
     def close(self) -> None:
-        """The unit has ended: leave nothing behind."""
+        """No smoke test goes on, no key stays."""
         self._end_check()
-        self._claim.keys.unlink(missing_ok=True)
+        self.keys_file.unlink(missing_ok=True)
 
-    # ---- effects --------------------------------------------------------------------------------------------------
-
-    def _spawn(self, start: int) -> None:
-        self.status = None
-        self.unfit = None
-        try:
-            check_free(self.spec.host, self.spec.port)
-            argv, keys = take_keys(self.spec.argv, private=self.spec.private)
-            self._key = keys.api
-            write_private(self._claim.keys, keys.config())
-            self.log = self._claim.new_log(time.strftime("%Y%m%d-%H%M%S"))
-            command = EngineCommand(
-                argv=(*argv, "--config", str(self._claim.keys)),
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
-                log=self.log,
-                cwd=self._claim.folder,
-                secrets=keys.secrets,
-            )
-            self._process = EngineProcess(command, lambda event: self._on_process(start, event))
-        except LaunchError as error:
-            self.unfit = error
-            self._tell(EngineDied(start, error.message))
-            self._tell(EngineGone(start))
-            return
-        self._tail = LogTail(self.log)
-        if self._check_argv:
+    def spawn(self, start: int) -> None:
+        """Start the engine, and the smoke test's process beside it: it loads its libraries meanwhile."""
+        super().spawn(start)
+        if self._check_argv and not self.unfit:
             self._end_check()
             self._check = CheckProcess(self._check_argv)
 
-    def _on_process(self, start: int, event: ProcessEvent) -> None:
-        """Called in the process's thread."""
-        if isinstance(event, Spawned):
-            self._tell(EngineSpawned(start, event.pid))
-        elif isinstance(event, SpawnFailed):
-            self._tell(EngineDied(start, f"the engine could not be started: {event.error}"))
-        elif isinstance(event, Exited):
-            self.status = event.status
-            self._tell(EngineDied(start, f"the engine {ending(event.status)}"))
-        elif isinstance(event, Stuck):
-            self._tell(EngineStuck(start, event.pids))
-        elif isinstance(event, GuardLost):
-            self._tell(EngineDied(start, f"the engine's guard was lost ({event.error})"))
-            self._sweep()
-            self._tell(EngineGone(start))
-        elif isinstance(event, Gone):
-            self._tell(EngineGone(start))
+    def command(self, log: Path) -> EngineCommand:
+        """The plan's command and a file with keys; a private engine goes to another port where its own is taken."""
+        try:
+            check_free(self.spec.host, self.spec.port)
+        except UnfitError:
+            if not self.spec.private:
+                raise
+            self.spec = self.spec.on_port(private_port(self.spec.host))
+        argv, keys = take_keys(self.spec.argv, private=self.spec.private)
+        if self.key and self.spec.private:
+            keys = Keys(keys.admin, self.key)  # the gateway knows this one
+        self.key = keys.api
+        write_private(self.keys_file, keys.config())
+        return EngineCommand(
+            argv=(*argv, "--config", str(self.keys_file)),
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
+            log=log,
+            cwd=self._claim.folder,
+            secrets=keys.secrets,
+        )
 
-    def _sweep(self) -> None:
-        """Without its guard an engine's orphans are this process's children: remove them, two looks in a row clean."""
-        clean = 0
-        pause = threading.Event()
-        end = time.monotonic() + SWEEP_FOR
-        while clean < 2 and time.monotonic() < end:
-            clean = 0 if sweep(self._keep()) else clean + 1
-            pause.wait(SWEEP_EVERY)
-
-    def _probe(self, action: Probe) -> None:
+    def ask(self, timeout: float) -> Callable[[], Answer]:
+        """One embedding of a text of its own: an answer from a cache would prove nothing."""
         self._probes += 1
         text = f"{self._text} {self._probes}"
-        target = Target(self.spec.connect_host, self.spec.port, self.spec.model, self.spec.dims, self._key)
-        log = self.log
+        target = Target(self.spec.connect_host, self.spec.port, self.spec.model, self.spec.dims, self.key)
+        return lambda: embed_once(target, text, timeout)
 
-        def ask() -> None:
-            tail = LogTail(log, from_end=True) if log else None
-            answer = embed_once(target, text, action.timeout)
-            progress = tail is not None and not answer.ok and any(map(works, tail.poll()))
-            self._tell(Probed(action.start, answer, progress))
-
-        threading.Thread(target=ask, name="probe", daemon=True).start()
-
-    def _begin_check(self, action: Check) -> None:
+    def begin_check(self, action: Check, door: Door) -> None:
+        """Run the smoke test against the engine, or against the gateway before it."""
         assert self._check is not None  # noqa: S101 - the machine asks for a check only where there is one
         spec = self.spec
 
         def told(result: CheckResult) -> None:
             self._tell(Checked(action.start, result.faults, result.report))
 
-        order = CheckOrder(spec.url, spec.model, spec.dims, spec.context_length, self._key, str(self._claim.plan))
+        order = CheckOrder(door.url, spec.model, spec.dims, spec.context_length, door.key, str(self._claim.plan))
         self._check.begin(order, action.timeout, told)
 
     def _end_check(self) -> None:

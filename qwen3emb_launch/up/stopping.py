@@ -34,7 +34,7 @@ def stop(instance: Instance, timeout: float) -> Stopped:
     """
     begin = time.monotonic()
     record = instance.record
-    processes = [p for p in ((record.supervisor, *record.engines) if record else ()) if p is not None]
+    processes = list(record.processes) if record else []
     supervisor = record.supervisor if record and instance.running else None
     if supervisor is None and record is None:
         supervisor = lock_holder(instance.folder)  # its record cannot be read, but it lives

@@ -1,13 +1,14 @@
-"""The supervisor: feeds the machine, carries out its actions, keeps the instance's record, tells its listeners.
+"""The supervisor: feeds the machines, carries out their actions, keeps the instance's record, tells its listeners.
 
-One thread decides; everything that may block (the engine, probes, the smoke test) runs elsewhere and puts events into
-one queue. Signal handlers put an event there too and do nothing else.
+One thread decides; everything that may block (engines, the gateway, probes, smoke tests, replacements) runs elsewhere
+and puts events into one queue. Signal handlers put an event there too and do nothing else.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,10 +22,14 @@ from qwen3emb_launch.engine_process.guard import become_subreaper
 from qwen3emb_launch.errors import LaunchError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import TERMINAL, State, Transition
-from qwen3emb_launch.state import Claim, InstanceRecord, ProcessId, identify
-from qwen3emb_launch.up.events import Action, Begin, Event, Move, Note, Probed, StopAsked, Tick
-from qwen3emb_launch.up.machine import Unit
-from qwen3emb_launch.up.runner import EngineRunner, EngineSpec
+from qwen3emb_launch.state import Claim, InstanceRecord, identify
+from qwen3emb_launch.up.events import Action, Begin, Cause, Check, Event, Move, Note, Probed, StopAsked, Tick
+from qwen3emb_launch.up.gateway_runner import RESTART, GatewayRunner, GatewaySpec
+from qwen3emb_launch.up.link import GatewayLink
+from qwen3emb_launch.up.machine import Phase, Unit
+from qwen3emb_launch.up.member import Member
+from qwen3emb_launch.up.overall import SERVING, overall, steps
+from qwen3emb_launch.up.runner import Door, EngineRunner, EngineSpec, engine_spec
 from qwen3emb_launch.up.stages import stage
 from qwen3emb_launch.up.verdict import failure, kept
 
@@ -56,8 +61,11 @@ class Outcome:
     error: LaunchError | None
 
 
+Message = tuple[Member, Event] | StopAsked | Callable[[], None]
+
+
 class Supervisor:
-    """Runs one instance from its claim to its end."""
+    """Runs one instance from its claim to its end: its engines, and the gateway before them where there is one."""
 
     def __init__(
         self,
@@ -65,24 +73,34 @@ class Supervisor:
         claim: Claim,
         *,
         check_argv: Sequence[str] | None = None,
+        gateway: GatewaySpec | None = None,
         listeners: Sequence[Listener] = (),
         pulse: Callable[[bool], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._claim = claim
+        self.plan = plan
+        self.claim = claim
+        self.engines: list[Member] = []  # the instance's own, in the order of their names
+        self.others: list[Member] = []  # candidates of a replacement, and what one replaced
+        self.gateway: Member | None = None
+        self.link = GatewayLink(gateway, claim.folder) if gateway else None
+        self.changed = threading.Condition()  # notified after every event
+        self._check_argv = check_argv
         self._listeners = tuple(listeners)
-        self._pulse = pulse  # called at least every PULSE_EVERY; True: the engine has just proved that it lives
+        self._pulse = pulse  # called at least every PULSE_EVERY; True: an engine has just proved that it lives
         self._clock = clock
-        self._inbox: SimpleQueue[Event] = SimpleQueue()
-        self._unit = Unit(plan.deadlines, plan.restart, check=check_argv is not None)
-        self._runner = EngineRunner(
-            engine_spec(plan), claim, self._inbox.put, check_argv=check_argv, keep=lambda: self._runner.children
-        )
-        self._stage = ""
+        self._inbox: SimpleQueue[Message] = SimpleQueue()
+        self._numbers = 0
+        self._checks: list[tuple[Member, Check]] = []  # that wait for the gateway to listen
         self._look_at = 0.0
         self._unsaved = False
-        self._stopped_by: str | None = None
+        self._stopping: StopAsked | None = None
+        self._failed: Member | None = None  # with it the instance fails, once the others are gone
         self._error: LaunchError | None = None
+        if gateway:
+            self.gateway = self._new_gateway(gateway)
+        for slot in range(plan.replicas):
+            self.engines.append(self.new_engine("engine" if slot == 0 else f"engine-{slot + 1}", plan))
         self.record = InstanceRecord(
             name=plan.name,
             state=State.STARTING,
@@ -100,78 +118,301 @@ class Supervisor:
             launcher=__version__,
         )
 
+    # ---- its processes --------------------------------------------------------------------------------------------
+
+    def new_engine(
+        self,
+        name: str,
+        plan: LaunchPlan,
+        *,
+        spec: EngineSpec | None = None,
+        check: bool = True,
+        proven: bool = False,
+    ) -> Member:
+        """An engine of a plan, not started. `proven`: its command served before."""
+        self._numbers += 1
+        check_argv = self._check_argv if check else None
+        unit = Unit(plan.deadlines, plan.restart, check=check_argv is not None, proven=proven)
+        runner = EngineRunner(
+            name,
+            spec or engine_spec(plan),
+            self.claim,
+            lambda event: self._inbox.put((member, event)),
+            self._kept_processes,
+            check_argv=check_argv,
+            number=self._numbers,
+        )
+        member = Member(name, unit, runner)
+        return member
+
+    def _new_gateway(self, spec: GatewaySpec) -> Member:
+        unit = Unit(spec.deadlines(self.plan.deadlines), RESTART, check=False, proof="it listens")
+        runner = GatewayRunner(
+            spec,
+            self.claim,
+            lambda event: self._inbox.put((member, event)),
+            self._kept_processes,
+            lambda: self.link.wanted if self.link else {},
+        )
+        member = Member("gateway", unit, runner)
+        return member
+
+    @property
+    def members(self) -> list[Member]:
+        """Everything it looks after, the gateway first: it is started first."""
+        return [*([self.gateway] if self.gateway else []), *self.engines, *self.others]
+
+    def _kept_processes(self) -> set[int]:
+        return set().union(*(member.runner.children for member in self.members))
+
+    # ---- from other threads ---------------------------------------------------------------------------------------
+
     def stop(self, by: str) -> None:
         """Ask for the end, from any thread or signal handler; a second time means at once."""
         self._inbox.put(StopAsked(by))
 
+    def do(self, order: Callable[[], None]) -> None:
+        """Have the deciding thread do something, and wait until it did. Raises UnfitError `stopping` when it ends."""
+        done = threading.Event()
+
+        def ordered() -> None:
+            try:
+                order()
+            finally:
+                done.set()
+
+        self._inbox.put(ordered)
+        while not done.wait(0.1):
+            if self.ending:
+                raise UnfitError("stopping", f"{self.plan.name} is being stopped", f"qwen3emb status {self.plan.name}")
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was asked to stop, or has failed."""
+        return self._stopping is not None or self._failed is not None or self.record.state in TERMINAL
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
     def run(self) -> Outcome:
-        """Serve until stopped or failed. Nothing of the engine is left when it returns."""
+        """Serve until stopped or failed. Nothing of engines and gateway is left when it returns."""
         become_subreaper()
-        self._claim.write(self.record)
+        self.claim.write(self.record)
         try:
-            self._feed(Begin())
-            while self._unit.state not in TERMINAL:
-                event = self._next_event()
-                self._feed(event)
-                self._look_at_log()
+            for member in self.members:
+                self.feed(member, Begin())
+            while self.record.state not in TERMINAL:
+                message = self._next_message()
+                self._take(message)
+                self._look_at_logs()
                 if self._pulse:
-                    self._pulse(self._shows_life(event))
+                    self._pulse(self._shows_life(message))
         finally:
-            self._runner.close()
-        return Outcome(self._unit.state, self.record.ready_at is not None, self._stopped_by, self._error)
+            for member in self.members:
+                member.runner.close()
+            if self.link:
+                self.link.close()
+        stopped_by = self._stopping.by if self._stopping else None
+        return Outcome(self.record.state, self.record.ready_at is not None, stopped_by, self._error)
 
-    def _shows_life(self, event: Event) -> bool:
-        """Whether the present engine embedded, or worked on other requests while a probe waited."""
-        return isinstance(event, Probed) and event.start == self._unit.start and (event.answer.ok or event.progress)
+    def _shows_life(self, message: Message | None) -> bool:
+        """Whether an engine embedded, or worked on other requests while a probe waited, with a gateway before it."""
+        if not isinstance(message, tuple) or message[0] not in self.engines:
+            return False
+        member, event = message
+        alive = isinstance(event, Probed) and event.start == member.unit.start and (event.answer.ok or event.progress)
+        return alive and (self.gateway is None or self.gateway.unit.state in SERVING)
 
-    def _next_event(self) -> Event:
+    def _next_message(self) -> Message | None:
+        """The next event; None when a machine's time has come."""
         now = self._clock()
-        pulse_due = now + PULSE_EVERY if self._pulse else None
-        times = [t for t in (self._unit.wake_at, self._look_due(), pulse_due) if t is not None]
+        times = [member.unit.wake_at for member in self.members]
+        times += [self._look_due(), now + PULSE_EVERY if self._pulse else None]
+        due = [t for t in times if t is not None]
         try:
-            return self._inbox.get(timeout=max(0.0, min(times) - now)) if times else self._inbox.get()
+            return self._inbox.get(timeout=max(0.0, min(due) - now)) if due else self._inbox.get()
         except Empty:
-            return Tick()
+            return None
 
-    def _feed(self, event: Event) -> None:
-        if isinstance(event, StopAsked):
-            self._stopped_by = self._stopped_by or event.by
-        pid = self._unit.pid
-        for action in self._unit.handle(event, self._clock()):
-            self._act(action)
-        if self._unit.pid != pid:
-            self._publish()
+    def _take(self, message: Message | None) -> None:
+        if isinstance(message, StopAsked):
+            self._stop(message)
+        elif isinstance(message, tuple):
+            self.feed(*message)
+        elif message is not None:
+            message()
+        now = self._clock()
+        for member in self.members:
+            if member.unit.wake_at is not None and member.unit.wake_at <= now:
+                self.feed(member, Tick())
+        with self.changed:
+            self.changed.notify_all()
 
-    def _act(self, action: Action) -> None:
+    def feed(self, member: Member, event: Event) -> None:
+        """Let one machine decide, do what it says, and see what that makes of the instance."""
+        pid = member.unit.pid
+        for action in member.unit.handle(event, self._clock()):
+            self._act(member, action)
+        if self.link:
+            self.link.want(
+                {m.runner.url: m.runner.key for m in (*self.engines, *self.others)
+                 if m.wants_traffic and isinstance(m.runner, EngineRunner)}
+            )  # fmt: skip
+        if member.unit.pid != pid:
+            self.publish()
+
+    def _act(self, member: Member, action: Action) -> None:
         if isinstance(action, Move):
-            self._moved(action)
+            self._moved(member, action)
         elif isinstance(action, Note):
-            self._tell(lambda listener: listener.said(action.text))
+            self.say(self._named(member, action.text))
+        elif isinstance(action, Check):
+            self._check(member, action)
         else:
-            self._runner.act(action)
+            member.runner.act(action)
 
-    def _moved(self, move: Move) -> None:
-        transition = Transition(self.record.name, move.before, move.after, move.reason, time.time())
-        if move.after is State.READY and self.record.ready_at is None:
+    # ---- the smoke test -------------------------------------------------------------------------------------------
+
+    def _check(self, member: Member, action: Check) -> None:
+        """Through the gateway where the engine is the only one behind it, so that users' whole way is proved; else to
+        the engine itself, since the gateway would send the questions to any of them."""
+        assert isinstance(member.runner, EngineRunner)  # noqa: S101 - a gateway's unit has no check
+        alone = not member.held_back and not any(m.wants_traffic for m in self.engines if m is not member)
+        member.checked_through_gateway = self.gateway is not None and alone
+        if member.checked_through_gateway:
+            self._checks.append((member, action))
+            self._begin_checks()
+        else:
+            member.runner.begin_check(action, member.runner.door)
+
+    def _begin_checks(self) -> None:
+        """Those that waited for the gateway, once it listens."""
+        if self.gateway is None or self.gateway.unit.state not in SERVING:
+            return
+        waiting, self._checks = self._checks, []
+        for member, action in waiting:
+            if member.unit.start == action.start and member.unit.phase is Phase.CHECKING:
+                assert isinstance(member.runner, EngineRunner)  # noqa: S101 - only engines are checked
+                member.runner.begin_check(action, self._front_door())
+
+    def _front_door(self) -> Door:
+        assert self.gateway is not None  # noqa: S101 - asked for by those that know
+        return self.gateway.runner.door
+
+    # ---- changes of state -----------------------------------------------------------------------------------------
+
+    def _moved(self, member: Member, move: Move) -> None:
+        member.reason = move.reason
+        if move.after is State.FAILED and member.unit.fault:
+            member.error = failure(member.unit.fault, member.runner, member.stage)
+        if member is self.gateway and self.link:
+            self.link.there(move.after in SERVING)
+            self._begin_checks()
+        if len(self.members) > 1:
+            transition = Transition(self.record.name, move.before, move.after, move.reason, time.time(), member.name)
+            self._save(lambda: self.claim.append(transition))
+        before = self.record.state
+        if member in self.others:
+            self.publish()
+        else:
+            self._settle(member)
+        if self.record.state is before and len(self.members) > 1:  # else the instance's own line has said it
+            self.say(f"{member.name}: {move.after}: {move.reason}")
+
+    def _settle(self, member: Member) -> None:
+        """Bring the instance's state up to date after a move of one of its own."""
+        if self._stopping or self._failed:
+            self._finish()
+            self.publish()
+            return
+        after = overall(
+            [m.unit.state for m in self.engines],
+            self.gateway.unit.state if self.gateway else None,
+            was_ready=self.record.ready_at is not None,
+        )
+        if after is State.FAILED:
+            self._fail(member)
+            return
+        for state in steps(self.record.state, after):
+            self._move(state, self._named(member, member.reason))
+        if member.unit.state is State.FAILED and member.error:
+            left = sum(m.unit.state is not State.FAILED for m in self.engines)
+            self.say(
+                f"{member.name} HAS FAILED and is not started again; {left} of {len(self.engines)} engines go on. "
+                f"qwen3emb restart {self.plan.name} tries it anew. {member.error.message}"
+            )
+        self.publish()
+
+    def _fail(self, member: Member) -> None:
+        """Nothing can be served any more: end the others, then say so."""
+        self._failed = member
+        self._error = member.error
+        for other in self.members:
+            if not other.ended:
+                self.feed(other, StopAsked(f"{member.name} failed", drain=False))
+        self._finish()
+
+    def _stop(self, asked: StopAsked) -> None:
+        """The gateway drains first, and what the engines answer then is all theirs; without one, engines drain."""
+        again = self._stopping is not None
+        if not again:
+            self._stopping = asked
+            if not self._failed:
+                self._move(State.STOPPING, asked.by)
+        gateway = self.gateway
+        if gateway and not gateway.ended:
+            self.feed(gateway, asked)
+        for member in [*self.engines, *self.others]:
+            if member.ended or (gateway and member.unit.phase is Phase.SERVING and not again and not gateway.ended):
+                continue  # the gateway's requests are still being answered
+            self.feed(member, replace(asked, drain=gateway is None and not again))
+        self._finish()
+
+    def _finish(self) -> None:
+        """While the end is under way: engines follow the gateway, and the instance ends with the last process."""
+        if self._stopping and self.gateway and self.gateway.ended:
+            for member in [*self.engines, *self.others]:
+                if not member.ended and member.unit.state is not State.STOPPING:
+                    self.feed(member, StopAsked(self._stopping.by, drain=False))
+        if self.record.state in TERMINAL or not all(member.ended for member in self.members):
+            return
+        stuck = next((m for m in self.members if m.error and m.unit.fault and m.unit.fault.cause is Cause.STUCK), None)
+        failed = self._failed or stuck
+        if failed:
+            self._error = self._error or failed.error
+            for state in steps(self.record.state, State.FAILED):
+                self._move(state, self._named(failed, failed.reason))
+        else:
+            self._move(State.STOPPED, "nothing of it is left")
+
+    def _move(self, after: State, reason: str) -> None:
+        transition = Transition(self.record.name, self.record.state, after, reason, time.time())
+        if after is State.READY and self.record.ready_at is None:
             self.record = replace(self.record, ready_at=transition.at)
-        if move.after is State.FAILED and self._unit.fault:
-            self._error = failure(self._unit.fault, self._runner, self._stage)
-        self.record = replace(self.record, state=move.after, reason=move.reason)
-        self._publish()
-        self._save(lambda: self._claim.append(transition))
+        self.record = replace(self.record, state=after, reason=reason)
+        self.publish()
+        self._save(lambda: self.claim.append(transition))
         self._tell(lambda listener: listener.moved(transition, self.record))
 
-    def _publish(self) -> None:
-        pid = self._unit.pid
-        engine: ProcessId | None = identify(pid) if pid else None
+    def _named(self, member: Member, text: str) -> str:
+        """Where there are several engines, or it is the gateway, a sentence says whose it is."""
+        return text if member.is_engine and len(self.engines) + len(self.others) == 1 else f"{member.name}: {text}"
+
+    # ---- what others see ------------------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Write instance.json."""
+        units = tuple(member.record() for member in [*self.engines, *self.others, *self.members[: bool(self.gateway)]])
+        first = self.engines[0].runner
         self.record = replace(
             self.record,
-            engines=(engine,) if engine else (),
-            restarts=self._unit.restart_count,
-            log=str(self._runner.log) if self._runner.log else None,
+            engines=tuple(unit.process for unit in units if unit.kind == "engine" and unit.process),
+            engine_url=first.url,
+            restarts=sum(member.unit.restart_count for member in self.engines),
+            log=str(first.log) if first.log else None,
             error=kept(self._error) if self._error else None,
+            units=units,
         )
-        self._save(lambda: self._claim.write(self.record))
+        self._save(lambda: self.claim.write(self.record))
 
     def _save(self, write: Callable[[], None]) -> None:
         """A full disk must not end a service that works: it is said once, and the next write tries again."""
@@ -181,8 +422,11 @@ class Supervisor:
         except UnfitError as error:
             if not self._unsaved:
                 self._unsaved = True
-                text = f"state is not up to date: {error.message}"
-                self._tell(lambda listener: listener.said(text))
+                self.say(f"state is not up to date: {error.message}")
+
+    def say(self, text: str) -> None:
+        """A line to every listener."""
+        self._tell(lambda listener: listener.said(text))
 
     def _tell(self, say: Callable[[Listener], None]) -> None:
         """A terminal that went away must not end it either; rich leaves a broken pipe by SystemExit."""
@@ -193,31 +437,21 @@ class Supervisor:
     # ---- what a long start waits for ------------------------------------------------------------------------------
 
     def _look_due(self) -> float | None:
-        return self._look_at if self._unit.state is State.STARTING else None
+        return self._look_at if any(m.unit.state is State.STARTING for m in self.engines) else None
 
-    def _look_at_log(self) -> None:
+    def _look_at_logs(self) -> None:
         now = self._clock()
-        if self._unit.state is not State.STARTING or now < self._look_at:
+        if self._look_due() is None or now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY
-        seen = [text for line in self._runner.new_lines() if (text := stage(line))]
-        if seen and seen[-1] != self._stage:
-            self._stage = seen[-1]
-            self._tell(lambda listener: listener.stage(self._stage))
-
-
-def engine_spec(plan: LaunchPlan) -> EngineSpec:
-    """The plan's one engine."""
-    return EngineSpec(
-        argv=plan.argv,
-        env=plan.env,
-        host=plan.engine_host,
-        port=plan.engine_port,
-        model=plan.served_model_name,
-        dims=plan.max_dims,
-        context_length=plan.context_length,
-        private=(plan.engine_host, plan.engine_port) != (plan.host, plan.port),
-    )
+        for member in self.engines:
+            if member.unit.state is not State.STARTING:
+                continue
+            seen = [text for line in member.runner.new_lines() if (text := stage(line))]
+            if seen and seen[-1] != member.stage:
+                member.stage = seen[-1]
+                text = self._named(member, member.stage)
+                self._tell(lambda listener, text=text: listener.stage(text))  # type: ignore[misc]
 
 
 @contextmanager

@@ -1,0 +1,162 @@
+"""The gateway's effects: its command with the engines of the moment, its probes over its admin socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwen3emb_launch.engine_process import EngineCommand
+from qwen3emb_launch.engine_process.log_tail import last_lines
+from qwen3emb_launch.errors import Exit, LaunchError
+from qwen3emb_launch.facts import Deadlines, RestartPolicy
+from qwen3emb_launch.probe import Answer, Verdict
+from qwen3emb_launch.state import Claim, write_private
+from qwen3emb_launch.up.detached import error_from
+from qwen3emb_launch.up.events import Event
+from qwen3emb_launch.up.process_runner import ProcessRunner
+from qwen3emb_launch.up.runner import Door
+from qwen3emb_launch.up.sockets import short_path
+
+SOCKET = "gateway.sock"
+CONFIG = "gateway.json"
+# It starts within a second and answers within milliseconds: a gateway that is silent for 12 s serves nobody.
+PROBE = 3.0
+PROBE_EVERY = 1.0
+START = 60.0
+RESTART = RestartPolicy(first=0.05, factor=2.0, longest=5.0, limit=10, window=120.0)
+DRAIN_ROOM = 2.0  # seconds that it may take beyond its own drain
+
+
+class AdminCall(Protocol):
+    """One call to a gateway's admin socket, answered with JSON. Raises LaunchError."""
+
+    def __call__(
+        self, path: str, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0
+    ) -> Any: ...
+
+
+@dataclass(frozen=True)
+class GatewaySpec:
+    """The gateway of an instance: the command that takes `--config FILE`, its settings without engines, and the call
+    to its admin socket. `base_url` is where users call.
+
+    `keys_variable` names the environment variable that adds API keys: where users need one (`secured`), so does the
+    smoke test.
+    """
+
+    argv: tuple[str, ...]
+    settings: Mapping[str, Any]
+    base_url: str
+    admin: AdminCall
+    keys_variable: str
+    secured: bool
+
+    @property
+    def workers(self) -> int:
+        """Processes that share the port; each has an admin socket."""
+        return int(self.settings.get("workers", 1))
+
+    @property
+    def sockets(self) -> tuple[str, ...]:
+        """The admin sockets' names, the first worker's first."""
+        return tuple(SOCKET if n == 0 else f"{SOCKET}.{n}" for n in range(self.workers))
+
+    def deadlines(self, engine: Deadlines) -> Deadlines:
+        """The gateway's own time-outs; a drain lasts as long as an engine's."""
+        return Deadlines(
+            start=START, probe=PROBE, probe_every=PROBE_EVERY, probe_failures=3, drain=engine.drain + DRAIN_ROOM
+        )
+
+
+class GatewayRunner(ProcessRunner):
+    """The effects of the gateway's unit. `upstreams` gives the engines that may have traffic, with their keys."""
+
+    def __init__(
+        self,
+        spec: GatewaySpec,
+        claim: Claim,
+        tell: Callable[[Event], None],
+        keep: Callable[[], set[int]],
+        upstreams: Callable[[], Mapping[str, str | None]],
+    ) -> None:
+        super().__init__("gateway", claim, tell, keep)
+        self.spec = spec
+        self._upstreams = upstreams
+        self._own_key = secrets.token_hex(24) if spec.secured else None
+
+    @property
+    def url(self) -> str:
+        """Where users call."""
+        return self.spec.base_url
+
+    @property
+    def door(self) -> Door:
+        """Where users call, with a key for the smoke test."""
+        return Door(self.spec.base_url, self._own_key)
+
+    @property
+    def config(self) -> Path:
+        """The 0600 file that it reads."""
+        return self._claim.folder / CONFIG
+
+    def close(self) -> None:
+        """No key and no socket stays."""
+        self.config.unlink(missing_ok=True)
+        for name in self.spec.sockets:
+            (self._claim.folder / name).unlink(missing_ok=True)
+
+    def command(self, log: Path) -> EngineCommand:
+        """Its settings with the engines of this moment. The admin socket's path is relative: it may be too long."""
+        settings = {
+            **self.spec.settings,
+            "upstreams": [{"url": url, "api_key": key} for url, key in self._upstreams().items()],
+            "admin_socket": SOCKET,
+        }
+        write_private(self.config, json.dumps(settings))
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        keys = [self._own_key, *(key for key in self._upstreams().values())]
+        if self._own_key:
+            given = env.get(self.spec.keys_variable, "")
+            env[self.spec.keys_variable] = ",".join(filter(None, (given, self._own_key)))
+        return EngineCommand(
+            argv=(*self.spec.argv, "--config", str(self.config)),
+            env=env,
+            log=log,
+            cwd=self._claim.folder,
+            secrets=tuple(filter(None, keys)),
+        )
+
+    def ask(self, timeout: float) -> Callable[[], Answer]:
+        """Whether every worker's loop turns."""
+        return lambda: self._answers(timeout)
+
+    def _answers(self, timeout: float) -> Answer:
+        begin = time.monotonic()
+        try:
+            for name in self.spec.sockets:
+                with short_path(self._claim.folder, name) as path:
+                    self.spec.admin(path, "GET", "/state", None, timeout)
+        except (LaunchError, OSError) as error:
+            took = time.monotonic() - begin
+            if took >= timeout:
+                return Answer(Verdict.SLOW, took, f"no answer within {timeout:g} s")
+            return Answer(Verdict.UNREACHABLE, took, str(error))
+        return Answer(Verdict.OK, time.monotonic() - begin)
+
+    def own_words(self) -> LaunchError | None:
+        """Why it ended, if it said so itself: the error in its envelope."""
+        for line in reversed(last_lines(self.log, 50) if self.log else []):
+            if line.startswith('{"schema"'):
+                try:
+                    envelope = json.loads(line)
+                except ValueError:
+                    continue
+                ended = self.status if self.status is not None else Exit.ENGINE
+                return None if envelope.get("ok") else error_from(envelope["error"] | {"exit": ended})
+        return None
