@@ -143,7 +143,7 @@ def check(wanted: Option, flags: Flags, origin: str) -> Option:
             raise InvalidInputError(
                 "bad_flag_value",
                 f"{wanted.flag} ({origin}) cannot be {value!r}; this engine takes {', '.join(flag.choices)}",
-                f"did you mean {guess}?" if guess else "",
+                f"did you mean {guess}?" if guess else f"one of: {', '.join(flag.choices)}",
             )
     return wanted
 

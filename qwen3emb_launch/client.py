@@ -84,7 +84,9 @@ def _translate(exc: Exception, url: str) -> Exception:
         body = exc.body if isinstance(exc.body, dict) else {}
         message = str(body.get("message") or exc.message)
         if exc.status_code < 500 and exc.status_code != 429:
-            return InvalidInputError(str(body.get("code") or "refused"), message, "")
+            return InvalidInputError(
+                str(body.get("code") or "refused"), message, "qwen3emb embed --help says what is accepted"
+            )
         return NetworkError(str(body.get("code") or "endpoint_failed"), message, "try again; `qwen3emb status`")
     return NetworkError("endpoint_silent", f"{url} does not answer: {exc}", "is it running? `qwen3emb status`")
 

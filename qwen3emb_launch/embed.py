@@ -143,7 +143,11 @@ def translate(error: OpenAIError, url: str) -> LaunchError:
         if error.status_code in (401, 403):
             return UnfitError("unauthorized", f"{url} wants another API key: {said}", "set OPENAI_API_KEY")
         if error.status_code < 500:
-            return InvalidInputError("rejected", f"the endpoint refuses it ({error.status_code}): {said}", "")
+            return InvalidInputError(
+                "rejected",
+                f"the endpoint refuses it ({error.status_code}): {said}",
+                "texts, --dims and --model must be what it serves: qwen3emb status",
+            )
         return EngineFailedError("endpoint_failed", f"{url} failed ({error.status_code}): {said}", "qwen3emb logs")
     return NetworkError("bad_answer", f"{url}: {type(error).__name__}: {error}", "is it an OpenAI-compatible address?")
 

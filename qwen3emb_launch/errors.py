@@ -91,7 +91,7 @@ class InterruptedByUser(LaunchError):  # noqa: N818 - an interruption is no erro
 
     exit = Exit.INTERRUPTED
 
-    def __init__(self, message: str = "interrupted", hint: str = "") -> None:
+    def __init__(self, message: str = "interrupted", hint: str = "the same command goes on from what is there") -> None:
         super().__init__("interrupted", message, hint)
 
 

@@ -69,6 +69,7 @@ def test_defect_is_one_envelope(capsys: pytest.CaptureFixture[str], monkeypatch:
         (["nosuch"], "qwen3emb --help"),
         (["status", "--nosuch"], "qwen3emb status --help"),
         (["--no"], "qwen3emb --help"),
+        (["status", "--json=1"], "qwen3emb status --help"),
     ],
 )
 def test_usage_error_points_at_help_that_exists(

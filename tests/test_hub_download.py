@@ -306,6 +306,22 @@ def test_nobody_at_the_address(server: LoopbackHub, monkeypatch: pytest.MonkeyPa
     assert "http://127.0.0.1:9" in caught.value.message
 
 
+@pytest.mark.parametrize("address", ["garbage", "hf-mirror.com", "http://", "ftp://hub.example", "me:secret@hub"])
+@pytest.mark.parametrize("source", ["auto", "huggingface"])
+def test_an_address_that_is_none_is_refused_at_once(
+    server: LoopbackHub, monkeypatch: pytest.MonkeyPatch, address: str, source: str
+) -> None:
+    """Invalid input, named by its variable, before anybody is asked or waited for; passwords are not shown."""
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    waits = Waits()
+    with pytest.raises(InvalidInputError, match="HF_ENDPOINT") as caught:
+        downloading.download(parse("0.6b"), SilentProgress(), source=source, retries=Retries(sleep=waits))  # type: ignore[arg-type]
+    assert caught.value.code == "bad_endpoint"
+    assert "secret" not in caught.value.message
+    assert waits == []
+    assert not server.seen
+
+
 def test_a_web_page_instead_of_a_hub(server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", f"{server.url}/api/v1/models/{REPO}")
     with pytest.raises(LaunchError) as caught:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from loopback_hub import Fault, LoopbackHub, checkpoint, loopback_hub
 
 from qwen3emb_launch.cli.app import run
@@ -83,6 +84,31 @@ def test_bad_input_has_its_code_and_exit_status(
     got, envelope = call(capsys, *args)
     assert (got, envelope["error"]["code"]) == (status, code)
     assert envelope["error"]["hint"]
+
+
+@pytest.mark.parametrize(("answer", "extra", "gone"), [("n", [], False), ("y", [], True), (None, ["--yes"], True)])
+def test_removal_asks_on_a_terminal(
+    server: LoopbackHub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    answer: str | None,
+    extra: list[str],
+    gone: bool,
+) -> None:
+    """`n` keeps the model and exits 130; `--yes` is not asked; without a terminal nobody is there to be asked."""
+    path = Path(call(capsys, "download", "0.6b")[1]["result"]["path"])
+    asked: list[str] = []
+
+    def confirm(question: str, **_: object) -> None:
+        asked.append(question)
+        if answer != "y":
+            raise typer.Abort
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(typer, "confirm", confirm)
+    assert run(["models", "remove", "0.6b", *extra]) == (0 if gone else 130)
+    assert path.exists() is not gone
+    assert len(asked) == (answer is not None)
 
 
 def test_a_refusing_hub_is_exit_status_5(server: LoopbackHub, capsys: pytest.CaptureFixture[str]) -> None:

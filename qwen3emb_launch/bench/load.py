@@ -195,7 +195,7 @@ def _await_ready(workers: list[_Worker], events: Queue[tuple[int, dict[str, Any]
         except Empty:
             raise _died(f"not ready after {READY_WITHIN:.0f} s") from None
         if event["event"] == "failed":
-            raise InvalidInputError("bad_load", event["message"])
+            raise InvalidInputError("bad_load", event["message"], "qwen3emb bench --help")
         if event["event"] == "eof":
             raise _died("ended before it was ready")
         waiting.discard(number)

@@ -89,7 +89,7 @@ def _root() -> typer.Typer:
 def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. Usage errors take the same form as every other error."""
     args = list(sys.argv[1:] if argv is None else argv)
-    console = Console(_command_of(args), json="--json" in args)
+    console = Console(_command_of(args), json=any(a.split("=", 1)[0] == "--json" for a in args))
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is escaped, not a crash
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

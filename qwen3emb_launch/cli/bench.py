@@ -281,7 +281,9 @@ def _finish(console: Console, record: Record, outputs: list[Path]) -> None:
     wrong = sum(sum(r.figures.failed.values()) for r in record.runs)
     missed = [r for r in record.runs if r.figures.slo_misses]
     if failure is None and record.partial:
-        failure = InterruptedByUser("interrupted; the figures so far are kept, marked partial", "")
+        failure = InterruptedByUser(
+            "interrupted; the figures so far are kept, marked partial", "qwen3emb bench show RECORD"
+        )
     elif failure is None and not any(r.figures.requests for r in record.runs):
         kinds = sorted({k for r in record.runs for k in r.figures.failed})
         failure = CheckFailedError(

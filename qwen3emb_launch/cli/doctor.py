@@ -61,7 +61,9 @@ def doctor(
         if not json:
             _show(console, report)
         error = CheckFailedError(
-            "unfit", f"{len(failed)} of {len(report.checks)} checks fail: {', '.join(dict.fromkeys(failed))}", ""
+            "unfit",
+            f"{len(failed)} of {len(report.checks)} checks fail: {', '.join(dict.fromkeys(failed))}",
+            "each line names what mends it",
         )
         error.result = report
         raise error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +28,7 @@ def register(app: typer.Typer) -> None:
     group.command("list", epilog="Example: qwen3emb models list --json")(list_)
     group.command(epilog="Example: qwen3emb models show 4b")(show)
     group.command(epilog="Example: qwen3emb models verify 4b --repair")(verify)
-    group.command(epilog="Example: qwen3emb models remove 8b")(remove)
+    group.command(epilog="Example: qwen3emb models remove 8b --yes")(remove)
     app.add_typer(group, name="models")
 
 
@@ -62,11 +63,18 @@ def verify(
         console.result(result, lambda out: _verified(out, result))
 
 
-def remove(model: ModelArgument, revision: RevisionOption = None, json: JsonOption = False) -> None:
-    """Delete a downloaded model, from the cache that it shares with other tools too."""
+def remove(
+    model: ModelArgument,
+    revision: RevisionOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Delete a downloaded model, from the cache that it shares with other tools too. Asks first on a terminal."""
     with shell("models remove", json) as console:
         from qwen3emb_launch import hub
 
+        if not yes and not json and sys.stdin.isatty():
+            typer.confirm(f"delete {model}, for every tool that shares its cache?", abort=True, err=True)
         result = hub.remove(model, revision=revision)
         console.result(result, lambda out: _removed(out, result))
 

@@ -28,7 +28,9 @@ def call(path: str | Path, method: str, route: str, body: dict[str, Any] | None 
     finally:
         connection.close()
     if response.status != 200:
-        raise CheckFailedError("gateway_refused", str(answer.get("error", {}).get("message", answer)), "")
+        raise CheckFailedError(
+            "gateway_refused", str(answer.get("error", {}).get("message", answer)), "qwen3emb gateway --help"
+        )
     return answer
 
 

@@ -15,6 +15,7 @@ from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.hub.listing import no_weights
 
 _LONGEST_HEADER = 100_000_000  # the format's own limit
+_MEND = "copy it again from where it is whole, or: qwen3emb models verify MODEL --repair"
 _PLAIN_MODULES = ("Transformer", "Pooling", "Normalize")
 
 
@@ -72,7 +73,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(_json(index).get("weight_map", {}).values()))
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
-                raise InvalidInputError("damaged_file", f"{index} names {name!r}, which is no file beside it", "")
+                raise InvalidInputError("damaged_file", f"{index} names {name!r}, which is no file beside it", _MEND)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing or not names:
             raise InvalidInputError(
@@ -115,7 +116,7 @@ def _tokenizer(folder: Path) -> tuple[int | None, tuple[str, ...]]:
             eos = appended_token(_post_processor(fast))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InvalidInputError(
-                "damaged_file", f"{fast}: its post_processor cannot be understood ({error!r})", ""
+                "damaged_file", f"{fast}: its post_processor cannot be understood ({error!r})", _MEND
             ) from error
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         eos = None

@@ -90,6 +90,8 @@ def download(
         return _result(name, here, started, dry_run=dry_run)
     if huggingface.offline():
         raise huggingface.offline_error(name.repo)
+    if source != "modelscope":
+        huggingface.check_endpoint()
     retries = retries or Retries()
     progress.step(f"asking for {name.repo}")
     listing = _listing(name, revision, source, progress, retries)
@@ -128,7 +130,9 @@ def _listing(name: ModelName, revision: str | None, source: Source, progress: Pr
                 raise
             first: LaunchError = error
     else:
-        first = NetworkError("hub_unreachable", f"{huggingface.host()} did not answer within 3 s")
+        first = NetworkError(
+            "hub_unreachable", f"{huggingface.host()} did not answer within 3 s", "--source modelscope"
+        )
     progress.step(f"{first.message}; asking ModelScope")
     try:
         return _described("modelscope", name.repo, None, retries)
@@ -212,7 +216,11 @@ def _check_architecture(listing: Listing, files: tuple[RemoteFile, ...]) -> None
     try:
         shape_from_config(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
-        raise InvalidInputError("bad_config", f"config.json of {listing.repo} is no JSON: {error}", "") from error
+        raise InvalidInputError(
+            "bad_config",
+            f"config.json of {listing.repo} is no JSON: {error}",
+            "qwen3emb models list shows models that work",
+        ) from error
 
 
 def _record(listing: Listing, files: tuple[RemoteFile, ...]) -> Record:

@@ -37,6 +37,17 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
+def check_endpoint() -> None:
+    """Raise InvalidInputError `bad_endpoint` when HF_ENDPOINT is no address: it would be asked, and waited for."""
+    parts = urlsplit(endpoint())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise InvalidInputError(
+            "bad_endpoint",
+            f"HF_ENDPOINT is no web address: {endpoint().rsplit('@', 1)[-1]!r}",
+            "for example HF_ENDPOINT=https://hf-mirror.com; unset it for Hugging Face itself",
+        )
+
+
 def host() -> str:
     """The endpoint for messages: without user and password, if it carries some."""
     parts = urlsplit(endpoint())
