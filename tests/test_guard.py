@@ -114,8 +114,19 @@ while True: time.sleep(60)
     assert engine.log.read_text() == "up\nmain drained\n"
 
 
-def test_supervisor_killed_with_sigkill_leaves_nothing(tmp_path: Path) -> None:
-    """A supervisor that is killed cannot say anything; the closed pipe does, and everything ends."""
+def test_a_stopped_guard_obeys_all_the_same(tmp_path: Path) -> None:
+    """SIGSTOP to the guard: the next order wakes it."""
+    engine, pids = family(tmp_path)
+    os.kill(engine.process.guard_pid, signal.SIGSTOP)
+    engine.process.kill()
+    assert engine.end()[-1] == Gone()
+    assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_supervisor_killed_with_sigkill_leaves_nothing(tmp_path: Path, stopped: bool) -> None:
+    """A supervisor that is killed cannot say anything; the closed pipe does, and everything ends. A guard that was
+    stopped meanwhile is woken by the kernel."""
     pids = tmp_path / "pids"
     supervisor = subprocess.Popen(
         [
@@ -137,6 +148,8 @@ def test_supervisor_killed_with_sigkill_leaves_nothing(tmp_path: Path) -> None:
     assert supervisor.stdout is not None
     guard_pid = int(supervisor.stdout.readline())
     found = until(lambda: p if len(p := read_pids(pids)) == 3 else None, "three processes")
+    if stopped:
+        os.kill(guard_pid, signal.SIGSTOP)
     supervisor.kill()
     supervisor.wait()
     supervisor.stdout.close()

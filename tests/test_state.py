@@ -190,6 +190,21 @@ def test_a_failed_write_keeps_the_old_text(monkeypatch: pytest.MonkeyPatch) -> N
     assert not list(claim.folder.glob("*.partial"))
 
 
+def test_an_event_that_does_not_fit_leaves_no_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up in the middle of an event takes none of it; the next one stands on a line of its own."""
+    claim = state.claim("one")
+    event = Transition("one", State.STARTING, State.READY, "x", 1.0)
+    claim.append(event)
+    write = os.write
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "write", lambda fd, data: write(fd, data[: len(data) // 2]))
+        with pytest.raises(UnfitError, match="No space left"):
+            claim.append(event)
+    claim.append(event)
+    lines = (claim.folder / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [event.to_dict()] * 2
+
+
 def test_unusable_state_folder_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A state folder that cannot be made is an unfit environment, with the variable that moves it in the hint."""
     blocker = tmp_path / "file"

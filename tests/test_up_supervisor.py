@@ -24,6 +24,7 @@ from qwen3emb_launch.errors import Exit, UnfitError
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.probe import Target, embed_once
+from qwen3emb_launch.up import runner
 from qwen3emb_launch.up.detached import Detached, command, detach
 
 OOM = """Traceback (most recent call last):
@@ -255,6 +256,7 @@ def test_full_disk_does_not_end_a_service(monkeypatch: pytest.MonkeyPatch) -> No
         with monkeypatch.context() as disk:
             disk.setattr(type(run.claim), "write", full)
             disk.setattr(type(run.claim), "append", full)
+            disk.setattr(runner, "write_private", full)  # the keys of the next start
             os.kill(run.engine_pid, signal.SIGKILL)
             run.reach(State.READY, 2)
         assert embeds(run.plan.port)

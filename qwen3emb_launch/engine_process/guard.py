@@ -9,6 +9,9 @@ file with secrets blanked, and obeys its standard input:
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
 
+Stopped by SIGSTOP it can obey nobody: the kernel wakes it when its supervisor ends (PR_SET_PDEATHSIG, SIGCONT), and the
+supervisor wakes it with every order.
+
 It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), exited (status: exit code, or
 minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is left; the guard ends). When the engine's
 main process ends, for whatever reason, everything it left behind is killed before `gone`.
@@ -168,6 +171,7 @@ class Guard:
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         become_subreaper()
+        _prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
         poll = select.poll()
         poll.register(0, select.POLLIN)

@@ -61,6 +61,7 @@ class EngineProcess:
     def _send(self, order: dict[str, object]) -> None:
         pipe = self._guard.stdin
         assert pipe is not None  # noqa: S101 - Popen was given PIPE
+        self._guard.send_signal(signal.SIGCONT)  # a guard that somebody stopped would never read it
         with contextlib.suppress(BrokenPipeError):  # its death is reported by the listener
             pipe.write(json.dumps(order).encode() + b"\n")
             pipe.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -55,7 +56,7 @@ class Claim:
                 path.replace(path.with_name(path.name + ".1"))
             fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                os.write(fd, line)
+                _write_whole(fd, line)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -145,6 +146,17 @@ def lock_holder(folder: Path) -> ProcessId | None:
 def _holder(fd: int) -> int | None:
     text = os.pread(fd, 32, 0).decode("ascii", errors="replace")
     return int(text) if text.isdigit() else None
+
+
+def _write_whole(fd: int, line: bytes) -> None:
+    """Append all of `line` or none of it: a disk that fills up takes the first half. Raises OSError."""
+    before = os.fstat(fd).st_size
+    try:
+        if os.write(fd, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        os.ftruncate(fd, before)
+        raise
 
 
 def write_private(path: Path, text: str) -> None:

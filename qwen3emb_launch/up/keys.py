@@ -10,6 +10,7 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 SECRET_FLAGS = ("--api-key", "--admin-api-key")
 
@@ -30,6 +31,15 @@ class Keys:
     def secrets(self) -> tuple[str, ...]:
         """What must not appear in a log."""
         return tuple(k for k in (self.admin, self.api) if k)
+
+
+def read_keys(file: Path) -> Keys | None:
+    """The keys of the last start, from the file it was given; None where there is none."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Keys(str(values["admin-api-key"]), values.get("api-key"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def take_keys(argv: Sequence[str], *, private: bool = False) -> tuple[tuple[str, ...], Keys]:

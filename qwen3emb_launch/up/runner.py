@@ -17,7 +17,7 @@ from qwen3emb_launch.probe import Answer, Target, embed_once
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.check import CheckOrder, CheckProcess, CheckResult
 from qwen3emb_launch.up.events import Check, Checked, Event
-from qwen3emb_launch.up.keys import Keys, take_keys
+from qwen3emb_launch.up.keys import Keys, read_keys, take_keys
 from qwen3emb_launch.up.process_runner import ProcessRunner
 
 
@@ -142,8 +142,14 @@ class EngineRunner(ProcessRunner):
         argv, keys = take_keys(self.spec.argv, private=self.spec.private)
         if self.key and self.spec.private:
             keys = Keys(keys.admin, self.key)  # the gateway knows this one
+        try:
+            write_private(self.keys_file, keys.config())
+        except UnfitError:
+            kept = read_keys(self.keys_file)  # a full disk: the last start's keys serve once more
+            if kept is None:
+                raise
+            keys = kept
         self.key = keys.api
-        write_private(self.keys_file, keys.config())
         return EngineCommand(
             argv=(*argv, "--config", str(self.keys_file)),
             env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
