@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from supervised import fake_plan, gone, until
 from qwen3emb_launch import gpu, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.engine_process.ports import check_free
+from qwen3emb_launch.errors import UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
 
@@ -152,6 +155,29 @@ def test_port_in_use_names_its_holder(capsys: OUTER) -> None:
     assert (status, body["error"]["code"]) == (3, "port_in_use")
     assert f"pid {os.getpid()}" in body["error"]["message"]
     assert "--port" in body["error"]["hint"]
+
+
+def test_port_held_by_an_instance_is_told_by_its_name(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that one of our own holds, itself or a process below it: its name, and the command that stops it."""
+    above = state.identify(os.getpid())
+    record = SimpleNamespace(supervisor=above)
+    monkeypatch.setattr(state, "instances", lambda: [SimpleNamespace(name="mine", running=True, record=record)])
+    code = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1]); sys.stdin.read()"
+    below = subprocess.Popen(
+        [sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with below, pytest.raises(UnfitError) as caught:
+        check_free("127.0.0.1", int(below.stdout.readline()))
+    assert f"the instance mine, pid {below.pid}" in caught.value.message
+    assert caught.value.hint.startswith("qwen3emb down mine, or: qwen3emb up --port ")
+
+
+@pytest.mark.parametrize("host", ["999.1.1.1", "192.0.2.1", "no such host"])
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+def test_address_of_another_machine_is_refused(capsys: OUTER, host: str, dry: list[str]) -> None:
+    """Also by a dry run, before anything is planned."""
+    status, body = envelope(capsys, "up", "--profile", "demo", "--host", host, *dry)
+    assert (status, body["error"]["code"]) == (2, "bad_host")
 
 
 def test_privileged_port_is_said(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:

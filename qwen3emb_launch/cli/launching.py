@@ -46,11 +46,13 @@ class Chosen:
 def choose(options: LaunchOptions, console: Console) -> Chosen:
     """The named profile, or the one that matches the GPU found. Raises UnfitError `no_gpu`, InvalidInputError."""
     from qwen3emb_launch import gpu, planning, profile_files
-    from qwen3emb_launch.engine_process.ports import check_range
+    from qwen3emb_launch.engine_process.ports import check_host, check_range
     from qwen3emb_launch.state import check_name
 
     if options.port is not None:
         check_range(options.port)
+    if options.host is not None:
+        check_host(options.host)
     wanted = "demo" if options.profile is None and options.model == "demo" else options.profile
     if wanted is None:
         match = planning.match_profile(gpu.inventory(), profile_files.profiles())

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
+from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
+OTHERS = "a process of another user"
 PRIVATE_PORTS = range(12000, 20000)  # engines behind a gateway; with 10000 more they stay below 30000, our own default
+
+_Resolved = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
 
 
 def check_range(port: int) -> None:
@@ -17,20 +22,23 @@ def check_range(port: int) -> None:
         raise InvalidInputError("bad_port", f"port {port} is not in 1..65535", "qwen3emb up --port 30000")
 
 
+def check_host(host: str) -> None:
+    """Raise InvalidInputError `bad_host` unless this machine has the address: some port there can be listened on."""
+    family, kind, protocol, _, address = _resolved(host, 0)
+    with socket.socket(family, kind, protocol) as probe:
+        try:
+            probe.bind(address)
+        except OSError as error:
+            raise _foreign(host, error) from error
+
+
 def check_free(host: str, port: int) -> None:
     """Raise unless this user can listen on host:port now.
 
     InvalidInputError `bad_port`, `bad_host`; UnfitError `port_in_use` (names the holder), `port_privileged`.
     """
     check_range(port)
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise InvalidInputError(
-            "bad_host", f"host {host!r} is not an address of this machine: {error}", "qwen3emb up --host 127.0.0.1"
-        ) from error
+    family, kind, protocol, _, address = _resolved(host, port)
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do: TIME_WAIT is no holder
         try:
@@ -46,18 +54,34 @@ def check_free(host: str, port: int) -> None:
             raise _taken(host, port, error) from error
 
 
+def _resolved(host: str, port: int) -> _Resolved:
+    try:
+        return socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise _foreign(host, error) from error
+
+
+def _foreign(host: str, error: OSError | UnicodeError) -> InvalidInputError:
+    why = getattr(error, "strerror", None) or error
+    return InvalidInputError(
+        "bad_host", f"host {host!r} is not an address of this machine: {why}", "qwen3emb up --host 127.0.0.1"
+    )
+
+
 def _taken(host: str, port: int, error: OSError) -> UnfitError | InvalidInputError:
     if error.errno != errno.EADDRINUSE:
         return InvalidInputError(
             "bad_host", f"cannot listen on {host}:{port}: {error.strerror}", "qwen3emb up --host 127.0.0.1"
         )
     pid, name = holder(port)
-    who = f"pid {pid} ({name})" if pid else "a process of another user"
+    instance = instance_of(pid) if pid else None
+    who = f"the instance {instance}, pid {pid}" if instance else f"pid {pid} ({name})" if pid else OTHERS
+    stop = f"qwen3emb down {instance}" if instance else "stop it"
     return UnfitError(
         "port_in_use",
         f"port {port} is in use by {who}",
-        f"stop it, or: qwen3emb up --port {free_port(host, port + 1)}",
-        {"port": port, "pid": pid, "process": name},
+        f"{stop}, or: qwen3emb up --port {free_port(host, port + 1)}",
+        {"port": port, "pid": pid, "process": name, "instance": instance},
     )
 
 
@@ -78,6 +102,21 @@ def holder(port: int) -> tuple[int | None, str | None]:
             except psutil.Error:
                 return connection.pid, None
     return None, None
+
+
+def instance_of(pid: int) -> str | None:
+    """The instance that a process belongs to: its supervisor is the process or one above it. None for all others."""
+    import psutil
+
+    from qwen3emb_launch import state
+
+    running = [(i.name, i.record.supervisor) for i in state.instances() if i.running and i.record]
+    ours = {supervisor.pid: name for name, supervisor in running if supervisor}
+    with contextlib.suppress(psutil.Error):
+        for one in (pid, *(above.pid for above in psutil.Process(pid).parents())):
+            if one in ours:
+                return ours[one]
+    return None
 
 
 def free_port(host: str, first: int) -> int:
