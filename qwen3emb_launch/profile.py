@@ -99,6 +99,7 @@ class Settings(Part):
     )
     quantization: str | None = Field(default=None, description="of the weights: fp8, or none", min_length=1)
     tp: Count | None = Field(default=None, description="GPUs the model is split over")
+    replicas: Count | None = Field(default=None, description="engines behind the gateway, all on one GPU (or the CPU)")
     mem_fraction_static: float | None = Field(
         default=None, gt=0, lt=1, description="share of the GPU's free memory for weights and KV pool together"
     )
@@ -156,6 +157,22 @@ class Server(Part):
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=30000, ge=1, le=65535)
     served_name: str | None = Field(default=None, min_length=1, description="the model's name for clients")
+
+
+class GatewayChoice(Part):
+    """The gateway that `up` starts before the engines; what it can do is in docs/gateway.md."""
+
+    enabled: bool | None = Field(default=None, description="false: users call the engine itself")
+    workers: Count | None = Field(default=None, description="processes that share the port")
+    cache_mb: Annotated[int, Field(ge=0)] | None = Field(default=None, description="memory for vectors, MiB; 0: none")
+    disk_cache: str | None = Field(default=None, min_length=1, description="file for vectors that survive a restart")
+    hold: Seconds | None = Field(default=None, description="how long a request waits for an engine to come back")
+    tasks: str | None = Field(default=None, min_length=1, description="file with a table of tasks, see docs/tasks.md")
+    api_keys: str | None = Field(default=None, min_length=1, description="file with the API keys of those who may call")
+    insecure: bool | None = Field(default=None, description="serve other machines without API keys")
+    overflow: Literal["refuse", "truncate"] | None = Field(default=None, description="inputs over the context length")
+    access_log: str | None = Field(default=None, min_length=1, description="file for one JSON line a request")
+    admin_port: int | None = Field(default=None, ge=1, le=65535, description="loopback port for /metrics and /ui")
 
 
 class DeadlineChoice(Part):
@@ -220,6 +237,7 @@ class Profile(Part):
     extra_args: Words = Field(default=(), description="further options of the engine, checked against those it has")
     env: dict[str, str] = Field(default={}, description="environment of the engine; no secrets")
     server: Server = Server()
+    gateway: GatewayChoice = GatewayChoice()
     deadlines: DeadlineChoice = DeadlineChoice()
     restart: RestartChoice = RestartChoice()
     evidence: EvidenceOrNone = "none"
@@ -273,6 +291,7 @@ PARTS: dict[str, type[Part]] = {
     "engine": EngineChoice,
     "settings": Settings,
     "server": Server,
+    "gateway": GatewayChoice,
     "deadlines": DeadlineChoice,
     "restart": RestartChoice,
     "evidence": Evidence,

@@ -15,6 +15,7 @@ from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, model, plan, reque
 from qwen3emb_launch import planning, profile_files, recorded_flags
 from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.planning.ledger import setting_keys
+from qwen3emb_launch.planning.memory import CUDA_CONTEXT, LOADER, kv_bytes_per_token
 from qwen3emb_launch.profile import Profile
 
 COMBINATIONS = [
@@ -232,13 +233,65 @@ def test_a_profile_bends_to_a_shorter_model_and_a_flag_does_not() -> None:
 
 def test_addresses_and_ports() -> None:
     """The engine port leaves room for port + 10000; an engine that others can reach is warned about."""
+    bare = {"gateway.enabled": "false"}
     with pytest.raises(InvalidInputError) as caught:
-        plan("h100", port=55536)
+        plan("h100", port=55536, overrides=bare)
     assert caught.value.code == "port_too_high"
+    assert plan("h100", port=55536).port == 55536
     behind = plan("h100", port=60000, host="0.0.0.0", engine_host="127.0.0.1", engine_port=31000)
     assert (behind.port, behind.engine_port, behind.warnings) == (60000, 31000, ())
     assert said(behind, "--port") == ["31000"]
-    assert "without a key" in plan("h100", host="0.0.0.0").warnings[0]
+    assert "without a key" in plan("h100", host="0.0.0.0", overrides=bare).warnings[0]
+
+
+def test_the_gateway_stands_in_front() -> None:
+    """By default users call the gateway and the engine is private; what was given for it is passed on; without it the
+    engine has the address itself."""
+    made = plan("demo", "demo", port=8000, overrides={"gateway.hold": "7", "gateway.tasks": "t.yaml"})
+    assert (made.port, made.engine_host, made.engine_port != 8000) == (8000, "127.0.0.1", True)
+    assert made.gateway is not None
+    assert (made.gateway["port"], made.gateway["hold"], made.gateway["tasks_file"]) == (8000, 7.0, "t.yaml")
+    assert made.gateway["context_length"] == made.context_length
+    assert made.setting("gateway.hold") == 7
+    bare = plan("demo", "demo", port=8000, overrides={"gateway.enabled": "false"})
+    assert (bare.engine_port, bare.gateway) == (8000, None)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", ["h100", "h200", "rtx4090", "a100-80g"])
+def test_replicas_share_the_card(name: str, count: int) -> None:
+    """Each of several engines finds its tokens whatever the others have taken before it or take beside it, and
+    together they fit."""
+    made = plan(name, "0.6b", overrides={"replicas": str(count)})
+    assert made.replicas == count
+    assert made.memory is not None
+    assert made.memory.fits
+    assert made.gpu is not None
+    whole = made.gpu.free_bytes - CUDA_CONTEXT
+    one = made.memory.needed_bytes / count
+    share, tokens = made.setting("mem_fraction_static"), made.setting("max_total_tokens")
+    kv_dtype = made.setting("kv_cache_dtype")
+    cell = kv_bytes_per_token(made.model.shape, kv_dtype, "bfloat16")
+    static = made.memory.terms["weights"] + LOADER + tokens * cell
+    assert share < 1
+    for before in range(count):  # engines that took theirs before this one started; the rest take it meanwhile
+        room = share * (whole - before * one) - (count - 1 - before) * one
+        assert room >= static, (before, room, static)
+
+
+def test_replicas_that_cannot_be() -> None:
+    """More engines than the card holds, engines without a gateway, engines split over cards: refused, with the sum."""
+    with pytest.raises(UnfitError) as full:
+        plan("rtx4090", "8b", overrides={"replicas": "2"})
+    assert full.value.code == "vram"
+    assert "1 more of it" in full.value.message
+    for overrides in ({"replicas": "2", "gateway.enabled": "false"}, {"replicas": "2", "tp": "2"}):
+        with pytest.raises(InvalidInputError) as caught:
+            plan("h100", "4b", overrides=overrides)
+        assert caught.value.code == "incompatible_settings"
+    with pytest.raises(UnfitError) as ram:
+        plan("demo", "demo", overrides={"replicas": "3"}, ram_bytes=8_000_000_000)
+    assert ram.value.code == "memory"
 
 
 def test_the_chosen_card_is_the_one_used() -> None:

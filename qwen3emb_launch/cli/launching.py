@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3emb_launch.console import Console
@@ -85,6 +86,7 @@ def _card(profile: Profile) -> GpuFacts:
 def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> LaunchPlan:
     """The launch plan; what is missing is installed and downloaded, unless `offline`."""
     from qwen3emb_launch import planning
+    from qwen3emb_launch.engine_process.ports import private_port
 
     overrides = planning.read_overrides(list(options.settings))
     engine = _engine(options, chosen, console)
@@ -100,12 +102,45 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
             name=chosen.name,
             host=options.host,
             port=options.port,
+            engine_port=private_port("127.0.0.1"),
             ram_bytes=None if chosen.gpu else _free_memory(),
         )
     )
     for warning in plan.warnings:
         console.warn(warning)
-    return plan
+    return with_gateway(plan)
+
+
+def with_gateway(plan: LaunchPlan) -> LaunchPlan:
+    """The plan with its gateway's settings complete, checked as the gateway itself would: what it cannot work with is
+    refused before anything starts.
+
+    Raises InvalidInputError (`bad_gateway_config`, `bad_keys`, `bad_tasks`) and UnfitError `no_api_keys`.
+    """
+    if plan.gateway is None:
+        return plan
+    from qwen3emb_launch.gateway import config, keys, tasks
+
+    settings = dict(plan.gateway)
+    for name in ("tasks_file", "keys_file", "disk_cache", "access_log"):
+        if settings.get(name) and not (name == "access_log" and settings[name] == "-"):
+            settings[name] = str(Path(settings[name]).expanduser().absolute())
+    if settings.get("disk_cache"):
+        settings["fingerprint"] = _vectors_of(plan)
+    checked = config.from_dict(settings)
+    keys.load(Path(checked.keys_file) if checked.keys_file else None)
+    tasks.load(Path(checked.tasks_file) if checked.tasks_file else None)
+    return replace(plan, gateway=settings)
+
+
+def _vectors_of(plan: LaunchPlan) -> str:
+    """What decides the vectors, for a cache that outlives the engine: another text here, and it starts empty."""
+    from qwen3emb_launch.paths import paths
+    from qwen3emb_launch.verify.weights import weights_sha256
+
+    weights = weights_sha256(plan.model.path, paths().cache / "weights.json") or plan.model.revision or plan.model.path
+    parts = [weights, plan.engine.version, *(plan.setting(key) for key in ("dtype", "quantization", "kv_cache_dtype"))]
+    return " ".join(map(str, parts))
 
 
 def _engine(options: LaunchOptions, chosen: Chosen, console: Console) -> EngineFacts:

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+from typing import Any
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
+from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.notify import service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
+from qwen3emb_launch.up.gateway_runner import GatewaySpec
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
 
 SMOKE = (sys.executable, "-P", "-m", "qwen3emb_launch.verify.smoke")
+KEYS_VARIABLE = "QWEN3EMB_GATEWAY_API_KEYS"  # gateway.config's; importing that would double this process
+GATEWAY = (sys.executable, "-P", "-m", "qwen3emb_launch", "gateway", "--json")
 
 
 def main() -> int:
@@ -44,6 +50,7 @@ def main() -> int:
                 plan,
                 claim,
                 check_argv=None if options.no_verify else SMOKE,
+                gateway=gateway_spec(plan),
                 listeners=[view, manager] if manager else [view],
                 pulse=manager.pulse if manager else None,
             )
@@ -56,6 +63,26 @@ def main() -> int:
         view.failed(InterruptedByUser())
         return int(Exit.INTERRUPTED)
     return finish(view, outcome)
+
+
+def gateway_spec(plan: LaunchPlan) -> GatewaySpec | None:
+    """The plan's gateway as the supervisor runs it."""
+    if plan.gateway is None:
+        return None
+
+    def admin(path: str, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
+        from qwen3emb_launch.gateway.admin_client import call
+
+        return call(path, method, route, body, timeout)
+
+    return GatewaySpec(
+        argv=GATEWAY,
+        settings=plan.gateway,
+        base_url=plan.base_url,
+        admin=admin,
+        keys_variable=KEYS_VARIABLE,
+        secured=bool(plan.gateway.get("keys_file") or os.environ.get(KEYS_VARIABLE)),
+    )
 
 
 def finish(view: UpView, outcome: Outcome) -> int:

@@ -37,6 +37,14 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: 30000.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once it serves; it goes on behind.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print command and environment, start nothing.")] = False,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Engines behind the gateway. Default: 1.")] = None,
+    no_gateway: Annotated[
+        bool, typer.Option("--no-gateway", help="The bare engine: no cache, no keys, no requests held over restarts.")
+    ] = False,
+    api_keys: Annotated[
+        str | None, typer.Option(help="File of those who may call: [NAME] KEY [rpm=N] [tpm=N] [admin] a line.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without API keys.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
     ] = None,
@@ -45,12 +53,19 @@ def up(
     offline: Annotated[bool, typer.Option("--offline", help="Install and download nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
-    """Serve an embedding model: fetch what is missing, start the engine, prove it, keep it alive.
+    """Serve an embedding model: fetch what is missing, start engine and gateway, prove them, keep them alive.
 
     Serves until Ctrl-C (a second one does not wait for running requests), or behind the shell with --detach. With
     --json one envelope is printed as soon as it serves.
     """
-    options = LaunchOptions(model, profile, name, host, port, engine, tuple(settings or ()), offline or dry_run)
+    short = {
+        "replicas": replicas,
+        "gateway.enabled": "false" if no_gateway else None,
+        "gateway.api_keys": api_keys,
+        "gateway.insecure": "true" if insecure else None,
+    }
+    words = (*(settings or ()), *(f"{key}={value}" for key, value in short.items() if value is not None))
+    options = LaunchOptions(model, profile, name, host, port, engine, words, offline or dry_run)
     with shell("up", json) as console:
         if dry_run:
             plan = make_plan(options, choose(options, console), console)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.profile import Profile
 
 ENV_PREFIX = "QWEN3EMB_SET_"  # QWEN3EMB_SET_MEM_FRACTION_STATIC=0.8; a dot becomes two underscores
-PARTS = ("server", "deadlines", "restart")
+PARTS = ("server", "gateway", "deadlines", "restart")
 
 
 @dataclass(frozen=True)

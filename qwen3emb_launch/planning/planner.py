@@ -11,7 +11,7 @@ from qwen3emb_launch import argv
 from qwen3emb_launch.catalog import CATALOG
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import Deadlines, LaunchPlan, MemoryEstimate, ModelFacts, RestartPolicy, Setting
-from qwen3emb_launch.planning import known_bad, rules, sizing
+from qwen3emb_launch.planning import front, known_bad, rules, sizing
 from qwen3emb_launch.planning.ledger import Given, Layers, Ledger, merge
 from qwen3emb_launch.planning.request import PlanRequest
 
@@ -39,9 +39,10 @@ def plan(request: PlanRequest) -> LaunchPlan:
     if memory and why:
         raise sizing.unfit(around, why, memory, next(_alternatives(request), None))
 
+    deadlines = _deadlines(ledger, request)
     host, port, served = _address(ledger, request)
-    engine_host = request.engine_host or host
-    engine_port = request.engine_port or port
+    gateway = front.settings(ledger, request, host, port, served, deadlines)
+    engine_host, engine_port = (host, port) if gateway is None else front.behind(request)
     if engine_port > HIGHEST_ENGINE_PORT:
         raise InvalidInputError(
             "port_too_high",
@@ -51,7 +52,7 @@ def plan(request: PlanRequest) -> LaunchPlan:
     if engine_host not in LOOPBACK:
         ledger.warnings.append(
             f"the engine itself listens on {engine_host}: its own routes are open to that network without a key. "
-            "Put the gateway in front for other machines"
+            "Leave the gateway in front for other machines"
         )
     env = _environment(request, layers, ledger)
     return LaunchPlan(
@@ -75,13 +76,16 @@ def plan(request: PlanRequest) -> LaunchPlan:
             host=engine_host,
             port=engine_port,
             options=options,
+            plugin=ledger.value("plugin") is not False,
         ),
         env=env,
         settings=tuple(ledger.settings.values()),
         memory=memory,
-        deadlines=_deadlines(ledger, request),
+        deadlines=deadlines,
         restart=_restart(ledger),
         warnings=tuple(ledger.warnings),
+        replicas=int(ledger.value("replicas")),
+        gateway=gateway,
     )
 
 

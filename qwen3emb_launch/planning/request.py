@@ -18,8 +18,9 @@ class PlanRequest:
     """Everything the planner decides on. It looks at nothing else: no clock, no disk, no environment of its own.
 
     `environ` is the launcher's environment; only QWEN3EMB_SET_* is read. `overrides` are the `--set` values by key.
-    `host` and `port` are where users call, `engine_host`/`engine_port` where the engine listens when a gateway stands
-    between (left out: the same). `ram_bytes` is the free host memory, for engines without a GPU; None is unknown.
+    `host` and `port` are where users call. `engine_host`/`engine_port` is where the engine listens when the gateway
+    stands between (left out: 127.0.0.1 and the first private port; the supervisor takes another where it is not free).
+    `ram_bytes` is the free host memory, for engines without a GPU; None is unknown.
     """
 
     profile: Profile

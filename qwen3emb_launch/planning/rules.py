@@ -81,6 +81,13 @@ def numbers(around: Surroundings, ledger: Ledger) -> None:
             f"tp {tp} does not divide the model's {shape.heads} heads and {shape.kv_heads} KV heads",
             "--set tp=1",
         )
+    replicas = ledger.decide("replicas", 1, "one engine keeps the device busy", origin="default")
+    if replicas > 1 and tp > 1:
+        raise InvalidInputError(
+            "incompatible_settings",
+            f"replicas {replicas} share one device, and tp {tp} splits the model over several",
+            "--set tp=1, or --set replicas=1",
+        )
     known = CATALOG.get(around.model.catalog_key or "")
     card = known.card_context if known else CARD_CONTEXT
     longest = min(card, shape.max_positions)

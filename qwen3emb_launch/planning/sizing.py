@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import MemoryEstimate
 from qwen3emb_launch.planning import memory
 from qwen3emb_launch.planning.ledger import Ledger
 from qwen3emb_launch.planning.rules import Surroundings
 
+LARGEST_SHARE = 0.98  # that the engine is told, where several share a card
 MOST = 0.95  # of the free memory: the rest is for activations and the allocator
 
 
 def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryEstimate | None:
     """Decide `max_total_tokens` and `mem_fraction_static`, and estimate. Nothing is refused yet, see `refuse`.
 
+    Of several engines each is planned as if it had its part of the device alone.
     None when there is nothing to compare with and nothing to size: an unknown GPU.
     """
     shape, tp = around.model.shape, int(ledger.value("tp"))
@@ -26,7 +30,8 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
     widest = chunk if chunk > 0 else max(context, prefill)
     pooled = ledger.value("kv_pool") != "none"
     smallest = memory.needed_tokens(context, around.page_size(ledger))
-    free = (around.gpu.free_bytes - memory.CUDA_CONTEXT) if around.cuda and around.gpu else None
+    count = int(ledger.value("replicas"))
+    free = (around.gpu.free_bytes // count - memory.CUDA_CONTEXT) if around.cuda and around.gpu else None
 
     tokens = _tokens(ledger, smallest, chunk if chunk > 0 else prefill, double=around.cuda)
     if free is not None:
@@ -45,7 +50,27 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
     else:
         terms["processes"] = memory.HOST_PROCESSES
         total, available = (ram_bytes or 0), ram_bytes
+    if count > 1:
+        one = sum(terms.values())
+        if free is not None and around.gpu:
+            _share(ledger, tokens, free, (count - 1) * one, around.gpu.free_bytes - memory.CUDA_CONTEXT)
+        terms[f"{count - 1} more of it"] = (count - 1) * one
     return memory.estimate(terms, total, available)
+
+
+def _share(ledger: Ledger, tokens: int | None, free: int, others: int, whole: int) -> None:
+    """Say to each of several engines on a card which share of it to take.
+
+    An engine takes mem_fraction_static of what is free when it starts, less what was taken since. The others (`others`
+    bytes in all) may have taken theirs before, after, or in between: a share that also covers theirs is enough in each
+    order, and the token count keeps the engine from taking more than its own.
+    """
+    asked = float(ledger.value("mem_fraction_static"))
+    if ledger.value("max_total_tokens") is None:
+        ledger.decide("max_total_tokens", tokens, "what this engine's part of mem_fraction_static holds")
+    share = math.ceil(100 * (asked * free + others) / max(1, whole)) / 100
+    why = f"{asked:g} of this engine's part, and room for the others, which start at the same time"
+    ledger.respell("mem_fraction_static", min(share, LARGEST_SHARE), why)
 
 
 def _tokens(ledger: Ledger, smallest: int, batch: int, *, double: bool) -> int | None:
@@ -102,8 +127,10 @@ def shortfall(around: Surroundings, ledger: Ledger, estimate: MemoryEstimate) ->
         return f"{memory.arithmetic(estimate)}, and {where} has {there}"
     if not around.gpu:
         return ""
+    count = int(ledger.value("replicas"))
+    others = estimate.needed_bytes // count * (count - 1)
     loading = _loading_bytes(around, ledger)
-    if loading > have:
+    if loading and loading + others > have:
         return (
             f"weights are loaded as published and quantised then: that takes {memory.gigabytes(loading)} for a while, "
             f"and {where} has {memory.gigabytes(have)} free"
@@ -112,7 +139,7 @@ def shortfall(around: Surroundings, ledger: Ledger, estimate: MemoryEstimate) ->
     shape, tp, dtype = around.model.shape, int(ledger.value("tp")), ledger.value("dtype")
     weights = estimate.terms["weights"] + estimate.terms.get("unused lm_head", 0)
     cell = memory.kv_bytes_per_token(shape, ledger.value("kv_cache_dtype"), dtype, tp)
-    budget = int((have - memory.CUDA_CONTEXT) * fraction)
+    budget = int((have - memory.CUDA_CONTEXT) * fraction) - others
     room = memory.pool_tokens(budget, weights, cell)
     smallest = memory.needed_tokens(int(ledger.value("context_length")), around.page_size(ledger))
     if room < smallest:

@@ -1,0 +1,69 @@
+"""What stands in front of the engines: the gateway's settings, decided like every other setting. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen3emb_launch.errors import InvalidInputError
+from qwen3emb_launch.facts import Deadlines
+from qwen3emb_launch.planning.ledger import Ledger
+from qwen3emb_launch.planning.request import PlanRequest
+
+FIRST_PRIVATE_PORT = 12000
+CACHE_MB = 128
+CPU_HOLD, GPU_HOLD = 60.0, 120.0
+ANSWER_SECONDS = 90.0  # that a request may take beyond the wait for an engine
+# Settings of the gateway that are passed on where somebody gave them, by their names in its configuration.
+GATEWAY_NAMES = {
+    "disk_cache": "disk_cache",
+    "tasks": "tasks_file",
+    "api_keys": "keys_file",
+    "insecure": "insecure",
+    "overflow": "overflow",
+    "access_log": "access_log",
+    "admin_port": "admin_port",
+}
+
+
+def behind(request: PlanRequest) -> tuple[str, int]:
+    """Where an engine listens that only the gateway calls."""
+    return request.engine_host or "127.0.0.1", request.engine_port or FIRST_PRIVATE_PORT
+
+
+def settings(
+    ledger: Ledger, request: PlanRequest, host: str, port: int, served: str, deadlines: Deadlines
+) -> dict[str, Any] | None:
+    """The gateway's settings, by the names of its configuration file; None where users call the engine itself."""
+    wanted = ledger.decide(
+        "gateway.enabled",
+        True,
+        "one address that caches, batches, limits, and holds requests while an engine restarts",
+        origin="default",
+    )
+    replicas = ledger.value("replicas")
+    if not wanted:
+        if replicas > 1:
+            raise InvalidInputError(
+                "incompatible_settings",
+                f"replicas {replicas} need one address before them: the gateway, which is switched off",
+                "leave the gateway on, or --set replicas=1",
+            )
+        return None
+    workers = ledger.decide("gateway.workers", 1, "one process answers some thousand texts a second", origin="default")
+    cache = ledger.decide("gateway.cache_mb", CACHE_MB, "12,000 vectors of 2560 numbers", origin="default")
+    hold = ledger.decide(
+        "gateway.hold",
+        GPU_HOLD if request.engine.flavour == "cuda" else CPU_HOLD,
+        "about what an engine takes to come back: a request that comes meanwhile is answered late, not refused",
+    )
+    chosen: dict[str, Any] = {
+        "host": host, "port": port, "workers": workers, "cache_bytes": cache << 20, "hold": float(hold),
+        "timeout": float(hold) + ANSWER_SECONDS, "drain": deadlines.drain,
+        "models": list(dict.fromkeys((served, served.rstrip("/").rsplit("/", 1)[-1]))), "upstream_model": served,
+        "model_path": str(request.model.path), "context_length": int(ledger.value("context_length")),
+    }  # fmt: skip
+    for key, name in GATEWAY_NAMES.items():
+        asked = ledger.asked(f"gateway.{key}")
+        if asked is not None:
+            chosen[name] = ledger.decide(f"gateway.{key}", asked, "")
+    return chosen
