@@ -17,6 +17,7 @@ from qwen3emb_launch import __version__
 from qwen3emb_launch.cli.program_help import ProgramGroup
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError
+from qwen3emb_launch.variables import mistaken
 
 # One module a command (or group), in the order of `--help`. Each has `register(app)`. The sentence is the first of the
 # command's own help (a test compares), so that the program's help need not import them all.
@@ -93,6 +94,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is escaped, not a crash
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        for warning in mistaken(os.environ):
+            console.warn(warning)
         status = _app_for(args)(args=args, prog_name="qwen3emb", standalone_mode=False)
         if status == Exit.INTERRUPTED and not isinstance(status, Exit):  # Typer's own word, outside a command's body
             raise KeyboardInterrupt

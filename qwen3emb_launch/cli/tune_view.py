@@ -1,0 +1,86 @@
+"""How `tune` shows itself: a line a trial while it runs, tables and the sentence at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows
+from qwen3emb_launch.tune.runner import Listener
+
+if TYPE_CHECKING:
+    from qwen3emb_launch.console import Console
+    from qwen3emb_launch.tune.objective import Objective
+    from qwen3emb_launch.tune.report import Outcome
+    from qwen3emb_launch.tune.space import Space
+    from qwen3emb_launch.tune.trials import Stage, Trial
+
+
+class Talk(Listener):
+    """Lines on stderr, each with the time since the start."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._begin = time.monotonic()
+
+    def trying(self, number: int, stage: Stage, name: str) -> None:
+        self._say(f"trial {number}, {stage}: {name}")
+
+    def tried(self, trial: Trial, verdict: str) -> None:
+        ready = f", ready after {trial.ready_s:.1f} s" if trial.ready_s is not None else ""
+        self._say(f"trial {trial.number}, {trial.label}: {verdict}{ready}")
+
+    def said(self, text: str) -> None:
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        self._console.say(f"[{time.monotonic() - self._begin:6.1f} s] {text}")
+
+
+def show(console: Console, outcome: Outcome, objective: Objective) -> None:
+    """The outcome on stdout: every trial, the final, what is to be said of it."""
+    facts, load = outcome.facts, outcome.load
+    versions = ", ".join(f"{k} {v}" for k, v in facts["versions"].items())
+    texts = load["corpus"] or f"{load['tokens']} tokens a text"
+    console.fields(
+        [
+            ("goal", outcome.goal + (f", within {outcome.slo}" if outcome.slo else "")),
+            ("load", f"{load['batch']} texts a request, {texts}" + (f", {load['dims']} dims" if load["dims"] else "")),
+            ("on", f"{facts['hardware']}; profile {facts['profile']}, model {facts['model']}; {versions}"),
+            ("journal", outcome.journal),
+        ]
+    )
+    console.text("")
+    console.table(columns(objective), rows(outcome.trials, objective, bool(load["open"])))
+    if outcome.final:
+        console.text("")
+        console.table(final_columns(objective), final_rows(outcome, objective))
+    console.text("")
+    console.text("* is on the front: none is better in one of texts/s, p95 and memory without being worse in another.")
+    console.text(outcome.sentence[0].upper() + outcome.sentence[1:] + ".")
+    if outcome.nearest:
+        near = outcome.nearest
+        console.text(f"Nearest to the objective: {near['label']} at {near['level']:g}: {', '.join(near['misses'])}.")
+    for note in outcome.notes:
+        console.say(f"note: {note}")
+    if outcome.profile:
+        console.text(f"Wrote {outcome.profile}: qwen3emb up --profile {profile_word(outcome)}")
+
+
+def profile_word(outcome: Outcome) -> str:
+    """How `--profile` finds what was written: by name in the user's folder, else by path."""
+    from qwen3emb_launch.paths import paths
+
+    path = outcome.profile
+    assert path is not None  # noqa: S101 - the caller looked
+    return path.stem if path.parent == paths().profiles else str(path)
+
+
+def show_space(console: Console, space: Space, refused: dict[str, str]) -> None:
+    """What would be tried, in order, and what not."""
+    console.table(
+        ("setting", "value", "why it is tried", "refused"),
+        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f in space.factors for v in f.values],
+    )
+    for key, why in space.left_out.items():
+        console.say(f"left out: {key}: {why}")

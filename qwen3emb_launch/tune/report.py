@@ -1,0 +1,181 @@
+"""The outcome of a run as data and as rows: what won, against what, and which trials nothing else dominates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen3emb_launch.results import plain
+from qwen3emb_launch.statistics import Ratio
+from qwen3emb_launch.tune.contest import Verdict, words
+from qwen3emb_launch.tune.objective import Objective
+from qwen3emb_launch.tune.trials import Measurement, Moves, Status, Trial, label
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """One configuration of the final. `ratio` is its score over the baseline's, None for the baseline."""
+
+    moves: Moves
+    typical: Measurement
+    ratio: Ratio | None
+    meets: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the name that people read."""
+        return {
+            "settings": dict(self.moves),
+            "label": label(self.moves),
+            "typical": self.typical,
+            "ratio": self.ratio,
+            "meets": self.meets,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The command's result. `winner` holds the settings that differ from the baseline; None: nothing held."""
+
+    goal: str
+    unit: str
+    slo: str | None
+    winner: Mapping[str, str] | None
+    sentence: str
+    confirmed: bool
+    facts: Mapping[str, Any]
+    load: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+    final: tuple[Finalist, ...]
+    front: tuple[int, ...]
+    nearest: Mapping[str, Any] | None
+    space: Mapping[str, Any]
+    untried: tuple[str, ...]
+    notes: tuple[str, ...]
+    partial: bool
+    seconds: float
+    journal: Path
+    profile: Path | None = None
+    tool: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; a trial's settings as a mapping."""
+        from dataclasses import fields
+
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        trials = [{**plain(t), "moves": dict(t.moves), "label": t.label} for t in self.trials]
+        return {**data, "trials": trials}
+
+
+def finalists(verdict: Verdict, objective: Objective) -> tuple[Finalist, ...]:
+    """The final's configurations, the baseline first."""
+    return tuple(
+        Finalist(moves, measured, verdict.ratios.get(moves), objective.meets(measured))
+        for moves, measured in sorted(verdict.typical.items(), key=lambda pair: len(pair[0]))
+    )
+
+
+def nearest(trials: Sequence[Trial], objective: Objective) -> dict[str, Any] | None:
+    """The load that came closest, where nothing met the objective."""
+    if any(objective.best(t) for t in trials):
+        return None
+    found = objective.nearest(trials)
+    if found is None:
+        return None
+    trial, measured = found
+    return {"settings": dict(trial.moves), "label": trial.label, "level": measured.level, "misses": measured.misses}
+
+
+def front(trials: Sequence[Trial], objective: Objective) -> tuple[int, ...]:
+    """Numbers of the trials that no other beats in one of throughput, p95 and memory without losing in another."""
+    seen = [(t.number, m) for t in trials if t.status is Status.OK and (m := objective.best(t))]
+    return tuple(n for n, m in seen if not any(_dominates(other, m) for k, other in seen if k != n))
+
+
+def _dominates(a: Measurement, b: Measurement) -> bool:
+    """At least as good in everything known of both, and better in something."""
+    pairs = [
+        (a.texts_per_s, b.texts_per_s),
+        (_less(a.p95), _less(b.p95)),
+        (_less(a.memory_bytes), _less(b.memory_bytes)),
+    ]
+    known = [(x, y) for x, y in pairs if x is not None and y is not None]
+    return all(x >= y for x, y in known) and any(x > y for x, y in known)
+
+
+def _less(value: float | None) -> float | None:
+    return None if value is None else -value
+
+
+def columns(objective: Objective) -> tuple[str, ...]:
+    """Of the table of trials."""
+    cost = (objective.unit,) if objective.costs else ()
+    return ("", "settings", "load", "texts/s", "p95 ms", "memory GiB", *cost, "score", "ready s", "result")
+
+
+def rows(trials: Sequence[Trial], objective: Objective, open_loop: bool) -> list[tuple[str, ...]]:
+    """One row a trial; `*` marks the front, the score is over the baseline's."""
+    marked = front(trials, objective)
+    base = next((t for t in trials if not t.moves), None)
+    scale = objective.best(base) if base else None
+    unit = "/s" if open_loop else " clients"
+    found = []
+    for trial in trials:
+        best = objective.best(trial)
+        near = objective.nearest([trial])
+        shown = best or (near[1] if near else None)
+        mine = objective.score(best) if best else None
+        theirs = objective.score(scale) if scale else None
+        cost = (number(objective.per_million(shown) if shown else None),) if objective.costs else ()
+        found.append(
+            (
+                "*" if trial.number in marked else "",
+                trial.label,
+                f"{shown.level:g}{unit}" if shown else "-",
+                number(shown.texts_per_s if shown else None),
+                number(shown.p95 if shown else None),
+                number(shown.memory_bytes / 2**30 if shown and shown.memory_bytes else None),
+                *cost,
+                f"{mine / theirs:.3f}" if mine and theirs else "-",
+                number(trial.ready_s),
+                result(trial, shown),
+            )
+        )
+    return found
+
+
+def result(trial: Trial, shown: Measurement | None) -> str:
+    """A trial's end in words."""
+    if trial.status is not Status.OK:
+        return f"{trial.status}: {trial.reason}"
+    if shown and shown.misses:
+        return "misses: " + ", ".join(shown.misses)
+    return trial.reason or "ok"
+
+
+def final_rows(outcome: Outcome, objective: Objective) -> list[tuple[str, ...]]:
+    """One row a finalist."""
+    return [
+        (
+            label(f.moves),
+            number(objective.value(f.typical)),
+            number(f.typical.texts_per_s),
+            number(f.typical.p95),
+            words(f.ratio) if f.ratio else "-",
+            "yes" if f.meets else ", ".join(f.typical.misses),
+        )
+        for f in outcome.final
+    ]
+
+
+def final_columns(objective: Objective) -> tuple[str, ...]:
+    """Of the final's table."""
+    return ("final", objective.unit, "texts/s", "p95 ms", "score over the baseline", "meets")
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, whole from a thousand on; `-` for unknown."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
