@@ -34,6 +34,7 @@ COMMANDS: dict[str, str] = {
     "verify": "Prove an endpoint's vectors right: an instance of qwen3emb, or any OpenAI-compatible one.",
     "diff": "Say whether the vectors of A and B may share an index.",
     "bench": "Measure an endpoint: throughput, latency, errors, energy.",
+    "tune": "Try launch settings, each proven and measured, and write the best as a profile with its evidence.",
     "cost": "Cost per 1,000 calls, per 1M tokens and per month, each step shown; break-even against API prices.",
     "gateway": "Serve one OpenAI-compatible address before one or more engines: cached, batched, guarded, retried.",
     "doctor": "Check driver, GPU, engine, models, disk, ports, limits, network, clock and running servers.",
