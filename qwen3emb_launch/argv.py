@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, nearest
-from qwen3emb_launch.facts import EngineFacts, EngineFlag
+from qwen3emb_launch.facts import EngineFacts, EngineFlag, version_key
 
 Flags = Mapping[str, EngineFlag]
+
+# What `python -m` runs. The plugin's module ends in SGLang's own, with the same arguments and its workers forked.
+STOCK_MODULE = "sglang.launch_server"
+PLUGIN_MODULE = "qwen3emb_engine_plugin.serve"
+SERVES_SINCE = (0, 2, 0)  # the plugin's version
 
 # Written by the plan itself, or by the supervisor into a file that others cannot read.
 RESERVED: dict[str, str] = {
@@ -215,9 +220,14 @@ def build(
     host: str,
     port: int,
     options: Iterable[Option],
+    plugin: bool = True,
 ) -> tuple[str, ...]:
-    """The whole command. It holds no secret: keys go into the supervisor's `--config` file."""
-    words = [str(engine.python), "-m", "sglang.launch_server", "--model-path", model_path, "--is-embedding"]
+    """The whole command. It holds no secret: keys go into the supervisor's `--config` file.
+
+    `plugin` False starts SGLang's own module even where the plugin would start the same server sooner.
+    """
+    module = PLUGIN_MODULE if plugin and engine.plugin and version_key(engine.plugin) >= SERVES_SINCE else STOCK_MODULE
+    words = [str(engine.python), "-m", module, "--model-path", model_path, "--is-embedding"]
     # Without the override every request with `dimensions` is a 400 (0.5.5 and later).
     words += ["--json-model-override-args", json.dumps({"is_matryoshka": True})]
     words += ["--served-model-name", served_name, "--host", host, "--port", str(port)]

@@ -7,15 +7,23 @@ import asyncio
 import base64
 import json
 import math
+import os
 import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from fastapi import HTTPException
-from qwen3emb_engine_plugin import asked, prefill_graph, switches
+from qwen3emb_engine_plugin import asked, prefill_graph, serve, switches, template
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
@@ -29,6 +37,119 @@ USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_
 
 def body(**fields: Any) -> bytes:
     return json.dumps(fields).encode()
+
+
+class Serving(unittest.TestCase):
+    def test_the_architecture_is_read_where_the_model_is_named(self) -> None:
+        """As one word or two; anything unreadable is no architecture, and nothing is left out then."""
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+            self.assertEqual(serve.architectures(["--port", "1", "--model-path", folder]), ["Qwen3ForCausalLM"])
+            self.assertEqual(serve.architectures([f"--model-path={folder}"]), ["Qwen3ForCausalLM"])
+            self.assertEqual(serve.architectures(["--model", folder]), ["Qwen3ForCausalLM"])
+            for broken in ("", "[]", '{"architectures": null}', "{}"):
+                Path(folder, "config.json").write_text(broken)
+                self.assertEqual(serve.architectures(["--model-path", folder]), [], broken)
+        self.assertEqual(serve.architectures(["--model-path", "Qwen/Qwen3-Embedding-4B"]), [])
+        self.assertEqual(serve.architectures(["--model-path"]), [])
+        self.assertEqual(serve.architectures([]), [])
+
+    def test_only_the_classes_of_qwen3_are_let_in(self) -> None:
+        """For its own checkpoints, through SGLang's own list; a list somebody set stays."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, let_in in (("Qwen3ForCausalLM", True), ("LlamaForCausalLM", False)):
+                Path(folder, "config.json").write_text(json.dumps({"architectures": [name]}))
+                with mock.patch.dict(os.environ):
+                    os.environ.pop(serve.DISABLED, None)
+                    serve.leave_out_models(["--model-path", folder])
+                    out = set(filter(None, os.environ.get(serve.DISABLED, "").split(",")))
+                    self.assertEqual("llama" in out, let_in)
+                    self.assertFalse(out & {"qwen3", "qwen2", "registry"})
+            Path(folder, "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+            with mock.patch.dict(os.environ, {serve.DISABLED: "llama"}):
+                serve.leave_out_models(["--model-path", folder])
+                self.assertEqual(os.environ[serve.DISABLED], "llama")
+
+    def test_sglang_s_own_list_of_plugins_holds(self) -> None:
+        """Before SGLang reads it."""
+        for value, wanted in (("", True), ("qwen3emb", True), ("other, qwen3emb", True), ("none", False)):
+            with mock.patch.dict(os.environ, {"SGLANG_PLUGINS": value}):
+                self.assertEqual(serve.chosen(), wanted, value)
+
+    def test_a_target_sees_the_environment_of_its_start(self) -> None:
+        """Not that of the template, which is older."""
+        with mock.patch.dict(os.environ, {"QWEN3EMB_CASE": "at start"}):
+            with mock.patch.object(template.forkserver._forkserver, "_forkserver_pid", os.getppid()):
+                target = template.InEnvironment(os.getenv)
+            os.environ["QWEN3EMB_CASE"] = "later"
+            os.environ["QWEN3EMB_LATER"] = "1"
+            with mock.patch.object(template, "_dies_with", lambda parent: parent == os.getppid()):
+                self.assertEqual(target("QWEN3EMB_CASE"), "at start")
+            self.assertNotIn("QWEN3EMB_LATER", os.environ)
+
+    def test_a_process_comes_from_the_template_and_dies_with_the_main_one(self) -> None:
+        """Forked, not spawned; with the arguments and the environment it was given; none is left after SIGKILL."""
+        code = (
+            "import multiprocessing, os, sys, time, plugin_template_case as case\n"
+            "from qwen3emb_engine_plugin import template\n"
+            "assert template.start(modules=['plugin_template_case']) is None\n"
+            "template.use()\n"
+            "os.environ['QWEN3EMB_CASE'] = 'late'\n"
+            "queue = multiprocessing.get_context('spawn').SimpleQueue()\n"
+            "worker = multiprocessing.Process(target=case.tell, args=(queue,))\n"
+            "worker.start()\n"
+            "print(*queue.get(), os.getpid(), case.IMPORTED_BY, multiprocessing.get_start_method(), flush=True)\n"
+            "time.sleep(60)\n"
+        )
+        case = (
+            "import os, time\n"
+            "IMPORTED_BY = os.getpid()\n"
+            "def tell(queue):\n"
+            "    queue.put((os.environ['QWEN3EMB_CASE'], IMPORTED_BY, os.getpid(), os.getppid()))\n"
+            "    time.sleep(60)\n"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "plugin_template_case.py").write_text(case)
+            environ = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ["PYTHONPATH"]])}
+            environ["OPENBLAS_NUM_THREADS"] = "1"
+            main = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environ)
+            try:
+                assert main.stdout
+                value, imported_by, worker, parent, pid, imported_here, method = main.stdout.readline().split()
+                self.assertEqual((value, method), ("late", "spawn"))
+                self.assertEqual(imported_by, imported_here)
+                self.assertEqual(int(pid), main.pid)
+                self.assertNotIn(parent, (pid, worker))
+            finally:
+                main.kill()
+                main.wait(10)
+                main.stdout.close()
+        deadline = time.monotonic() + 10
+        while any(_lives(int(one)) for one in (worker, parent)):
+            self.assertLess(time.monotonic(), deadline, "the template or its worker outlived the main process")
+            time.sleep(0.01)
+
+    def test_it_stands_aside_where_a_fork_would_not_be_harmless(self) -> None:
+        """Threads that imports left, and a fork server of another shape, are reasons not to."""
+        stop = threading.Event()
+        thread = threading.Thread(target=stop.wait)
+        thread.start()
+        try:
+            with mock.patch.object(template, "_fork") as fork:
+                self.assertIn("threads", template.start(modules=["json"]) or "")
+                fork.assert_not_called()
+        finally:
+            stop.set()
+            thread.join()
+        with mock.patch.object(template.forkserver, "main", lambda fd, key: None):
+            self.assertIn("fork server", template.start(modules=["json"]) or "")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 class Reading(unittest.TestCase):

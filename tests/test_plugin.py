@@ -16,7 +16,7 @@ def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path) 
     """Reading, writing, tokenising, batching, falling back: plugin_cases.py, without a server."""
     found = subprocess.run(
         [str(engine_python), str(ROOT / "tests" / "plugin_cases.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "engine_plugin"), "PYTHONDONTWRITEBYTECODE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT / "engine_plugin"), "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=180,

@@ -292,7 +292,7 @@ def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: 
         assert done.returncode == 0, machine.journal(unit)
         target = Target("127.0.0.1", port, "demo", 256)
         assert embed_once(target, "hello", 30).ok
-        engine = machine.must("pgrep", "-f", "sglang.launch_server").split()[0]
+        engine = machine.must("pgrep", "-f", "qwen3emb_engine_plugin.serve").split()[0]
         machine.must("kill", "-9", engine)
         until(lambda: embed_once(target, "again", 10).ok, "the new engine", 240)
         assert machine.properties(unit, "NRestarts", "ActiveState") == {"NRestarts": "0", "ActiveState": "active"}

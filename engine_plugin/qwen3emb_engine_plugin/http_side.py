@@ -11,10 +11,11 @@ from typing import Any
 import orjson
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from qwen3emb_engine_plugin import template
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.engine_calls import EngineCalls
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
-from qwen3emb_engine_plugin.switches import misfit
+from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
@@ -155,4 +156,22 @@ def _install_or_reason(serving: Any, manager: Any) -> str | None:
     return None
 
 
-PARTS = [("answer", True, answer), ("route", True, route)]
+def workers() -> str | None:
+    """Scheduler and detokenizer are forked from the template that `serve` left, if it did."""
+    from sglang.srt.entrypoints import engine
+
+    if not template.running():
+        return NOT_NEEDED
+    problem = misfit(engine._set_envs_and_config, "server_args", 'mp.set_start_method("spawn", force=True)')
+    if problem:
+        return problem
+
+    def chosen(result: Any, *_: Any, **__: Any) -> Any:
+        template.use()
+        return result
+
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", chosen, HookType.AFTER)
+    return None
+
+
+PARTS = [("answer", True, answer), ("route", True, route), ("workers", True, workers)]

@@ -16,7 +16,8 @@ from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.facts import EngineFlag
 from qwen3emb_launch.planning.known_bad import KNOWN_BAD, Combination, KnownBad
 
-MODULE = "sglang.launch_server"
+MODULE = argv.STOCK_MODULE
+MODULES = (MODULE, argv.PLUGIN_MODULE)
 NO_SUCH_MODULES = ("sglang.srt.server",)
 EVERYWHERE = ("0.0.0.0", "::", "")
 # Where the nearest spelling is not what is meant.
@@ -61,7 +62,7 @@ class Launch:
 def read(words: Sequence[str]) -> Launch | None:
     """The launch in a command line, whatever stands before it (env, numactl, docker run …); None when there is none."""
     for index, word in enumerate(words):
-        if word in (MODULE, *NO_SUCH_MODULES) and index and words[index - 1] == "-m":
+        if word in (*MODULES, *NO_SUCH_MODULES) and index and words[index - 1] == "-m":
             return Launch(_options(words[index + 1 :]), word)
         if PurePath(word).name == "sglang" and words[index + 1 : index + 2] == ["serve"]:
             return Launch(_options(words[index + 2 :]), MODULE)

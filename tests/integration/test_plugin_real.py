@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import start_engine
 
@@ -105,6 +106,27 @@ def test_the_plugin_is_in_one_engine_and_not_in_the_other(pair: Pair) -> None:
     assert "POST /v1/embeddings is answered by the fast route" in log
     assert "stands aside" not in log
     assert "qwen3emb plugin:" not in pair.stock_log.read_text()
+
+
+def test_the_workers_are_forked_from_one_template(pair: Pair) -> None:
+    """Scheduler and detokenizer begin with everything imported: their parent is a fork of the main process."""
+    main = next(p for p in psutil.process_iter() if _listens(p, pair.plugin))
+    titles = {child.pid: " ".join(child.cmdline()) for child in main.children(recursive=True)}
+    workers = [pid for pid, title in titles.items() if title.startswith(("sglang::scheduler", "sglang::detokenizer"))]
+    assert len(workers) == 2, titles
+    parents = {psutil.Process(pid).ppid() for pid in workers}
+    assert len(parents) == 1, titles
+    (template,) = parents
+    assert template != main.pid
+    assert psutil.Process(template).ppid() == main.pid
+    assert titles[template].startswith("sglang::template")
+
+
+def _listens(process: psutil.Process, port: int) -> bool:
+    try:
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in process.net_connections())
+    except psutil.Error:
+        return False
 
 
 RIGHT = {
