@@ -1,9 +1,11 @@
 """An OpenAI-compatible engine that computes nothing, gives each text its own vector, and can misbehave.
 
     python tests/null_engine.py --port 18080 --dims 2560 [--delay-ms 20] [--per-item-ms 1]
+    python tests/null_engine.py --port 18080 --dims 2560 --pass-ms 1.7 --per-item-ms 0.42 --request-us 300 --item-us 150
 
 Unlike null_server.py its vectors depend on the text, so that a swapped or stale answer is seen. A text that contains
-REFUSE is answered 400, POISON kills the process, SLOW takes a second.
+REFUSE is answered 400, POISON kills the process, SLOW takes a second. The second form takes its time as an engine on a
+GPU does: one pass at a time over all that waits, and work of the HTTP process for each request and text.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import asyncio
 import base64
 import contextlib
 import os
+import queue
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from zlib import crc32
@@ -23,6 +27,50 @@ import numpy as np
 import orjson
 
 DISTINCT = 1024  # vectors; a text's is chosen by its checksum
+PASS_ITEMS = 128  # what one pass takes at most
+
+
+class Passes:
+    """A GPU with one queue, as a thread that sleeps: a pass takes what waits and lasts longer the more that is."""
+
+    def __init__(self, seconds: float, per_item: float) -> None:
+        self.seconds, self.per_item = seconds, per_item
+        self.sizes: list[int] = []
+        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    async def take(self, items: int) -> None:
+        """Until a pass over these is done."""
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+        self._waiting.put((items, loop, done))
+        await done
+
+    def _run(self) -> None:
+        ends = time.perf_counter()
+        kept = None
+        while True:
+            batch = [kept or self._waiting.get()]
+            kept, size = None, batch[0][0]
+            while kept is None and not self._waiting.empty():
+                one = self._waiting.get()
+                if size + one[0] > PASS_ITEMS:
+                    kept = one
+                else:
+                    batch.append(one)
+                    size += one[0]
+            ends = max(ends, time.perf_counter()) + self.seconds + self.per_item * size
+            self.sizes.append(size)
+            time.sleep(max(0.0, ends - time.perf_counter()))
+            for _, loop, done in batch:
+                loop.call_soon_threadsafe(lambda done=done: done.done() or done.set_result(None))
+
+
+def spin(seconds: float) -> None:
+    """Hold this process's CPU."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
 
 
 class NullEngine:
@@ -30,16 +78,14 @@ class NullEngine:
 
     def __init__(
         self, dims: int = 256, delay: float = 0.0, per_item: float = 0.0, floats: bool = False, model: str = "null",
-        seed: int = 1, max_model_len: int = 8192, serial: bool = False,
+        seed: int = 1, max_model_len: int = 8192, serial: bool = False, pass_time: float = 0.0,
+        request_cpu: float = 0.0, item_cpu: float = 0.0,
     ) -> None:  # fmt: skip
         rows = np.random.default_rng(seed).standard_normal((DISTINCT, dims)).astype(np.float32)
         self.rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-        self.encoded = [
-            orjson.dumps(r, option=orjson.OPT_SERIALIZE_NUMPY)
-            if floats
-            else b'"' + base64.b64encode(r.tobytes()) + b'"'
-            for r in self.rows
-        ]
+        self.floats = floats  # whatever is asked for, as engines did before they knew base64
+        self._base64 = [b'"' + base64.b64encode(r.tobytes()) + b'"' for r in self.rows]
+        self._lists: dict[int, bytes] = {}
         self.delay, self.per_item, self.model, self.max_model_len = delay, per_item, model, max_model_len
         self.calls = self.items = self.in_air = 0
         self.sizes: list[int] = []
@@ -48,6 +94,8 @@ class NullEngine:
         self.raw: bytes | None = None  # the body of a 200 instead
         self.hang = False
         self.serial = asyncio.Lock() if serial else None
+        self.passes = Passes(pass_time, per_item) if pass_time else None
+        self.request_cpu, self.item_cpu = request_cpu, item_cpu
         self.links: set[Link] = set()
         self.aborted = 0
 
@@ -58,6 +106,15 @@ class NullEngine:
     def index(self, text: str | list[int]) -> int:
         raw = text.encode() if isinstance(text, str) else b"ids" + repr(text).encode()
         return crc32(raw) % DISTINCT
+
+    def encoded(self, row: int, asked: dict) -> bytes:
+        """A vector as JSON."""
+        if not self.floats and asked.get("encoding_format") != "float":
+            return self._base64[row]
+        found = self._lists.get(row)
+        if found is None:
+            found = self._lists[row] = orjson.dumps(self.rows[row], option=orjson.OPT_SERIALIZE_NUMPY)
+        return found
 
     async def embed(self, body: bytes) -> tuple[int, bytes]:
         asked = orjson.loads(body)
@@ -73,7 +130,10 @@ class NullEngine:
         pause = self.delay + self.per_item * len(inputs)
         if any(isinstance(t, str) and "SLOW" in t for t in inputs):
             pause += 1.0
-        if self.serial:
+        spin(self.request_cpu + self.item_cpu * len(inputs))
+        if self.passes:
+            await self.passes.take(len(inputs))
+        elif self.serial:
             async with self.serial:
                 await asyncio.sleep(pause)
         elif pause:
@@ -88,7 +148,7 @@ class NullEngine:
         if self.raw is not None:
             return 200, self.raw
         parts = [
-            b'{"object":"embedding","index":%d,"embedding":%b}' % (i, self.encoded[self.index(t)])
+            b'{"object":"embedding","index":%d,"embedding":%b}' % (i, self.encoded(self.index(t), asked))
             for i, t in enumerate(inputs)
         ]
         tokens = sum(len(t.split()) + 1 if isinstance(t, str) else len(t) for t in inputs)
@@ -197,7 +257,10 @@ def in_thread(engine: NullEngine) -> Iterator[Served]:
 
 
 async def _serve(args: argparse.Namespace) -> None:
-    engine = NullEngine(args.dims, args.delay_ms / 1e3, args.per_item_ms / 1e3, args.floats, serial=args.serial)
+    engine = NullEngine(
+        args.dims, args.delay_ms / 1e3, args.per_item_ms / 1e3, args.floats, serial=args.serial,
+        pass_time=args.pass_ms / 1e3, request_cpu=args.request_us / 1e6, item_cpu=args.item_us / 1e6,
+    )  # fmt: skip
     served = Served(engine)
     served.port = args.port
     await served.start()
@@ -212,6 +275,9 @@ if __name__ == "__main__":
     options.add_argument("--per-item-ms", type=float, default=0)
     options.add_argument("--floats", action="store_true")
     options.add_argument("--serial", action="store_true")
+    options.add_argument("--pass-ms", type=float, default=0)
+    options.add_argument("--request-us", type=float, default=0)
+    options.add_argument("--item-us", type=float, default=0)
     import uvloop
 
     uvloop.run(_serve(options.parse_args()))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from binascii import b2a_base64
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import orjson
+import pybase64
 
 Vector: TypeAlias = npt.NDArray[np.float32]
 Encoding: TypeAlias = Literal["float", "base64"]
@@ -31,7 +31,7 @@ def encode(vector: Vector, encoding: Encoding) -> bytes:
     """One vector as JSON: shortest floats that give the same float32 back, or base64 of little-endian float32."""
     if encoding == "float":
         return orjson.dumps(vector, option=orjson.OPT_SERIALIZE_NUMPY)
-    return b'"' + b2a_base64(vector.tobytes(), newline=False) + b'"'
+    return b'"' + pybase64.b64encode(vector.tobytes()) + b'"'
 
 
 def embeddings(vectors: Sequence[bytes], model: str, tokens: int) -> bytes:

@@ -219,9 +219,8 @@ class Batcher:
 
     async def _call(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
         """One engine call, from request to vectors given or items queued again."""
-        body = orjson.dumps(
-            {"model": upstream.model, "input": [item.prepared.payload for item in batch], "encoding_format": "base64"}
-        )
+        inputs = [item.prepared.wire(upstream.takes_ids) for item in batch]
+        body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
         began = monotonic()
         try:
             answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)

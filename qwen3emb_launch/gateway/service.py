@@ -47,6 +47,7 @@ class Service:
         self.metrics = Metrics()
         self.pool = UpstreamPool(calls=config.calls, model=config.upstream_model or None)
         rules = self._rules()
+        self.pool.samples = rules.samples
         self.endpoint = Embeddings(
             rules, self.metrics, names=config.models, min_dims=config.min_dims, max_items=config.max_items,
             hold=config.hold, timeout=config.timeout,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -26,6 +26,15 @@ INLINE_CHARS = 4_000  # up to here tokenising on the event loop is cheaper than 
 COMPOSING = 4  # normalisation may join that many characters into one (Hangul, accents)
 CHECKED_IDS = 512  # of a list of ids, that many are looked at to tell whose they are
 PARTS_OF_A_CHARACTER = 3  # ids that a cut may have left of one
+SAMPLES = (  # what tokenizers disagree about: spaces, composed and wide letters, digits, marks of other models
+    "Which vectors do you make?",
+    "  spaces before,\n\n\tbetween  and after ",
+    "nai\u0308ve caf\u00e9 \uff21\uff22 \u00bd",
+    "包裹没有到怎么办？東京 서울",
+    "def f(x): return x**2  # 12345.678",
+    "🙂👩‍👧 عربي हिन्दी",
+    "I'LL don't <|endoftext|> <|im_start|>",
+)
 BROKEN = "\ufffd"  # what incomplete bytes decode to
 
 LANGCHAIN_HINT = (
@@ -36,12 +45,20 @@ LANGCHAIN_HINT = (
 
 @dataclass(frozen=True)
 class Prepared:
-    """One input, ready for the engine. `tokens` counts EOS; `exact` is False where nobody could count."""
+    """One input, ready for the engine. `tokens` counts EOS; `exact` is False where nobody could count.
+
+    `ids` are a text's own, EOS included, for an engine that takes them: it need not tokenise again.
+    """
 
     payload: str | list[int]
     tokens: int
     exact: bool
     truncated: bool = False
+    ids: list[int] | None = field(default=None, compare=False)
+
+    def wire(self, as_ids: bool) -> str | list[int]:
+        """What goes to an engine."""
+        return self.ids if as_ids and self.ids is not None else self.payload
 
 
 class TokenRules:
@@ -65,10 +82,13 @@ class TokenRules:
         self.foreign = foreign
         self._foreign_decoder = _cl100k() if foreign == "decode" else None
         self._longest_token = 1
+        self._highest_id = 0
         if tokenizer is not None:
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            self._longest_token = max((len(token.encode()) for token in tokenizer.get_vocab()), default=1)
+            vocabulary = tokenizer.get_vocab()
+            self._longest_token = max(map(len, map(str.encode, vocabulary)), default=1)
+            self._highest_id = max(vocabulary.values(), default=0)
 
     @classmethod
     def from_model(
@@ -131,7 +151,7 @@ class TokenRules:
             code = next(codes)
             count = len(code)
             if limit is None or count <= limit:
-                out.append(Prepared(text, count, exact=True))
+                out.append(Prepared(text, count, exact=True, ids=code.ids))
             elif self.overflow == "truncate":
                 out.append(Prepared(self._cut(code.ids), limit, exact=True, truncated=True))
             else:
@@ -158,6 +178,12 @@ class TokenRules:
         return ids[:kept] if self.eos_id is None else [*ids[: kept - 1], self.eos_id]
 
     # -- token ids
+
+    def samples(self) -> list[Prepared]:
+        """Texts with their ids, to see whether an engine makes the same ids of them; empty where none may be sent."""
+        if self.tokenizer is None or self.vocab_size is None or self._highest_id >= self.vocab_size:
+            return []
+        return [p for p in self.texts_now(list(SAMPLES)) if isinstance(p, Prepared) and p.ids]
 
     def ids(self, ids: list[int]) -> Prepared:
         """Check a list of token ids and give it its EOS. Raises ApiError 400."""

@@ -19,12 +19,14 @@ import orjson
 
 from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.http_client import Address, Answer, EngineGoneError, HttpClient, Watch
+from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
 
 log = logging.getLogger(__name__)
 
 PROBE_TEXT = "Which vectors do you make?"
 SAME_MODEL_COSINE = 0.99
+SAME_IDS_COSINE = 0.999  # a text and its own ids; bf16 batches of other shapes differ by less
 PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
 FAILURES_TO_DOWN = 3
 
@@ -62,6 +64,7 @@ class Upstream:
         self.slots = Slots()
         self.model = ""
         self.context_length: int | None = None
+        self.takes_ids = False  # it makes the same ids of a text as this gateway's tokenizer, and takes them
         self.failures = 0
         self.not_before = 0.0  # an overloaded engine is left alone until then
         self.last_answer = monotonic()
@@ -88,6 +91,7 @@ class Upstream:
             "state": str(self.state),
             "reason": self.reason,
             "model": self.model,
+            "takes_ids": self.takes_ids,
             "calls": self.slots.short + self.slots.long,
             "items": self.slots.items,
             "answered": self.answered_calls,
@@ -114,6 +118,7 @@ class UpstreamPool:
         self.reference: Vector | None = None
         self.unavailable_since: float | None = monotonic()
         self._model = model
+        self.samples: Callable[[], list[Prepared]] = list  # texts with their ids, empty when ids are not to be sent
 
     # -- membership
 
@@ -288,20 +293,38 @@ class UpstreamPool:
             return UpstreamState.DOWN, f"a probe was answered {answer.status}{_why(answer)}"
         vectors, _ = read_vectors(answer.body, 1, self.width)
         vector = vectors[0]
+        upstream.takes_ids = await self._takes_ids(upstream)
         if not upstream.watch.alive:
             return UpstreamState.DOWN, "it closed the watching connection"
         if self.reference is None:
             self.reference, self.width = vector, int(vector.shape[0])
             return UpstreamState.UP, "proved"
-        cosine = float(
-            np.dot(vector, self.reference) / (np.linalg.norm(vector) * np.linalg.norm(self.reference) or 1.0)
-        )
+        cosine = _cosine(vector, self.reference)
         if cosine < SAME_MODEL_COSINE:
             return (
                 UpstreamState.REFUSED,
                 f"its vectors are another model's: cosine {cosine:.3f} to the others on the probe text",
             )
         return UpstreamState.UP, "proved"
+
+    async def _takes_ids(self, upstream: Upstream) -> bool:
+        """Whether it answers our ids of some texts as it answers the texts: then it need not tokenise any more."""
+        samples = self.samples()
+        if not samples:
+            return False
+        found = []
+        for inputs in ([s.payload for s in samples], [s.ids for s in samples]):
+            body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
+            answer = await upstream.client.request("POST", "/embeddings", body, PROBE_TIMEOUT)
+            if answer.status != 200:
+                log.info("upstream %s gets texts: it answered %d to sample inputs", upstream.url, answer.status)
+                return False
+            found.append(read_vectors(answer.body, len(samples), self.width))
+        (by_text, text_tokens), (by_ids, id_tokens) = found
+        if text_tokens != id_tokens or any(map(lambda a, b: _cosine(a, b) < SAME_IDS_COSINE, by_text, by_ids)):
+            log.info("upstream %s gets texts: it makes other ids of them than the model's tokenizer", upstream.url)
+            return False
+        return True
 
     async def _ask_model(self, upstream: Upstream) -> None:
         """The name under which it wants to be called, and its context length where it tells (SGLang, vLLM)."""
@@ -315,6 +338,10 @@ class UpstreamPool:
         except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as exc:
             raise BadAnswerError(f"GET /models answered no list of models: {exc!r}") from exc
         upstream.context_length = length if type(length) is int else None
+
+
+def _cosine(a: Vector, b: Vector) -> float:
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b) or 1.0))
 
 
 def _why(answer: Answer) -> str:

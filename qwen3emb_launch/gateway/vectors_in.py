@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from binascii import Error as Base64Error
-from binascii import a2b_base64
 from typing import Any
 
 import numpy as np
 import orjson
+import pybase64
 
 from qwen3emb_launch.gateway.answer import Vector
 
@@ -43,7 +43,7 @@ def read_vectors(body: bytes, count: int, width: int | None) -> tuple[list[Vecto
 def _vector(value: Any, width: int | None) -> Vector:
     if type(value) is str:
         try:
-            vector = np.frombuffer(a2b_base64(value), dtype="<f4").astype(np.float32, copy=False)
+            vector = np.frombuffer(pybase64.b64decode(value, validate=True), dtype="<f4").astype(np.float32, copy=False)
         except Base64Error as exc:
             raise BadAnswerError(f"the engine's base64 is broken: {exc}") from exc
     else:
