@@ -16,15 +16,16 @@ from typer.exceptions import TyperException
 from qwen3emb_launch import __version__
 from qwen3emb_launch.cli.program_help import ProgramGroup
 from qwen3emb_launch.console import Console
-from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError
+from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.variables import mistaken
 
 # One module a command (or group), in the order of `--help`. Each has `register(app)`. The sentence is the first of the
 # command's own help (a test compares), so that the program's help need not import them all.
 COMMANDS: dict[str, str] = {
-    "up": "Serve an embedding model: fetch what is missing, start the engine, prove it, keep it alive.",
+    "up": "Serve an embedding model: fetch what is missing, start engine and gateway, prove them, keep them alive.",
     "status": "Show the instances: state, model, address, uptime, restarts, pid.",
     "logs": "Show what the engine wrote.",
+    "restart": "Replace the engines of a running instance one after the other; requests go on meanwhile.",
     "down": "Stop an instance: running requests are answered first, then nothing of it is left.",
     "embed": 'Embed texts: a JSON line each, {"index", "text", "embedding"}, in their order.',
     "profiles": "List, explain, check and make launch profiles.",
@@ -117,6 +118,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(Exit.FAILED)
+    except PermissionError as error:  # a folder that no adapter expected to be closed: the user's to open
+        where = error.filename or "a file or folder"
+        hint = f"whose is it: ls -ld {where}; docs/up.md says which variables move our folders"
+        console.failure(UnfitError("no_permission", f"{where} may not be used: {error.strerror}", hint))
+        return int(Exit.UNFIT)
     except Exception as error:  # noqa: BLE001 - a defect of this program: its place for us, the promised form for the user
         traceback.print_exc()
         what = f"unexpected {type(error).__name__}: {error}"

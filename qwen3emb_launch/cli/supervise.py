@@ -21,6 +21,7 @@ from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.notify import service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
+from qwen3emb_launch.up.control_server import ControlServer
 from qwen3emb_launch.up.gateway_runner import GatewaySpec
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
 
@@ -54,7 +55,7 @@ def main() -> int:
                 listeners=[view, manager] if manager else [view],
                 pulse=manager.pulse if manager else None,
             )
-            with stop_on_signals(supervisor):
+            with stop_on_signals(supervisor), ControlServer(supervisor):
                 outcome = supervisor.run()
     except LaunchError as error:
         view.failed(error)

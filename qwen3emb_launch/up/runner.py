@@ -48,6 +48,10 @@ class EngineSpec:
         host = self.connect_host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
+    def elsewhere(self) -> EngineSpec:
+        """The same private engine on a port that is free now."""
+        return self.on_port(private_port(self.host))
+
     def on_port(self, port: int) -> EngineSpec:
         """The same engine on another port."""
         return replace(self, port=port, argv=with_option(self.argv, "--port", str(port)))

@@ -171,13 +171,18 @@ class Supervisor:
         """Ask for the end, from any thread or signal handler; a second time means at once."""
         self._inbox.put(StopAsked(by))
 
+    def note(self, text: str) -> None:
+        """A line to every listener, from any thread."""
+        self._inbox.put(lambda: self.say(text))
+
     def do(self, order: Callable[[], None]) -> None:
         """Have the deciding thread do something, and wait until it did. Raises UnfitError `stopping` when it ends."""
         done = threading.Event()
 
         def ordered() -> None:
             try:
-                order()
+                if not self.ending:
+                    order()
             finally:
                 done.set()
 
@@ -252,13 +257,20 @@ class Supervisor:
         pid = member.unit.pid
         for action in member.unit.handle(event, self._clock()):
             self._act(member, action)
-        if self.link:
-            self.link.want(
-                {m.runner.url: m.runner.key for m in (*self.engines, *self.others)
-                 if m.wants_traffic and isinstance(m.runner, EngineRunner)}
-            )  # fmt: skip
+        self.route()
         if member.unit.pid != pid:
             self.publish()
+
+    def route(self) -> None:
+        """Tell the gateway which engines may have traffic now."""
+        if self.link:
+            self.link.want(
+                {
+                    member.runner.url: member.runner.key
+                    for member in (*self.engines, *self.others)
+                    if member.wants_traffic and isinstance(member.runner, EngineRunner)
+                }
+            )
 
     def _act(self, member: Member, action: Action) -> None:
         if isinstance(action, Move):
@@ -314,11 +326,11 @@ class Supervisor:
         if member in self.others:
             self.publish()
         else:
-            self._settle(member)
+            self.settle(member)
         if self.record.state is before and len(self.members) > 1:  # else the instance's own line has said it
             self.say(f"{member.name}: {move.after}: {move.reason}")
 
-    def _settle(self, member: Member) -> None:
+    def settle(self, member: Member) -> None:
         """Bring the instance's state up to date after a move of one of its own."""
         if self._stopping or self._failed:
             self._finish()
