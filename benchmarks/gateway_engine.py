@@ -40,6 +40,10 @@ class Fronted(Engine):
         self.behind.signal(what)
         super().signal(what)
 
+    def cpu_seconds(self) -> tuple[float, float]:
+        """CPU time of the gateway, and of all processes of the engine behind it."""
+        return sum(super().cpu_seconds()), sum(self.behind.cpu_seconds())
+
 
 @contextmanager
 def fronting(engine: Engine, model: Path, more: list[str]) -> Iterator[Fronted]:

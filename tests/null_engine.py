@@ -18,7 +18,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from zlib import crc32
 
@@ -90,6 +90,7 @@ class NullEngine:
         self.calls = self.items = self.in_air = 0
         self.sizes: list[int] = []
         self.bodies: list[dict] = []
+        self.decode: Callable[[list[int]], str] | None = None  # with it, ids get the vector of the text they are of
         self.status: tuple[int, bytes] | None = None  # answer this instead
         self.raw: bytes | None = None  # the body of a 200 instead
         self.hang = False
@@ -104,6 +105,8 @@ class NullEngine:
         return self.rows[self.index(text)]
 
     def index(self, text: str | list[int]) -> int:
+        if self.decode and not isinstance(text, str):
+            text = self.decode(text)
         raw = text.encode() if isinstance(text, str) else b"ids" + repr(text).encode()
         return crc32(raw) % DISTINCT
 
@@ -151,7 +154,8 @@ class NullEngine:
             b'{"object":"embedding","index":%d,"embedding":%b}' % (i, self.encoded(self.index(t), asked))
             for i, t in enumerate(inputs)
         ]
-        tokens = sum(len(t.split()) + 1 if isinstance(t, str) else len(t) for t in inputs)
+        texts = [t if isinstance(t, str) or not self.decode else self.decode(t) for t in inputs]
+        tokens = sum(len(t.split()) + 1 if isinstance(t, str) else len(t) for t in texts)
         usage = b'"usage":{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
         return 200, b'{"object":"list","data":[' + b",".join(parts) + b'],"model":"null",' + usage + b"}"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import orjson
 import pytest
+from tokenizers import Tokenizer
 
-from qwen3emb_launch.demo_model import make_demo_model
+from qwen3emb_launch.demo_model import EOS_ID, make_demo_model
 from tests.gateway_bench import error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -228,5 +229,45 @@ def test_the_context_length_is_the_engines_own_unless_told(tmp_path: Path) -> No
                     assert (await gw.post({"model": "null", "input": "a" * (longest - 1)})).status == 200
                     refused = await gw.post({"model": "null", "input": "a" * longest})
                     assert (refused.status, error(refused)["code"]) == (400, "context_length_exceeded")
+
+    run(main())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_an_engine_that_makes_the_same_ids_gets_ids_any_other_one_texts(tmp_path: Path, same: bool) -> None:
+    """Proved on sample texts first; what clients see is the same."""
+    folder = make_demo_model(tmp_path / "demo")
+    texts = ["how do I return a parcel?", "包裹没有到怎么办"]
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if same:
+            engine.decode = lambda ids: tokenizer.decode(ids[:-1], skip_special_tokens=False)
+        async with Served(engine) as served, gateway(served, model_path=str(folder)) as gw:
+            assert gw.service.pool.up[0].takes_ids == same
+            engine.bodies.clear()
+            assert np.allclose(await gw.vectors(texts), [engine.vector(t) for t in texts])
+            sent = engine.bodies[-1]["input"]
+            assert sent == ([[*t.encode(), EOS_ID] for t in texts] if same else texts)
+
+    run(main())
+
+
+def test_an_engine_that_refuses_ids_gets_texts(tmp_path: Path) -> None:
+    folder = make_demo_model(tmp_path / "demo")
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        whole = engine.embed
+
+        async def embed(body: bytes) -> tuple[int, bytes]:
+            if isinstance(orjson.loads(body)["input"][0], list):
+                return 400, b'{"message": "send text"}'
+            return await whole(body)
+
+        engine.embed = embed  # type: ignore[method-assign]
+        async with Served(engine) as served, gateway(served, model_path=str(folder)) as gw:
+            assert np.allclose(await gw.vectors("a parcel"), [engine.vector("a parcel")])
 
     run(main())

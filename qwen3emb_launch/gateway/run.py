@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
@@ -61,6 +62,8 @@ def _where(config: GatewayConfig, service: Service) -> dict[str, Any]:
 def _loop(service: Service, started: Callable[[Service], None]) -> None:
     import uvloop
 
+    gc.collect()
+    gc.freeze()  # what start-up made stays: no collection walks it, no answer waits for that
     uvloop.run(service.run(started))
 
 
