@@ -120,7 +120,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         return int(Exit.FAILED)
     except PermissionError as error:  # a folder that no adapter expected to be closed: the user's to open
         where = error.filename or "a file or folder"
-        hint = f"whose is it: ls -ld {where}; docs/up.md says which variables move our folders"
+        hint = f"whose is it: ls -ld {where}; QWEN3EMB_STATE_DIR, _DATA_DIR, _CACHE_DIR, _CONFIG_DIR move our folders"
         console.failure(UnfitError("no_permission", f"{where} may not be used: {error.strerror}", hint))
         return int(Exit.UNFIT)
     except Exception as error:  # noqa: BLE001 - a defect of this program: its place for us, the promised form for the user

@@ -102,7 +102,7 @@ def names() -> list[str]:
     """Every environment's name, complete or not."""
     try:
         return sorted(p.name for p in paths().engines.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -199,10 +199,13 @@ def check_name(name: str) -> str:
 
 
 def load(name: str) -> Instance | None:
-    """One instance, or None when there is no such folder."""
+    """One instance, or None when there is no such folder. Raises UnfitError where the state folder is closed."""
     folder = paths().instances / name
-    if not NAME.fullmatch(name) or not folder.is_dir():
-        return None
+    try:
+        if not NAME.fullmatch(name) or not folder.is_dir():
+            return None
+    except OSError as error:
+        raise unusable(folder, error) from error
     path = folder / "instance.json"
     try:
         record = InstanceRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
