@@ -18,6 +18,7 @@ import os
 import queue
 import threading
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from zlib import crc32
@@ -105,8 +106,8 @@ class NullEngine:
         return self.rows[self.index(text)]
 
     def index(self, text: str | list[int]) -> int:
-        if self.decode and not isinstance(text, str):
-            text = self.decode(text)
+        if self.decode:  # texts as tokenizers see them
+            text = unicodedata.normalize("NFC", text if isinstance(text, str) else self.decode(text))
         raw = text.encode() if isinstance(text, str) else b"ids" + repr(text).encode()
         return crc32(raw) % DISTINCT
 
