@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import NormalDist, median
 
 from qwen3emb_launch.errors import InvalidInputError
 
@@ -48,8 +48,9 @@ class Ratio:
 def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, seed: int = 1) -> Ratio:
     """b over a, paired by round, by percentile bootstrap over the rounds' log ratios (Efron and Tibshirani, ch. 13).
 
-    Pairing removes what changes from round to round for both. The interval is widened by sqrt(n / (n - 1)), since few
-    rounds make the plain bootstrap too narrow. Raises ValueError for unpaired or non-positive values.
+    Pairing removes what changes from round to round for both. Few rounds make the plain bootstrap too narrow: it is
+    widened by sqrt(n / (n - 1)), and by Student's t over the normal distribution (Hesterberg 2015, doi
+    10.1080/00031305.2015.1089789, section 4.1). Raises ValueError for unpaired or non-positive values.
     """
     if len(a) != len(b) or not a:
         raise ValueError(f"{len(a)} and {len(b)} rounds cannot be paired")
@@ -62,10 +63,22 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, seed
     source = random.Random(seed)  # noqa: S311 - resampling
     count = len(logs)
     means = [sum(source.choices(logs, k=count)) / count for _ in range(RESAMPLES)]
-    wider = math.sqrt(count / (count - 1))
+    wider = math.sqrt(count / (count - 1)) * _student_over_normal(confidence, count - 1)
     tail = 50 * (1 - confidence)
     low, high = (centre + wider * (percentile(means, p) - centre) for p in (tail, 100 - tail))
     return Ratio(math.exp(centre), math.exp(low), math.exp(high), count, confidence)
+
+
+def _student_over_normal(confidence: float, freedom: int) -> float:
+    """How much wider a t interval is than a normal one (Abramowitz and Stegun, 26.7.5; within 1% from 2 on)."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    terms = (
+        (z**2 + 1) / 4,
+        (5 * z**4 + 16 * z**2 + 3) / 96,
+        (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
+        (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / 92160,
+    )
+    return 1 + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)

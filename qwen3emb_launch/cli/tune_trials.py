@@ -61,8 +61,8 @@ class Engines:
     def plan(self, moves: Moves) -> str:
         """The command, without what differs from start to start."""
         planned = self._plan(moves)
-        beside = [(s.key, s.value) for s in planned.settings if s.key == "replicas" or s.key.startswith("gateway")]
-        return json.dumps([planned.argv, dict(planned.env), beside], sort_keys=True, default=str)
+        parts = [planned.argv, dict(planned.env), planned.replicas, planned.gateway]
+        return json.dumps(parts, sort_keys=True, default=str)
 
     def _plan(self, moves: Moves) -> LaunchPlan:
         from qwen3emb_launch import planning
@@ -74,6 +74,7 @@ class Engines:
         import psutil
 
         from qwen3emb_launch import planning
+        from qwen3emb_launch.planning.front import FIRST_PRIVATE_PORT
 
         return planning.PlanRequest(
             profile=self.chosen.profile,
@@ -84,6 +85,7 @@ class Engines:
             environ=dict(os.environ),
             name="tune",
             port=FIRST_PORT,
+            engine_port=FIRST_PRIVATE_PORT,
             ram_bytes=None if self.chosen.gpu else int(psutil.virtual_memory().available),
         )
 

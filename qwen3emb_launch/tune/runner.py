@@ -7,7 +7,7 @@ any other. The clock and everything that touches an engine are handed in.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -23,8 +23,9 @@ from qwen3emb_launch.tune.trials import Measurement, Moves, Proof, Round, Stage,
 SAFETY = 1.15  # on estimates of time
 STOPPING = 4.0  # seconds to end an engine
 FEWEST_ROUNDS = 3  # fewer give no interval
-EASED = 1.25  # a level that misses the objective in the final is lowered by that, at most EASINGS times
-EASINGS = 3
+HIGHER = 1.6  # a finalist begins so much above its own level at most, where another held a higher one
+EASED = 1.25  # and is lowered by that until the objective holds, at most EASINGS times
+EASINGS = 5
 FINER = 1.5  # step of the search once the baseline's level is known
 
 
@@ -211,8 +212,7 @@ class Tuning:
         seconds = setup.seconds * strategy.SHARE[stage]
 
         def look(level: float) -> Measurement:
-            if self.left < seconds + setup.warmup + STOPPING:
-                raise _OutOfTimeError
+            self._check_time(seconds)
             found.append(engine.measure(level, seconds))
             return found[-1]
 
@@ -292,8 +292,9 @@ class Tuning:
                 return Verdict(None, "no configuration met the objective")
             return Verdict(BASELINE, "no other configuration did better than the baseline, already when tried briefly")
         levels_of = self._levels([*([base] if base else []), *best])
-        if self.journal.rounds and set(self.journal.rounds[-1].measured) == set(levels_of):
-            return judge(self.journal.rounds, objective)  # a resumed run with nothing new
+        held = self.journal.rounds
+        if held and len(held) >= self.setup.rounds and set(held[-1].measured) == set(levels_of):
+            return judge(held, objective)  # a resumed run with nothing new
         if not self.setup.rounds:
             return self._unconfirmed("a final was not asked for (--rounds 0)")
         entries = list(levels_of)
@@ -344,41 +345,42 @@ class Tuning:
             return
 
     def _rounds(self, levels_of: Mapping[Moves, float], rounds: int, engines: Mapping[Moves, Running] | None) -> None:
-        chosen = dict(levels_of)
-        if engines:
-            for moves, engine in engines.items():
-                chosen[moves] = self._settle(engine, chosen[moves])
-        self.journal.begin_final(chosen)
+        """Everybody once a round, in alternating order, each at the level it settled on before its first turn."""
+        top = max(levels_of.values())
+        chosen = {moves: min(top, level * HIGHER) for moves, level in levels_of.items()}
+        self.journal.begin_final(levels_of)
         for number in range(1, rounds + 1):
-            order = list(chosen) if number % 2 else list(reversed(chosen))
-            measured = {moves: self._turn(moves, chosen[moves], engines) for moves in order}
+            measured: dict[Moves, Measurement] = {}
+            for moves in list(chosen) if number % 2 else list(reversed(chosen)):
+                with self._engine(moves, engines) as engine:
+                    if number == 1:
+                        chosen[moves] = self._settle(engine, chosen[moves])
+                    self._check_time(self.setup.seconds)
+                    found = engine.measure(chosen[moves], self.setup.seconds)
+                # Side by side the card's memory is everybody's: what the configuration took alone counts.
+                measured[moves] = replace(found, memory_bytes=self._alone(moves)) if engines else found
             self.journal.add_round(Round(number, measured))
             self.listener.said(f"final: round {number} of {rounds}: " + ", ".join(map(self._brief, measured.items())))
 
-    def _turn(self, moves: Moves, level: float, engines: Mapping[Moves, Running] | None) -> Measurement:
-        """One load on one finalist. Memory was measured when it ran alone."""
-        needed = self.setup.seconds + self.setup.warmup + STOPPING + (0 if engines else self._start_time())
-        if self.left < needed:
-            raise _OutOfTimeError
+    def _engine(self, moves: Moves, engines: Mapping[Moves, Running] | None) -> AbstractContextManager[Running]:
+        """The one that runs already, or a start for this turn."""
         if engines:
-            measured = engines[moves].measure(level, self.setup.seconds)
-            return replace(measured, memory_bytes=self._alone(moves))
-        with self.machine.start(moves, 0, max(1.0, self.left - STOPPING)) as engine:
-            return engine.measure(level, self.setup.seconds)
+            return nullcontext(engines[moves])
+        self._check_time(self._start_time() + self.setup.seconds)
+        return self.machine.start(moves, 0, max(1.0, self.left - STOPPING))
+
+    def _check_time(self, seconds: float) -> None:
+        if self.left < seconds + self.setup.warmup + STOPPING:
+            raise _OutOfTimeError
 
     def _settle(self, engine: Running, level: float) -> float:
-        """A level that holds for as long as a round lasts: the brief trial may have been lucky. Warms up, too."""
-        if self.left < self.setup.seconds + self.setup.warmup + STOPPING:
-            raise _OutOfTimeError
-        measured = engine.measure(level, self.setup.seconds)
+        """The highest level that holds, from the same level for all: which one a brief trial ended at is chance."""
+        seconds, searched = self.setup.seconds / 2, self.setup.objective.goal in SEARCHED
         for _ in range(EASINGS):
-            if self.setup.objective.meets(measured) or self.setup.objective.goal not in SEARCHED:
+            self._check_time(seconds)
+            if self.setup.objective.meets(engine.measure(level, seconds)) or not searched:
                 break
-            lower = level / EASED if self.setup.open else float(max(1, min(int(level) - 1, round(level / EASED))))
-            if lower == level or self.left < self.setup.seconds + self.setup.warmup + STOPPING:
-                break
-            level = lower
-            measured = engine.measure(level, self.setup.seconds)
+            level = level / EASED if self.setup.open else float(max(1, min(int(level) - 1, round(level / EASED))))
         return level
 
     def _alone(self, moves: Moves) -> int | None:

@@ -135,7 +135,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "replicas",
         {T: 3, C: 3},
-        lambda v: v.others("replicas", 2, 3),
+        lambda v: v.others("replicas", 2, 3) if v.cuda else (),
         "one engine leaves the GPU idle while its CPU side works on the next batch; another fills the gaps",
     ),
     Row(
@@ -185,6 +185,12 @@ ROWS: tuple[Row, ...] = (
         {L: 1, T: 1, C: 1},
         lambda v: v.others("gateway.enabled", False, True),
         "the gateway merges requests into fuller calls, and is one more hop",
+    ),
+    Row(
+        "gateway.workers",
+        {T: 1, C: 1},
+        lambda v: v.others("gateway.workers", 2) if v.cuda and v.clients >= 128 else (),
+        "one process of the gateway answers some thousand texts a second",
     ),
     Row(
         "kv_pool",

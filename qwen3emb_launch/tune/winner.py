@@ -99,14 +99,16 @@ def evidence(measured: Measured) -> list[dict[str, Any]]:
         (f"{measured.load}: memory", None if figures.memory_bytes is None else figures.memory_bytes / 1e9, "GB"),
         (f"{measured.load}: score over the profile tuned", measured.over_baseline, "times"),
     ]
-    common = {
-        "hardware": measured.hardware,
-        "versions": dict(measured.versions),
-        "date": measured.day.isoformat(),
-        "command": measured.command,
-    }
     return [
-        {"what": what, "value": float(f"{value:.4g}"), "unit": unit, **common}
+        {
+            "what": what,
+            "value": float(f"{value:.4g}"),
+            "unit": unit,
+            "hardware": measured.hardware,
+            "versions": dict(measured.versions),  # its own copy: YAML would write an alias, which profiles do not have
+            "date": measured.day.isoformat(),
+            "command": measured.command,
+        }
         for what, value, unit in rows
         if value is not None
     ]
