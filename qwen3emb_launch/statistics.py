@@ -78,7 +78,7 @@ def _student_over_normal(confidence: float, freedom: int) -> float:
         (3 * z**6 + 19 * z**4 + 17 * z**2 - 15) / 384,
         (79 * z**8 + 776 * z**6 + 1482 * z**4 - 1920 * z**2 - 945) / 92160,
     )
-    return 1 + sum(term / freedom**power for power, term in enumerate(terms, 1))
+    return 1.0 + sum(term / float(freedom) ** power for power, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)

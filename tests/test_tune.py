@@ -526,10 +526,13 @@ def test_every_value_of_the_space_is_planned_or_refused_by_the_planner(name: str
 
 
 def test_the_space_of_an_h100_starts_with_what_is_expected_most() -> None:
-    """Graph backend and replicas first; settings that change the vectors only when allowed."""
+    """`full` graphs where they are not yet, and replicas; what changes the vectors only when allowed."""
     plan = cases.plan("h100", "4b", "0.5.16")
-    keys = [f.key for f in derive(View(plan, 1, 64, 16), Goal.THROUGHPUT).factors]
+    factors = derive(View(plan, 1, 64, 16), Goal.THROUGHPUT).factors
+    keys = [f.key for f in factors]
+    assert plan.setting("prefill_graph_backend") == "breakable"  # recorded releases have no plugin
     assert keys[:2] == ["prefill_graph_backend", "replicas"]
+    assert factors[0].values == ("full",)
     assert "quantization" not in keys
     allowed = derive(View(plan, 1, 64, 16), Goal.THROUGHPUT, vectors_may_change=True)
     assert "quantization" in [f.key for f in allowed.factors]
@@ -619,3 +622,32 @@ def test_a_profile_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("x")
     with pytest.raises(InvalidInputError, match="is there already"):
         winner.check_target(tmp_path / "a.yaml")
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "status"),
+    [
+        (["--goal", "troughput"], "bad_goal", 2),
+        (["--slo", "p95"], "bad_slo", 2),
+        (["--budget", "soon"], "bad_duration", 2),
+        (["--goal", "cost"], "no_costs", 2),
+        (["--electricity", "0.3"], "no_costs", 2),
+        (["--rate", "5", "--concurrency", "2"], "usage", 2),
+        (["--tokens", "many"], "bad_load", 2),
+        (["--profile", "demoo"], "unknown_profile", 2),
+        (["--profile", "demo", "--out", "Bad Name.yaml"], "bad_profile_name", 2),
+        (["--profile", "demo", "--out", "profiles/demo.yaml"], "profile_exists", 2),
+        (["--profile", "demo", "--corpus", "nowhere.txt"], "no_corpus", 2),
+    ],
+)
+def test_bad_input_is_refused_before_anything_starts(words: list[str], code: str, status: int, capsys) -> None:
+    """Each has its code and a next step."""
+    from qwen3emb_launch.cli.app import run as command
+
+    assert command(["tune", *words, "--json"]) == status
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == code, error
+    assert error["hint"]

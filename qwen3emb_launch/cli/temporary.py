@@ -22,6 +22,7 @@ from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import EngineFailedError, Exit, InvalidInputError, LaunchError, NetworkError, UnfitError
 
 END_WITHIN = 60.0  # seconds; the supervisor's own deadlines are shorter
+COMMAND = (sys.executable, "-m", "qwen3emb_launch", "up")
 AT_ONCE = 0.2  # seconds between two signals: equal ones that are pending become one
 KINDS: Mapping[int, type[LaunchError]] = {
     Exit.INVALID: InvalidInputError,
@@ -39,7 +40,7 @@ def serving(
     Raises the error that `up` reports, EngineFailedError `out_of_time` when it does not serve within so many seconds.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "qwen3emb_launch", "up", *words, "--json"],
+        [*COMMAND, *words, "--json"],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         start_new_session=True,

@@ -129,8 +129,14 @@ ROWS: tuple[Row, ...] = (
     Row(
         "prefill_graph_backend",
         {T: 3, L: 3, C: 3},
-        lambda v: v.others("prefill_graph_backend", "full", "breakable") if v.value("prefill_graphs") else (),
-        "`full` replays one CUDA graph a batch, `breakable` launches attention from Python between 37 pieces",
+        lambda v: v.others("prefill_graph_backend", "full") if v.value("prefill_graphs") else (),
+        "`full` replays one CUDA graph a batch, `breakable` launches attention from Python between its pieces",
+    ),
+    Row(
+        "prefill_graph_backend",
+        {T: 1, M: 1, C: 1},
+        lambda v: ("breakable",) if v.value("prefill_graphs") and v.value("prefill_graph_backend") == "full" else (),
+        "`breakable` takes batches of any number of requests and captures less",
     ),
     Row(
         "replicas",
