@@ -286,7 +286,8 @@ class Served:
         while True:
             found = state.load(self.record.name)
             record = found.record if found else None
-            if record is None or record.restarts > self.record.restarts or record.state is not State.READY:
+            lives = record is not None and record.state in (State.READY, State.DEGRADED)
+            if record is None or not lives or record.restarts > self.record.restarts:
                 said = record.reason if record else "its record is gone"
                 raise EngineFailedError(
                     "engine_died", f"the engine died under {measured.level:g}: {said}", "qwen3emb logs tune-1"

@@ -1,4 +1,4 @@
-"""`tune` on the real engine, in small: a baseline, a setting refused by the planner, one that is started and measured."""
+"""`tune` on the real engine, in small: a baseline, a setting that the planner refuses, one that is measured."""
 
 from __future__ import annotations
 
