@@ -98,7 +98,7 @@ def tune(
             raise InvalidInputError("usage", "--rate and --concurrency exclude each other", "give one of them")
         work = Work(batch=batch, tokens=tokens, dims=dims, processes=processes, seed=seed)
         work.check()
-        allowed, measured, warm = seconds(budget), seconds(duration), 0.0 if warmup.startswith("0") else seconds(warmup)
+        allowed, measured, warm = seconds(budget), seconds(duration), _or_none(warmup)
         if corpus:
             work, notes = _with_corpus(work, corpus, column, stack)
             for note in notes:
@@ -133,6 +133,13 @@ def tune(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         job = Job(console, setup, engines, tried, load, _journal(target, out), target)
         _finish(console, job.run(resume), objective)
+
+
+def _or_none(text: str) -> float:
+    """A duration that may be 0."""
+    from qwen3emb_launch.cli.bench import seconds
+
+    return 0.0 if text.strip().rstrip("smh") in ("0", "0.0") else seconds(text)
 
 
 def _goal(word: str) -> Any:
