@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 PIP_FLAGS ?=
+# A worker a core, up to four; tests that share an engine or a file stay in one. Longest first, as tests/conftest.py says.
+PARALLEL ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder --durations 15
 
 .DEFAULT_GOAL := help
 .PHONY: help up test fast docs venv lock clean
@@ -18,10 +20,10 @@ test: venv  ## everything: lint, types, unit tests, real-engine tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/qwen3emb engine install cpu
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 fast: venv  ## lint, types and the tests that need no engine
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest -m "not engine"
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m pytest $(PARALLEL) -m "not engine"
 
 docs: venv  ## write the generated pages again (CLI reference, profile schema)
 	$(BIN)/python docs/generate.py

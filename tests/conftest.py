@@ -1,4 +1,4 @@
-"""Fixtures every test may use. The real engine is started once a session and shared: it takes 20 to 40 s on 2 cores."""
+"""Fixtures every test may use. The real engine is started once a session and shared: a start takes 10 s on 2 cores."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -18,6 +19,26 @@ from pathlib import Path
 import pytest
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
+
+# The files that take longest, longest first: a worker that comes to one of them last would leave the others idle.
+LONG = (
+    "test_systemd_real", "test_up_real", "test_gateway_real", "test_plugin_real", "test_bench", "test_engines_install",
+    "test_up_supervisor", "test_verify", "test_bench_load",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say what must run in one worker under `-n`: the tests that share an engine, else those of one file."""
+
+    def place(item: pytest.Item) -> tuple[int, str]:
+        name = Path(str(item.path)).stem
+        if "demo_endpoint" in getattr(item, "fixturenames", ()):
+            return -1, "demo_endpoint"
+        return LONG.index(name) if name in LONG else len(LONG), name
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(place(item)[1]))
+    items.sort(key=lambda item: place(item)[0])
 
 
 @dataclass(frozen=True)
@@ -92,6 +113,15 @@ def demo_endpoint(
         yield endpoint
 
 
+# Between pytest and the engine: when pytest's end of its stdin closes, however that comes about, the session is killed.
+TIED = """
+import os, signal, subprocess, sys, threading
+engine = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os.killpg(0, signal.SIGKILL)), daemon=True).start()
+sys.exit(engine.wait() % 256)
+"""
+
+
 class start_engine:  # noqa: N801 - used as `with start_engine(...)`
     """A bare SGLang for a test: started, awaited by a real embedding, killed with all its workers."""
 
@@ -110,7 +140,8 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
         self.context_length = context_length
         self.model = model
         self.argv = [
-            str(python), "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--is-embedding",
+            str(python), "-m", "qwen3emb_engine_plugin.serve", "--model-path", str(model), "--device", "cpu",
+            "--is-embedding",
             "--json-model-override-args", '{"is_matryoshka": true}', "--context-length", str(context_length),
             "--max-total-tokens", str(4 * context_length), "--sleep-on-idle", "--host", "127.0.0.1",
             "--port", str(self.port), *extra,
@@ -119,7 +150,8 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
     def __enter__(self) -> Endpoint:
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                self.argv,
+                [sys.executable, "-I", "-S", "-c", TIED, *self.argv],
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -148,7 +180,7 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.communicate(timeout=30)
 
 
 __all__ = ["DemoShape", "Endpoint", "free_port", "start_engine"]
