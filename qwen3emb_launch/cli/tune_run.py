@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.cli.tune_trials import Engines, facts_of
-from qwen3emb_launch.cli.tune_view import Talk
+from qwen3emb_launch.cli.tune_view import Talk, profile_word
 from qwen3emb_launch.tune import report, winner
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.runner import Setup, Tuning
@@ -120,7 +120,7 @@ class Job:
         return winner.Measured(
             figures=figures,
             load=what + (f", within {slo}" if slo else ""),
-            command=winner.again(self.target.stem, load, figures.level, self.setup.open, self.setup.seconds),
+            command=winner.again(profile_word(self.target), load, figures.level, self.setup.open, self.setup.seconds),
             hardware=facts["hardware"],
             versions=facts["versions"],
             day=datetime.now(UTC).date(),

@@ -9,6 +9,8 @@ from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows
 from qwen3emb_launch.tune.runner import Listener
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qwen3emb_launch.console import Console
     from qwen3emb_launch.tune.objective import Objective
     from qwen3emb_launch.tune.report import Outcome
@@ -64,16 +66,14 @@ def show(console: Console, outcome: Outcome, objective: Objective) -> None:
     for note in outcome.notes:
         console.say(f"note: {note}")
     if outcome.profile:
-        console.text(f"Wrote {outcome.profile}: qwen3emb up --profile {profile_word(outcome)}")
+        console.text(f"Wrote {outcome.profile}: qwen3emb up --profile {profile_word(outcome.profile)}")
 
 
-def profile_word(outcome: Outcome) -> str:
-    """How `--profile` finds what was written: by name in the user's folder, else by path."""
+def profile_word(path: Path) -> str:
+    """How `--profile` finds a file that was written: by name in the user's folder, else from its own folder."""
     from qwen3emb_launch.paths import paths
 
-    path = outcome.profile
-    assert path is not None  # noqa: S101 - the caller looked
-    return path.stem if path.parent == paths().profiles else str(path)
+    return path.stem if path.parent == paths().profiles else f"./{path.name}"
 
 
 def show_space(console: Console, space: Space, refused: dict[str, str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import Ratio
 from qwen3emb_launch.tune.contest import Verdict, words
-from qwen3emb_launch.tune.objective import Objective
+from qwen3emb_launch.tune.objective import Goal, Objective
 from qwen3emb_launch.tune.trials import Measurement, Moves, Status, Trial, label
 
 
@@ -159,7 +159,7 @@ def final_rows(outcome: Outcome, objective: Objective) -> list[tuple[str, ...]]:
     return [
         (
             label(f.moves),
-            number(objective.value(f.typical)),
+            *(() if objective.goal is Goal.THROUGHPUT else (number(objective.value(f.typical)),)),
             number(f.typical.texts_per_s),
             number(f.typical.p95),
             words(f.ratio) if f.ratio else "-",
@@ -171,7 +171,8 @@ def final_rows(outcome: Outcome, objective: Objective) -> list[tuple[str, ...]]:
 
 def final_columns(objective: Objective) -> tuple[str, ...]:
     """Of the final's table."""
-    return ("final", objective.unit, "texts/s", "p95 ms", "score over the baseline", "meets")
+    own = () if objective.goal is Goal.THROUGHPUT else (objective.unit,)
+    return ("final", *own, "texts/s", "p95 ms", "score over the baseline", "meets")
 
 
 def number(value: float | None) -> str:
