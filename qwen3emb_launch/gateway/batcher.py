@@ -1,8 +1,9 @@
 """Texts of many requests become few engine calls; equal texts in the air become one.
 
 Batches form by themselves: a text that finds an engine with a free slot leaves at once (a single client never waits),
-and what arrives while calls are in the air leaves together. A further call needs to be worth it, half the size of the
-last one, or its oldest text must have waited `wait` seconds. Long texts have slots of their own.
+and what arrives while calls are in the air leaves together: a further call waits for its equal part of all the items
+there are, or until its oldest text has waited `wait` seconds. An engine that always has a full pass of work queued
+behind the one it runs never idles, and passes of equal size waste the least. Long texts have slots of their own.
 
 Embedding is idempotent: what an engine took down with it is sent again, to another one or when it is back. Each
 failed or refused batch goes again in halves, so that one bad text is found and cannot fail its neighbours.
@@ -27,7 +28,7 @@ from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
-from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Wait
+from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Level, Wait
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,8 @@ class Batcher:
         }
         self._air: dict[bytes, Item] = {}
         self._waits: set[Wait] = set()
-        self._last_size = {False: 0, True: 0}
+        self._flying = {False: 0, True: 0}  # items in calls, by kind
+        self._level = {False: Level(), True: Level()}
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
         self._calls: dict[asyncio.Task[None], tuple[Upstream, list[Item], float]] = {}
@@ -73,7 +75,7 @@ class Batcher:
     @property
     def in_air(self) -> int:
         """Items in calls."""
-        return sum(len(items) for _, items, _ in self._calls.values())
+        return self._flying[False] + self._flying[True]
 
     # -- in
 
@@ -150,29 +152,27 @@ class Batcher:
         while lanes:
             lane = lanes.pop(0)
             queue = self._lanes[lane]
-            head = queue.peek()
-            due = (head.queued_at if head else 0.0) + self.limits.wait - monotonic()
+            head, now = queue.peek(), monotonic()
+            due = (head.queued_at if head else 0.0) + self.limits.wait - now
             upstream = self.pool.pick(long, extra=due <= 0)
-            if upstream is None or (due > 0 and not self._worth_it(upstream, long, len(queue))):
+            part = self._part(long, now)
+            if upstream is None or (due > 0 and upstream.slots.calls(long) and len(queue) < part):
                 if due > 0:
                     self._look_again_in(due)
                 continue
-            batch = self._take(queue, self._fair_size(len(queue)))
+            batch = self._take(queue, max(part, SMALL_BATCH))
             if batch:
                 self._send(upstream, batch, long)
             if queue:
                 lanes.append(lane)
 
-    def _worth_it(self, upstream: Upstream, long: bool, waiting: int) -> bool:
-        """Whether a further call beside one in the air is better than waiting for that one to end."""
-        in_air = upstream.slots.calls(long)
-        return in_air == 0 or waiting >= min(self.limits.items, (self._last_size[long] + 1) // 2)
-
-    def _fair_size(self, waiting: int) -> int:
-        """Items for the next call, so that all slots of all engines get equal calls: one big call with little beside
-        it leaves engines idle while its answers are read and the next texts come in."""
+    def _part(self, long: bool, now: float) -> int:
+        """Items worth a call, so that all slots of all engines get equal calls: one big call with little beside it
+        leaves engines idle while its answers are read and the next texts come in."""
         slots = max(1, self.pool.calls * len(self.pool.up))
-        return max(SMALL_BATCH, -(-(waiting + self.in_air) // slots))
+        waiting = len(self._lanes[long, False]) + len(self._lanes[long, True])
+        level = self._level[long].see(waiting + self._flying[long], now)
+        return min(self.limits.items, -(-level // slots))
 
     def _look_again_in(self, seconds: float) -> None:
         """For the text that no ending call takes along before it has waited long enough."""
@@ -183,13 +183,10 @@ class Batcher:
         self._timer = None
         self._dispatch()
 
-    def _take(self, queue: FairQueue[Item], fair: int) -> list[Item]:
-        """A batch within the bounds, at least one item; items that nobody wants any more are let go.
-
-        `fair` is this call's part of the work there is.
-        """
+    def _take(self, queue: FairQueue[Item], size: int) -> list[Item]:
+        """A batch within the bounds, at least one item; items that nobody wants any more are let go."""
         batch: list[Item] = []
-        tokens, company = 0, min(fair, self.limits.items)
+        tokens, company = 0, min(size, self.limits.items)
         while queue and len(batch) < company:
             head = queue.peek()
             if head is None:
@@ -211,7 +208,7 @@ class Batcher:
             slots.long += 1
         else:
             slots.short += 1
-        self._last_size[long] = len(batch)
+        self._flying[long] += len(batch)
         call = self._loop.create_task(self._call(upstream, batch, long))
         self._calls[call] = (upstream, batch, monotonic())
         for item in batch:
@@ -223,8 +220,13 @@ class Batcher:
         body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
         began = monotonic()
         try:
-            answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+            try:
+                answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+            finally:
+                self._landed(upstream, batch, long)
             took = monotonic() - began
+            if answer.status == 200:
+                self._dispatch()  # the engine first: what waits is on its way before the answers are written
             self._answered(upstream, batch, answer, began, took)
         except EngineGoneError as error:
             self.pool.gone(upstream, str(error))
@@ -241,16 +243,19 @@ class Batcher:
                 if not item.waiters:
                     self._air.pop(item.key, None)
             self._again(wanted, True, "the engine fell silent")
-        finally:
-            upstream.slots.items -= len(batch)
-            if long:
-                upstream.slots.long -= 1
-            else:
-                upstream.slots.short -= 1
-            call = asyncio.current_task()
-            if call is not None:
-                self._calls.pop(call, None)
-            self.kick()
+        self.kick()
+
+    def _landed(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
+        """A call is over, however it went."""
+        upstream.slots.items -= len(batch)
+        self._flying[long] -= len(batch)
+        if long:
+            upstream.slots.long -= 1
+        else:
+            upstream.slots.short -= 1
+        call = asyncio.current_task()
+        if call is not None:
+            self._calls.pop(call, None)
 
     def _answered(self, upstream: Upstream, batch: list[Item], answer: Answer, began: float, took: float) -> None:
         status = answer.status

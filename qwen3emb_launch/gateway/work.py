@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from math import exp
 from time import monotonic
 from typing import Any
 
@@ -33,6 +34,25 @@ class BatchLimits:
     hold: float = 30.0
     timeout: float = 120.0
     stall: float = 30.0
+
+
+class Level:
+    """How many items are about: waiting, in calls, or with clients that were just answered and ask again in a moment.
+
+    A peak that fades: of the last ones nothing is seen, so what was there a moment ago stands for them.
+    """
+
+    FADES = 0.05  # seconds until a peak is a third of its height
+
+    def __init__(self) -> None:
+        self._height = 0.0
+        self._at = 0.0
+
+    def see(self, count: int, now: float) -> int:
+        """Items seen at a moment (seconds, not going back); how many are about."""
+        faded = count + (self._height - count) * exp((self._at - now) / self.FADES)
+        self._height, self._at = max(float(count), faded), now
+        return round(self._height)
 
 
 class Wait:
