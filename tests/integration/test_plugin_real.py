@@ -1,7 +1,7 @@
 """The plugin's answers on the real engine are the stock server's: status, headers, bytes, errors included.
 
 Two engines serve the same demo model. Both have the plugin on their path; the stock one is told by SGLANG_PLUGINS not
-to load it, which is what the launcher's --no-plugin does.
+to load it, which is what `--set plugin=false` does.
 """
 
 from __future__ import annotations
