@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.cli.tune_trials import Engines, facts_of
-from qwen3emb_launch.cli.tune_view import Talk, profile_word
+from qwen3emb_launch.cli.tune_view import Talk, profile_word, show
+from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.tune import report, winner
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.runner import Setup, Tuning
@@ -39,17 +40,27 @@ class Job:
         """Every trial that the budget allows. On Ctrl-C the outcome is partial and no profile is written."""
         began = time.monotonic()
         journal = Journal(self.journal, self._identity(), resume=resume)
+        profile, unwritten = None, None
         try:
             if journal.trials:
                 self.engines.load_baseline()
                 self.engines.texts += len(journal.trials) * TEXTS_A_TRIAL
             tuning = Tuning(self.setup, self.engines, journal, time.monotonic, Talk(self.console))
             verdict = tuning.run()
-            profile = None if tuning.interrupted else self._write_profile(tuning, verdict)
-            journal.end("interrupted" if tuning.interrupted else "done")
+            try:
+                profile = None if tuning.interrupted else self._write_profile(tuning, verdict)
+            except LaunchError as error:
+                unwritten = error
+            journal.end("interrupted" if tuning.interrupted else "failed" if unwritten else "done")
         finally:
             journal.close()
-        return self._outcome(tuning, verdict, profile, time.monotonic() - began)
+        outcome = self._outcome(tuning, verdict, profile, time.monotonic() - began)
+        if unwritten:  # the figures are not lost for that: --resume only writes
+            unwritten.result = outcome
+            if not self.console.json:
+                show(self.console, outcome, self.setup.objective)
+            raise unwritten
+        return outcome
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a journal to be gone on with."""

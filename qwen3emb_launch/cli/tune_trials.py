@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.state import InstanceRecord
     from qwen3emb_launch.verify.reference import ReferenceSet
 
+LOOPBACK = "127.0.0.1"  # whatever the profile says: a trial is for nobody else
 FIRST_PORT = 30200
 NOTICED_WITHIN = 3.0  # seconds from failing requests to the supervisor's word about a dead engine
 MEMORY_BACK_WITHIN = 15.0  # seconds from an engine's end until the driver has given its memory back
@@ -84,6 +85,7 @@ class Engines:
             overrides={**self.fixed, **dict(moves)},
             environ=dict(os.environ),
             name="tune",
+            host=LOOPBACK,
             port=FIRST_PORT,
             engine_port=FIRST_PRIVATE_PORT,
             ram_bytes=None if self.chosen.gpu else int(psutil.virtual_memory().available),
@@ -113,7 +115,7 @@ class Engines:
         name = f"tune-{slot + 1}"
         card = self.chosen.gpu
         before = self._memory()
-        words = self._words(moves, name, free_port("127.0.0.1", FIRST_PORT + 20 * slot))
+        words = self._words(moves, name, free_port(LOOPBACK, FIRST_PORT + 20 * slot))
         began = time.monotonic()
         try:
             with serving(words, within, environ=_pinned(self.chosen), drain=False):
@@ -125,7 +127,7 @@ class Engines:
 
     def _words(self, moves: Moves, name: str, port: int) -> list[str]:
         options = self.options
-        words = ["--name", name, "--port", str(port), "--no-verify"]
+        words = ["--name", name, "--host", LOOPBACK, "--port", str(port), "--no-verify"]
         for option, value in (("--profile", options.profile), ("--model", options.model), ("--engine", options.engine)):
             words += [option, value] if value is not None else []
         words += ["--offline"] if options.offline else []
@@ -179,7 +181,9 @@ class Served:
         known, _ = read_plan(instance.plan)
         options = Options("quick", context=self.record.context_length)
         memory = paths().cache / "weights.json"
-        report, kept = verify(Request(self.record.base_url, options, memory, known=known, keep_vectors=True))
+        report, kept = verify(
+            Request(self.record.base_url, options, memory, api_key=_key(), known=known, keep_vectors=True)
+        )
         fingerprint = str(report.fingerprint.get("id"))
         if not report.passed or kept is None:
             why = "; ".join(f"{c.title}: {c.cause or c.seen}" for c in report.failures)
@@ -222,7 +226,7 @@ class Served:
                 name=self.record.name,
                 url=self.record.base_url,
                 model=self.record.served_model_name,
-                api_key=os.environ.get("OPENAI_API_KEY"),
+                api_key=_key(),
                 gpu=self.gpu,
                 pids=tuple(e.pid for e in self.record.engines),
             )
@@ -295,6 +299,11 @@ class Served:
             if time.monotonic() >= end:
                 return
             pause.wait(0.1)
+
+
+def _key() -> str | None:
+    """Of a gateway that asks for one."""
+    return os.environ.get("OPENAI_API_KEY")
 
 
 def _pinned(chosen: Chosen) -> dict[str, str]:

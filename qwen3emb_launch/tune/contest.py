@@ -74,7 +74,9 @@ def judge(rounds: Sequence[Round], objective: Objective) -> Verdict:
     winners = [m for m in candidates if m in known and known[m].decided and known[m].value > 1]
     if winners:
         best = _simplest_of_equals(sorted(winners, key=lambda m: -known[m].value), by, objective)
-        return Verdict(best, f"{label(best)} beats the baseline: {words(known[best])} its score", known, middles, True)
+        return Verdict(
+            best, f"{label(best)} beats the baseline: {words(known[best])} times its score", known, middles, True
+        )
     close = "; ".join(f"{label(m)}: {words(r)}" for m, r in known.items())
     return Verdict(BASELINE, f"nothing beats the baseline beyond chance ({close})", known, middles, True)
 
