@@ -55,6 +55,7 @@ class Behaviour:
     norm: float = 1.0
     shuffle: bool = False  # a batch's order is lost
     ignore_dimensions: bool = False
+    salt: str = ""  # the vectors are another model's
     stubborn: str = ""  # grandchildren that leave the session and ignore SIGTERM write their pids here
     last_words: str = ""  # print this and end with `status` at once
     status: int = 1
@@ -81,7 +82,7 @@ class Engine:
 
     def vector(self, text: str, dims: int | None) -> list[float]:
         b = self.behaviour
-        source = random.Random(hashlib.sha256(str(text).encode()).digest())
+        source = random.Random(hashlib.sha256((b.salt + str(text)).encode()).digest())
         full = [source.gauss(0, 1) for _ in range(b.wrong_dims or b.width)]
         cut = full if dims is None or b.ignore_dimensions else full[:dims]
         norm = math.sqrt(sum(v * v for v in cut)) / b.norm

@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,13 +16,18 @@ from conftest import free_port
 
 from qwen3emb_launch import state
 from qwen3emb_launch.catalog import ModelShape
-from qwen3emb_launch.facts import Deadlines, EngineFacts, LaunchPlan, ModelFacts, RestartPolicy
+from qwen3emb_launch.cli.supervise import gateway_spec
+from qwen3emb_launch.engine_process.ports import private_port
+from qwen3emb_launch.facts import Deadlines, EngineFacts, LaunchPlan, MemoryEstimate, ModelFacts, RestartPolicy
 from qwen3emb_launch.lifecycle import State, Transition
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.state import InstanceRecord
+from qwen3emb_launch.up.control_server import ControlServer
+from qwen3emb_launch.up.runner import with_option
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor
 
 FAKE = Path(__file__).with_name("fake_engine.py")
+SMALL = MemoryEstimate({"weights": 1000}, 1000, None)
 QUICK = Deadlines(start=20, probe=0.3, probe_every=0.1, probe_failures=2, drain=5, reap=5)
 EAGER = RestartPolicy(first=0.05, factor=1.0, longest=0.1, limit=3, window=600)
 
@@ -66,6 +72,18 @@ def fake_plan(behaviour: dict[str, Any] | None = None, **changes: Any) -> Launch
     return replace(plan, **changes)
 
 
+def gateway_plan(behaviour: dict[str, Any] | None = None, *, replicas: int = 1, **changes: Any) -> LaunchPlan:
+    """A plan with the real gateway before fake engines that ask for a key, as `up` makes them."""
+    settings = {
+        "host": "127.0.0.1", "port": free_port(), "models": ["fake"], "upstream_model": "fake", "hold": 20.0,
+        "drain": 5.0,
+    }  # fmt: skip
+    plan = fake_plan({"want_key": True, **(behaviour or {})}, replicas=replicas, port=settings["port"])
+    engine_port = private_port("127.0.0.1")
+    argv = with_option(plan.argv, "--port", str(engine_port))
+    return replace(plan, engine_port=engine_port, argv=argv, gateway=settings, memory=SMALL, **changes)
+
+
 class Watcher:
     """A listener that remembers everything."""
 
@@ -96,12 +114,15 @@ class Supervised:
         self.watcher = Watcher()
         self.claim = state.claim(plan.name)
         state.write_private(self.claim.plan, json.dumps(plan_to_dict(plan)))
-        self.supervisor = Supervisor(plan, self.claim, check_argv=check_argv, listeners=[self.watcher])
+        self.supervisor = Supervisor(
+            plan, self.claim, check_argv=check_argv, gateway=gateway_spec(plan), listeners=[self.watcher]
+        )
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
-        self.outcome = self.supervisor.run()
+        with ControlServer(self.supervisor):
+            self.outcome = self.supervisor.run()
 
     def __enter__(self) -> Supervised:
         self._thread.start()
@@ -124,6 +145,17 @@ class Supervised:
     def engine_pid(self) -> int:
         return until(lambda: self.supervisor.record.engines, "an engine pid")[0].pid
 
+    @property
+    def gateway_pid(self) -> int:
+        def pids() -> list[int]:
+            return [u.process.pid for u in self.supervisor.record.units if u.kind == "gateway" and u.process]
+
+        return until(pids, "a gateway pid")[0]
+
+    @property
+    def instance(self) -> state.Instance:
+        return state.find(self.plan.name)
+
 
 def gone(pid: int) -> bool:
     """Whether a process has ended; zombies count as ended."""
@@ -131,3 +163,58 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
+
+
+class Load:
+    """Clients that never stop asking an endpoint for new texts; they count answers, failures and wrong vectors."""
+
+    def __init__(self, base_url: str, right: Callable[[str, list[float]], bool], clients: int = 4) -> None:
+        self.right = self.wrong = self.failed = 0
+        self.slowest = 0.0
+        self.last_error = ""
+        self._url = f"{base_url}/embeddings"
+        self._judge = right
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._ask_on, args=(n,)) for n in range(clients)]
+
+    def ask(self, text: str) -> list[float]:
+        body = json.dumps({"model": "any", "input": text} | ({"model": self.model} if self.model else {})).encode()
+        request = urllib.request.Request(self._url, body, {"content-type": "application/json"})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=100) as answer:
+            return json.load(answer)["data"][0]["embedding"]
+
+    model = "fake"
+
+    def _ask_on(self, client: int) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            text, begin = f"text {number} of client {client}", time.monotonic()
+            try:
+                good = self._judge(text, self.ask(text))
+            except (OSError, ValueError, KeyError) as error:
+                with self._lock:
+                    self.failed += 1
+                    self.last_error = f"{error} {error.read() if hasattr(error, 'read') else ''}"
+                self._stop.wait(0.05)
+                continue
+            with self._lock:
+                self.right, self.wrong = self.right + good, self.wrong + (not good)
+                self.slowest = max(self.slowest, time.monotonic() - begin)
+
+    def goes_on(self, answers: int = 10) -> None:
+        """Wait for so many further answers."""
+        wanted = self.right + self.wrong + answers
+        until(lambda: self.right + self.wrong >= wanted, f"{answers} more answers ({self.last_error})", 120)
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()

@@ -150,7 +150,7 @@ class GatewayRunner(ProcessRunner):
         return Answer(Verdict.OK, time.monotonic() - begin)
 
     def own_words(self) -> LaunchError | None:
-        """Why it ended, if it said so itself: the error in its envelope."""
+        """Why it ended, where it said so itself: the error in its envelope."""
         for line in reversed(last_lines(self.log, 50) if self.log else []):
             if line.startswith('{"schema"'):
                 try:

@@ -74,6 +74,10 @@ class ProcessRunner:
         """The question of one probe; it is called in a thread of its own."""
         raise NotImplementedError
 
+    def own_words(self) -> LaunchError | None:
+        """Why it ended, where it said so itself in our words."""
+        return None
+
     # ---- for the supervisor ---------------------------------------------------------------------------------------
 
     @property

@@ -100,7 +100,9 @@ class Supervisor:
         if gateway:
             self.gateway = self._new_gateway(gateway)
         for slot in range(plan.replicas):
-            self.engines.append(self.new_engine("engine" if slot == 0 else f"engine-{slot + 1}", plan))
+            spec = engine_spec(plan)
+            name, spec = ("engine", spec) if slot == 0 else (f"engine-{slot + 1}", spec.elsewhere())
+            self.engines.append(self.new_engine(name, plan, spec=spec))
         self.record = InstanceRecord(
             name=plan.name,
             state=State.STARTING,
@@ -315,7 +317,7 @@ class Supervisor:
     def _moved(self, member: Member, move: Move) -> None:
         member.reason = move.reason
         if move.after is State.FAILED and member.unit.fault:
-            member.error = failure(member.unit.fault, member.runner, member.stage)
+            member.error = member.runner.own_words() or failure(member.unit.fault, member.runner, member.stage)
         if member is self.gateway and self.link:
             self.link.there(move.after in SERVING)
             self._begin_checks()

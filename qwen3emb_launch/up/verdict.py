@@ -26,8 +26,9 @@ CODES = {
 
 
 class Evidence(Protocol):
-    """What is known of the last start."""
+    """What is known of the last start. `kind` is engine, engine-2 or gateway."""
 
+    kind: str
     log: Path | None
     status: int | None
     unfit: LaunchError | None
@@ -47,7 +48,7 @@ def failure(fault: Fault, evidence: Evidence, stage: str) -> LaunchError:
     elif fault.cause is Cause.DEADLINE and stage:
         message = f"{message}; it was busy with: {stage}"
     error = EngineFailedError(
-        found.code if found else CODES[fault.cause],
+        found.code if found else CODES[fault.cause].replace("engine", evidence.kind.partition("-")[0]),
         message,
         found.hint if found else HINTS[fault.cause],
         {"log": str(evidence.log) if evidence.log else None, "last_lines": lines[-SHOWN_LINES:]},
