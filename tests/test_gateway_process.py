@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qwen3emb_launch.errors import NetworkError
 from qwen3emb_launch.gateway import admin_client
 from tests.conftest import free_port
 from tests.null_engine import NullEngine, in_thread
@@ -146,6 +147,45 @@ def test_workers_share_the_port_the_disk_cache_and_their_numbers(tmp_path: Path)
         os.kill(gw.process.pid, signal.SIGKILL)
         gw.process.wait(10)
         until(lambda: not any(Path(f"/proc/{w}").exists() for w in workers))
+
+
+def test_what_one_worker_is_told_all_do_and_a_restarted_one_too(tmp_path: Path) -> None:
+    """The admin socket speaks for all workers: an engine counts as up when each of them has proved it."""
+    one, two = NullEngine(64), NullEngine(64)
+    socket = tmp_path / "admin.sock"
+
+    def upstreams() -> dict[str, str]:
+        return {u["url"]: u["state"] for u in admin_client.call(socket, "GET", "/state")["upstreams"]}
+
+    with (
+        in_thread(one) as first,
+        in_thread(two) as second,
+        gateway(tmp_path, "--upstream", first.url, "--workers", "2", "--admin-socket", str(socket)) as gw,
+    ):
+        until(lambda: upstreams() == {first.url: "up"})
+        assert admin_client.call(socket, "GET", "/state")["workers"] == 2
+        admin_client.call(socket, "POST", "/upstreams", {"url": second.url})
+        until(lambda: upstreams() == {first.url: "up", second.url: "up"})
+        assert admin_client.call(socket, "DELETE", "/upstreams", {"url": first.url})["drained"]
+        assert upstreams() == {second.url: "up"}
+        asked = one.calls
+        children = Path(f"/proc/{gw.process.pid}/task/{gw.process.pid}/children").read_text().split()
+        for child in children:
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                until(lambda: _told(socket) == {"workers": 2, "ready": True})
+        assert upstreams() == {second.url: "up"}
+        for i in range(10):
+            assert np.array_equal(gw.vector(f"t{i}"), two.vector(f"t{i}"))
+        assert one.calls == asked
+
+
+def _told(socket: Path) -> dict[str, object]:
+    try:
+        state = admin_client.call(socket, "GET", "/state")
+    except NetworkError:  # its worker was just killed
+        return {}
+    return {"workers": state["workers"], "ready": state["ready"]}
 
 
 def _answers(gw: Running, text: str) -> bool:

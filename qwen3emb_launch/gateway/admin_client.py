@@ -12,6 +12,8 @@ import orjson
 
 from qwen3emb_launch.errors import CheckFailedError, NetworkError
 
+OWN = "x-qwen3emb-own"  # header of a call from another worker, which is not passed on again
+
 
 def call(path: str | Path, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
     """One call; its JSON answer. Raises NetworkError when nobody answers, CheckFailedError when the answer is no."""
@@ -34,18 +36,23 @@ def call(path: str | Path, method: str, route: str, body: dict[str, Any] | None 
     return answer
 
 
-async def get(path: str | Path, route: str, timeout: float) -> Any:
-    """A GET from within an event loop. Raises OSError, TimeoutError."""
+async def ask(
+    path: str | Path, method: str, route: str, body: dict[str, Any] | None, timeout: float, *, own: bool = False
+) -> Any:
+    """A call from within an event loop. `own`: of this worker alone, not of all. Raises OSError, TimeoutError."""
+    data = orjson.dumps(body) if body is not None else b""
+    only = f"{OWN}: 1\r\n" if own else ""
+    head = f"{method} {route} HTTP/1.1\r\nhost: admin\r\n{only}content-length: {len(data)}\r\nconnection: close\r\n\r\n"
     async with asyncio.timeout(timeout):
         reader, writer = await asyncio.open_unix_connection(str(path))
         try:
-            writer.write(f"GET {route} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
-            head, _, body = (await reader.read(-1)).partition(b"\r\n\r\n")
+            writer.write(head.encode() + data)
+            seen, _, answer = (await reader.read(-1)).partition(b"\r\n\r\n")
         finally:
             writer.close()
-    if b" 200 " not in head[:20]:
-        raise ConnectionError(f"{route} was answered {head[:40]!r}")
-    return orjson.loads(body)
+    if b" 200 " not in seen[:20]:
+        raise ConnectionError(f"{method} {route} was answered {seen[:40]!r}")
+    return orjson.loads(answer)
 
 
 class _UnixConnection(http.client.HTTPConnection):

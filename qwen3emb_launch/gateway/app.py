@@ -21,6 +21,7 @@ from qwen3emb_launch.gateway.http_messages import Request, Response, error_respo
 from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.keys import Client, Keyring
 from qwen3emb_launch.gateway.metrics import Metrics
+from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.upstream import UpstreamPool
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class App:
         loopback: bool,
         access_log: AccessLog | None = None,
         price: tuple[str, float, str] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.pool = pool
@@ -55,8 +57,7 @@ class App:
         self.server: HttpServer | None = None
         self.created = int(time.time())
         self.stopping = False
-        # Asked for by `/metrics` and `/ui`: with several workers, the sum over all of them.
-        self.gather: Callable[[], Awaitable[dict[str, float]]] | None = None
+        self.peers = peers or Peers()
         self._routes: dict[str, tuple[frozenset[str], Route]] = {
             "/v1/models": (GETS, self._models),
             "/health": (GETS, self._health),
@@ -238,7 +239,9 @@ class App:
         return out
 
     async def _all(self) -> dict[str, float]:
-        return await self.gather() if self.gather is not None else self.snapshot()
+        """All workers' series as one."""
+        others = await self.peers.all("GET", "/metrics") if self.peers.sockets else []
+        return prometheus.add_up([self.snapshot(), *others])
 
     async def _metrics(self, _: Request) -> Response:
         text = prometheus.render(await self._all())

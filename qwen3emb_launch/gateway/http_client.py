@@ -179,6 +179,7 @@ class HttpClient:
 
     def __init__(self, address: Address, api_key: str | None = None, verify_tls: bool = True) -> None:
         self.address = address
+        self.api_key = api_key
         self._idle: deque[_Link] = deque()
         self._tls: ssl.SSLContext | None = None
         if address.tls:

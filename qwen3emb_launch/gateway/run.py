@@ -1,13 +1,13 @@
 """The gateway as a process: one worker in this process, or several beside each other on one port.
 
 Several workers listen on the same port (SO_REUSEPORT, the kernel deals connections out). Each has its own batcher and
-its share of the memory; what they share is the cache on disk. Worker 0 gathers the others' numbers for /metrics and
-/ui through their admin sockets. A worker that dies is started again; the parent's death ends them all.
+its share of the memory; what they share is the cache on disk. Through their admin sockets they gather each other's
+numbers for /metrics and /ui, and pass on what is changed in one of them. A worker that dies is started again and takes
+over what the others were told; the parent's death ends them all.
 """
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 import dataclasses
 import gc
@@ -26,8 +26,7 @@ from typing import Any
 
 from qwen3emb_launch.errors import EngineFailedError, LaunchError
 from qwen3emb_launch.gateway.config import GatewayConfig
-from qwen3emb_launch.gateway.http_client import EngineGoneError
-from qwen3emb_launch.gateway.metrics import add_up
+from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.service import Service
 
 log = logging.getLogger(__name__)
@@ -158,29 +157,9 @@ def _worker(config: GatewayConfig, number: int, writer: Any, parent: int) -> Non
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(levelname)s worker {number}: %(message)s")
     own = dataclasses.replace(config, admin_socket=worker_socket(config.admin_socket, number))
     try:
-        service = Service(own, number)
-        service.app.gather = Gatherer(service, config).gather
+        others = [worker_socket(config.admin_socket, n) for n in range(config.workers) if n != number]
+        service = Service(own, number, Peers(others))
         _loop(service, lambda s: writer.send(_where(config, s)))
     except LaunchError as error:
         writer.send(error)
         raise SystemExit(1) from None
-
-
-class Gatherer:
-    """Adds up all workers' series; a worker that does not answer is left out."""
-
-    def __init__(self, service: Service, config: GatewayConfig) -> None:
-        self._service = service
-        self._others = [worker_socket(config.admin_socket, n) for n in range(config.workers) if n != service.number]
-
-    async def gather(self) -> dict[str, float]:
-        """The sum."""
-        from qwen3emb_launch.gateway.admin_client import get
-
-        answers = await asyncio.gather(
-            *(get(socket, "/metrics", 2.0) for socket in self._others), return_exceptions=True
-        )
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, (EngineGoneError, OSError, TimeoutError)):
-                raise answer
-        return add_up([self._service.app.snapshot(), *(a for a in answers if isinstance(a, dict))])

@@ -28,6 +28,7 @@ from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.http_messages import HttpLimits
 from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.metrics import Metrics
+from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.tokens import TokenRules
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 from qwen3emb_launch.gateway.work import BatchLimits
@@ -41,9 +42,10 @@ OWN_FDS = 256  # file descriptors beside the clients' connections
 class Service:
     """Everything of one worker process."""
 
-    def __init__(self, config: GatewayConfig, number: int = 0) -> None:
+    def __init__(self, config: GatewayConfig, number: int = 0, peers: Peers | None = None) -> None:
         self.config = config
         self.number = number
+        self.peers = peers or Peers()
         self.metrics = Metrics()
         self.pool = UpstreamPool(calls=config.calls, model=config.upstream_model or None)
         rules = self._rules()
@@ -58,7 +60,7 @@ class Service:
         self.access_log = AccessLog(config.access_log) if config.access_log else None
         self.app = App(
             self.endpoint, self.pool, self.metrics, keys=keyring, loopback=config.loopback,
-            access_log=self.access_log, price=price,
+            access_log=self.access_log, price=price, peers=self.peers,
         )  # fmt: skip
         limits = HttpLimits(body=config.max_body, connections=config.connections)
         self.server = HttpServer(self.app.handle, limits, config.cors_origins)
@@ -96,6 +98,7 @@ class Service:
 
     async def start(self) -> None:
         """Listen, and begin to prove the upstreams. Raises UnfitError when an address cannot be had."""
+        await self._take_over()
         config = self.config
         _raise_fd_limit(config.connections + OWN_FDS)
         try:
@@ -108,11 +111,11 @@ class Service:
                 f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}",
                 "another --port, or stop what holds it (ss -ltnp shows it)",
             ) from exc
-        if config.admin_socket:
-            await self._listen_admin(Path(config.admin_socket))
         for upstream in config.upstreams:
             self.add_upstream(upstream)
         self._chain_on_change()
+        if config.admin_socket:
+            await self._listen_admin(Path(config.admin_socket))
         self._watcher = asyncio.create_task(self._watch())
 
     async def _listen_admin(self, path: Path) -> None:
@@ -181,6 +184,19 @@ class Service:
         pool.forget_reference()
         for upstream in upstreams or ():
             self.add_upstream(upstream)
+
+    async def _take_over(self) -> None:
+        """Started again beside workers that were changed meanwhile: what they serve from counts, not the start's."""
+        said = await self.peers.first("/settings")
+        if said is None:
+            return
+        upstreams = tuple(UpstreamConfig(u["url"], u["api_key"]) for u in said["upstreams"])
+        self.config = dataclasses.replace(self.config, fingerprint=said["fingerprint"], upstreams=upstreams)
+
+    def settings(self) -> dict[str, Any]:
+        """What a worker that is started again takes over. Holds keys: for the admin socket alone."""
+        rows = [{"url": u.url, "api_key": u.client.api_key} for u in self.pool.upstreams.values() if not u.draining]
+        return {"fingerprint": self.config.fingerprint, "upstreams": rows}
 
     def add_upstream(self, upstream: UpstreamConfig) -> Upstream:
         """Add an engine; it gets traffic once it has proved itself. Raises InvalidInputError (`bad_upstream`)."""
@@ -265,6 +281,7 @@ class Service:
         model = self.endpoint.model
         return {
             "pid": os.getpid(),
+            "workers": 1,
             "port": self.port,
             "ready": bool(self.pool.up),
             "fingerprint": self.config.fingerprint,
