@@ -385,6 +385,15 @@ def test_a_checkpoint_that_amplifies_rounding_widens_the_tolerance_within_bounds
     assert allowed_distance(tolerance.Precision("float32", "as told", 2), 1e-3) == 1e-5
 
 
+def test_float8_weights_are_judged_by_what_they_do_to_the_checkpoint() -> None:
+    """Twice the emulated error beside the number format's own, 0.05 at most; the estimate where none is known."""
+    fp8 = tolerance.Precision("bfloat16", "as told", 36, "fp8")
+    bf16 = tolerance.Precision("bfloat16", "as told", 36)
+    assert allowed_distance(fp8, 1e-5) == tolerance.FP8_DISTANCE
+    assert allowed_distance(fp8, 1e-5, 2e-3) == pytest.approx(bf16.distance + 4e-3)
+    assert allowed_distance(fp8, 1e-5, 0.5) == 0.05
+
+
 def test_every_cause_has_a_wrong_way_behind_it() -> None:
     """The causes name what the reference script computes, and nothing else."""
     script = (Path(__file__).resolve().parents[1] / "qwen3emb_launch/engine_scripts/reference.py").read_text("utf-8")

@@ -3,7 +3,7 @@
     python transformers_endpoint.py MODEL_FOLDER     prints its port; the mode is the first part of the path
 
 Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
-left_unmasked_128, half (float16, right otherwise).
+left_unmasked_128, half (float16, right otherwise), fp8 (weights and activations, as engines quantise).
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import json
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qwen3emb_launch" / "engine_scripts"))
+
+from reference import quantise
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)
@@ -26,6 +31,8 @@ class Model:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
         self.half = AutoModel.from_pretrained(folder, dtype=torch.float16).eval()
+        self.fp8 = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        quantise(torch, self.fp8)
         self.eos = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.lock = threading.Lock()
 
@@ -47,6 +54,8 @@ class Model:
             return self.states([*whole, self.eos])[-1]
         if mode == "half":
             return self.states(whole, model=self.half)[-1]
+        if mode == "fp8":
+            return self.states(whole, model=self.fp8)[-1]
         if mode.startswith(("right_padding", "left")):
             pad = max(0, (128 if mode.endswith("128") else longest) - len(whole))
             if mode.startswith("left"):

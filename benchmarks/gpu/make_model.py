@@ -89,6 +89,9 @@ def write_tokenizer(out: Path, max_length: int) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train(sources, trainers.BpeTrainer(vocab_size=TRAINED, initial_alphabet=alphabet, show_progress=False))
     data = json.loads(tokenizer.to_str())
+    # Entries that no merge leads to, up to the special tokens: without them those are given the next free ids instead.
+    vocabulary: dict[str, int] = data["model"]["vocab"]
+    vocabulary |= {f"unused {i}": i for i in range(len(vocabulary), EOS)}
     end = "<|endoftext|>"
     special = [(EOS, end), (EOS + 1, "<|im_start|>"), (EOS + 2, "<|im_end|>")]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}

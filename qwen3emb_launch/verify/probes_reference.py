@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import sqrt
 from statistics import fmean
 from typing import Any
@@ -45,14 +46,19 @@ Compute = Callable[[Sequence[str], bool], Transformers]
 Alternatives = Callable[[Sequence[str]], Mapping[str, Mapping[str, Vector]]]
 
 
-def allowed_distance(precision: Precision, own_error: float | None) -> float:
+def allowed_distance(precision: Precision, own_error: float | None, quantised_error: float | None = None) -> float:
     """1 - cosine allowed to the float32 reference.
 
     The derived bound, widened where the checkpoint's own bfloat16 error (its bfloat16 vectors against its float32
-    ones) says that it amplifies rounding: four times that, and never above 0.01.
+    ones) says that it amplifies rounding: four times that, and never above 0.01. Where the weights are float8, what
+    that does to this checkpoint (`quantised_error`, its emulated float8 vectors against its float32 ones) takes the
+    estimate's place: twice that is added to the number format's own, 0.05 at most in all.
     """
     measured = 4 * own_error if own_error is not None and precision.dtype != "float32" else 0.0
-    return max(precision.distance, min(measured, 0.01))
+    if quantised_error is None:
+        return max(precision.distance, min(measured, 0.01))
+    unquantised = max(replace(precision, quantised=None).distance, min(measured, 0.01))
+    return min(unquantised + 2 * quantised_error, 0.05)
 
 
 def compare(
@@ -207,19 +213,21 @@ def transformers_probe(compute: Compute, texts: Sequence[str]) -> Probe:
 
     def run(session: Session) -> Outcome:
         main = compute(texts, False)
-        exact, rounded = main.sets.get("float32"), main.sets.get("bfloat16")
+        exact, rounded, quantised = (main.sets.get(d) for d in ("float32", "bfloat16", "fp8"))
         judged = exact or rounded
         if judged is None:
             return skipped("; ".join(f"{k}: {v}" for k, v in main.skipped.items()))
         figures: dict[str, float] = {}
-        own = None
-        if exact and rounded:
-            own = max(distance(exact.vectors[t], rounded.vectors[t]) for t in texts)
-            figures["bfloat16_reference_min_cosine"] = 1 - own
-            figures["min_cosine_to_bfloat16"] = 1 - max(
-                distance(v, rounded.vectors[t]) for t, v in session.fitting(texts).items()
-            )
-        allowed = allowed_distance(session.precision, own) * (1 if exact else 2)
+        errors: dict[str, float] = {}
+        for name, other in (("bfloat16", rounded), ("fp8", quantised)):
+            if exact and other:
+                errors[name] = max(distance(exact.vectors[t], other.vectors[t]) for t in texts)
+                figures[f"{name}_reference_min_cosine"] = 1 - errors[name]
+                figures[f"min_cosine_to_{name}"] = 1 - max(
+                    distance(v, other.vectors[t]) for t, v in session.fitting(texts).items()
+                )
+        allowed = allowed_distance(session.precision, errors.get("bfloat16"), errors.get("fp8"))
+        allowed *= 1 if exact else 2
 
         def wrong_ways(some: Sequence[str]) -> Mapping[str, Mapping[str, Vector]]:
             return compute(some, True).alternatives

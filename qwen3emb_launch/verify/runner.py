@@ -128,7 +128,7 @@ def _probes(request: Request, session: Session) -> list[Probe]:
         found.append(saved_probe(request.reference))
     identity = session.identity
     shipped = demo_set(identity.folder) if identity.demo and identity.folder else None
-    compute = _compute(request, identity)
+    compute = _compute(request, identity, session.precision)
     if shipped is not None:
         found.append(shipped_probe(shipped, compute))
     found.append(_transformers(request, identity, compute))
@@ -156,14 +156,18 @@ def _only(found: Sequence[Probe], wanted: frozenset[str]) -> list[Probe]:
 Compute = Callable[[Sequence[str], bool], Transformers]
 
 
-def _compute(request: Request, identity: Identity) -> Compute | None:
-    """The reference script on these texts, the wrong ways too where asked; None without checkpoint or python."""
+def _compute(request: Request, identity: Identity, precision: Precision) -> Compute | None:
+    """The reference script on these texts, the wrong ways too where asked; None without checkpoint or python.
+
+    For an endpoint that quantises to float8 the script does that too, so that its effect is known and not guessed.
+    """
     folder, python = identity.folder, request.python
     if folder is None or python is None:
         return None
 
     def compute(some: Sequence[str], alternatives: bool) -> Transformers:
-        dtypes = ("float32",) if alternatives else ("float32", "bfloat16")
+        quantised = ("fp8",) if precision.quantised == "fp8" else ()
+        dtypes = ("float32",) if alternatives else ("float32", "bfloat16", *quantised)
         return transformers_reference(
             python, folder, some, dtypes=dtypes, device=request.device, alternatives=alternatives
         )

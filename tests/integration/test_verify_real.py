@@ -267,6 +267,20 @@ def test_another_right_server_passes(computed: str, tmp_path: Path, mode: str) -
     assert report.passed, wrong(report)
 
 
+@pytest.mark.usefixtures("kept_reference")
+def test_float8_is_judged_by_what_it_does_to_the_checkpoint(computed: str, engine_python: Path, tmp_path: Path) -> None:
+    """Quantised right, it is within what the emulation says of this checkpoint, which is closer than the estimate."""
+    fp8 = {"quantization": "fp8", "dtype": "bfloat16"}
+    told = ask(f"{computed}/fp8/v1", tmp_path, "transformers", python=engine_python, known=fp8)
+    assert told.passed, wrong(told)
+    figures = told.checks[-1].figures
+    assert figures["min_cosine_to_fp8"] > 0.99999
+    assert figures["min_cosine"] == pytest.approx(figures["fp8_reference_min_cosine"], abs=1e-4)
+    assert 1 - figures["min_cosine"] < figures["allowed"] < 0.02
+    untold = ask(f"{computed}/fp8/v1", tmp_path, "transformers", python=engine_python)
+    assert "noise or a coarser number format" in wrong(untold)["transformers"]
+
+
 def test_the_shipped_demo_vectors_are_what_transformers_computes(engine_python: Path, demo_model: Path) -> None:
     """The file in the package is the output of its command, to float32."""
     shipped = load(DEMO_SET)
