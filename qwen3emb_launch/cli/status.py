@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +14,23 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
-    from qwen3emb_launch.state import Instance
+    from qwen3emb_launch.state import Instance, UnitRecord
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """One engine of an instance, or its gateway. `memory_bytes` is host memory, shared pages by their part; looked at
+    only where one instance is asked for."""
+
+    name: str
+    kind: str
+    state: str
+    pid: int | None
+    restarts: int
+    url: str
+    memory_bytes: int | None
+    reason: str
+    log: str | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class StatusRow:
     reason: str | None = None
     error: Mapping[str, Any] | None = None
     log: str | None = None
+    units: tuple[UnitRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +71,10 @@ def status(
     name: Annotated[str | None, typer.Argument(help="One instance. Default: all of them.", show_default=False)] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show the instances: state, model, address, uptime, restarts, pid. Exit 0 also when none runs."""
+    """Show the instances: state, model, address, uptime, restarts, pid. Exit 0 also when none runs.
+
+    With a name, each of its engines and the gateway too.
+    """
     with shell("status", json) as console:
         from qwen3emb_launch import state
 
@@ -61,12 +82,12 @@ def status(
         for instance in found:
             if instance.warning:
                 console.warn(instance.warning)
-        result = StatusResult(tuple(row(instance, time.time()) for instance in found))
+        result = StatusResult(tuple(row(instance, time.time(), weigh=name is not None) for instance in found))
         console.result(result, lambda c: _show(c, result, detail=name is not None))
 
 
-def row(instance: Instance, now: float) -> StatusRow:
-    """An instance as a row. Pids of processes that ended are left out."""
+def row(instance: Instance, now: float, *, weigh: bool = False) -> StatusRow:
+    """An instance as a row. Pids of processes that ended are left out. `weigh`: look at each process's memory."""
     record = instance.record
     if record is None:
         return StatusRow(instance.name, instance.state, running=False, reason=instance.warning)
@@ -87,7 +108,30 @@ def row(instance: Instance, now: float) -> StatusRow:
         reason=record.reason,
         error=record.error,
         log=record.log,
+        units=tuple(_unit(unit, weigh=weigh) for unit in record.units) if live else (),
     )
+
+
+def _unit(unit: UnitRecord, *, weigh: bool) -> UnitRow:
+    pid = unit.process.pid if unit.process and unit.process.alive else None
+    memory = _memory(pid) if pid and weigh else None
+    return UnitRow(
+        unit.name, unit.kind, unit.state, pid, unit.restarts, unit.url, memory, unit.reason, unit.log
+    )  # fmt: skip
+
+
+def _memory(pid: int) -> int | None:
+    """Bytes of a process and everything below it; pages that several share count once in all. None: not ours to see."""
+    from qwen3emb_launch.engine_process.guard import descendants
+
+    total = 0
+    for one in (pid, *descendants(pid)):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text(encoding="ascii").splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total or None
 
 
 def _show(console: Console, result: StatusResult, *, detail: bool) -> None:
@@ -95,6 +139,8 @@ def _show(console: Console, result: StatusResult, *, detail: bool) -> None:
         console.say("nothing here yet: qwen3emb up --profile demo")
         return
     if detail:
+        from qwen3emb_launch.console import size
+
         one = result.instances[0]
         pids = ", ".join(map(str, one.engine_pids)) or None
         console.fields(
@@ -114,6 +160,15 @@ def _show(console: Console, result: StatusResult, *, detail: bool) -> None:
                 ("log", one.log),
             ]
         )
+        if one.units:
+            console.text("")
+            console.table(
+                ("PART", "STATE", "ADDRESS", "RESTARTS", "PID", "MEMORY"),
+                [
+                    (u.name, u.state, u.url, u.restarts, u.pid, size(u.memory_bytes) if u.memory_bytes else None)
+                    for u in one.units
+                ],
+            )
         return
     console.table(
         ("NAME", "STATE", "MODEL", "ADDRESS", "UP", "RESTARTS", "PID"),

@@ -94,9 +94,11 @@ class UpView:
 def show_serving(console: Console, answer: Serving) -> None:
     """The endpoint and how to call it, for people."""
     took = f", ready in {answer.seconds:.1f} s" if answer.seconds else ""
-    console.text(f"{answer.name} serves {answer.model} ({answer.max_dims} dims{took})")
+    count = len(answer.engine_pids)
+    behind = f", {count} engine{'s' * (count != 1)} behind the gateway" if answer.gateway else ""
+    console.text(f"{answer.name} serves {answer.model} ({answer.max_dims} dims{behind}{took})")
     console.text(f"  {answer.base_url}\n")
-    console.text(snippet(answer.base_url, answer.model, answer.max_dims))
+    console.text(snippet(answer.base_url, answer.model, answer.max_dims, needs_key=answer.needs_key))
     console.text("")
 
 

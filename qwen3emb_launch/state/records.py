@@ -90,7 +90,8 @@ class InstanceRecord:
     """What the supervisor says of itself. Times are seconds since the epoch; None is not yet, or unknown.
 
     `engines` are the engines' main processes, `units` everything it looks after, with the gateway. `base_url` is where
-    users call; `engine_url` is the first engine's own address (the same without a gateway).
+    users call, with an API key of theirs where `needs_key`; `engine_url` is the first engine's own address (the same
+    without a gateway).
     """
 
     name: str
@@ -112,6 +113,7 @@ class InstanceRecord:
     error: Mapping[str, Any] | None = None
     launcher: str = ""
     units: tuple[UnitRecord, ...] = ()
+    needs_key: bool = False
     schema: int = SCHEMA
 
     @classmethod

@@ -9,7 +9,10 @@ from qwen3emb_launch.state import InstanceRecord
 
 @dataclass(frozen=True)
 class Serving:
-    """A ready instance. `seconds` from the supervisor's start to ready; `base_url` as the OpenAI client takes it."""
+    """A ready instance. `seconds` from the supervisor's start to ready; `base_url` as the OpenAI client takes it.
+
+    `gateway`: it is the gateway's address; `needs_key`: users need an API key.
+    """
 
     name: str
     base_url: str
@@ -21,6 +24,8 @@ class Serving:
     engine_pids: tuple[int, ...]
     seconds: float | None
     log: str | None
+    gateway: bool = False
+    needs_key: bool = False
 
 
 def serving(record: InstanceRecord) -> Serving:
@@ -36,19 +41,23 @@ def serving(record: InstanceRecord) -> Serving:
         engine_pids=tuple(engine.pid for engine in record.engines),
         seconds=round(record.ready_at - record.started_at, 3) if record.ready_at else None,
         log=record.log,
+        gateway=any(unit.kind == "gateway" for unit in record.units),
+        needs_key=record.needs_key,
     )
 
 
-def snippet(base_url: str, model: str, max_dims: int) -> str:
+def snippet(base_url: str, model: str, max_dims: int, *, needs_key: bool = False) -> str:
     """Ready to paste: the same request in Python and with curl."""
     dims = max(32, max_dims // 4)
+    key = "YOUR_API_KEY" if needs_key else "none"
+    header = " -H 'authorization: Bearer YOUR_API_KEY'" if needs_key else ""
     return f"""\
 # Python: pip install openai
 from openai import OpenAI
-client = OpenAI(base_url="{base_url}", api_key="none")
+client = OpenAI(base_url="{base_url}", api_key="{key}")
 answer = client.embeddings.create(model="{model}", input=["Hello, world"], dimensions={dims})
 print(answer.data[0].embedding)
 
 # shell
-curl -s {base_url}/embeddings -H 'content-type: application/json' \\
+curl -s {base_url}/embeddings -H 'content-type: application/json'{header} \\
   -d '{{"model": "{model}", "input": ["Hello, world"], "dimensions": {dims}}}'"""

@@ -118,6 +118,7 @@ class Supervisor:
             context_length=plan.context_length,
             started_at=time.time(),
             launcher=__version__,
+            needs_key=gateway is not None and gateway.secured,
         )
 
     # ---- its processes --------------------------------------------------------------------------------------------
