@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -145,14 +145,10 @@ def variants(given: list[str]) -> dict[str, dict[str, Any]]:
 
 def machine() -> dict[str, Any]:
     """What the numbers hold for."""
-    out: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0]}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        out["gpu"] = str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
-    except (ImportError, pynvml.NVMLError):
-        out["gpu"] = None
+    out: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg()[0], "gpu": None}
+    shown = "nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"
+    with suppress(OSError):
+        out["gpu"] = subprocess.run(shown, capture_output=True, text=True, check=False).stdout.strip() or None
     return out
 
 

@@ -10,6 +10,7 @@ import orjson
 import pytest
 
 from qwen3emb_launch.gateway.config import UpstreamConfig
+from qwen3emb_launch.gateway.work import Level
 from tests.gateway_bench import Bench, error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -291,6 +292,34 @@ def test_texts_that_arrive_during_a_call_leave_together() -> None:
             assert max(engine.sizes) >= 16
 
     run(main())
+
+
+def test_clients_that_ask_again_and_again_travel_in_calls_of_equal_size() -> None:
+    """64 clients, 4 slots: once they are in step, calls hold close to a quarter of them, none a few stragglers."""
+
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.02, serial=True)
+        async with Served(engine) as served, gateway(served, cache_bytes=0) as gw:
+
+            async def client(number: int) -> None:
+                for turn in range(12):
+                    await checked(gw, engine, f"text {number} {turn}")
+
+            await asyncio.gather(*map(client, range(64)))
+            settled = engine.sizes[12:-8]
+            assert sum(settled) / len(settled) >= 12, engine.sizes
+            assert max(settled) <= 24, engine.sizes
+
+    run(main())
+
+
+def test_a_level_is_a_peak_that_fades() -> None:
+    level = Level()
+    assert level.see(64, 100.0) == 64
+    assert level.see(40, 100.001) == 64  # 24 were just answered and are about to ask again
+    assert 45 < level.see(40, 100.05) < 52
+    assert level.see(40, 101.0) == 40
+    assert level.see(80, 101.0) == 80
 
 
 def test_big_batches_are_split_within_the_bounds_and_joined_in_order() -> None:

@@ -69,6 +69,10 @@ def gateway(
     admin_socket: Annotated[str | None, typer.Option(help="Unix socket for changes while it runs.")] = None,
     admin_port: Annotated[int | None, typer.Option(help="Loopback port for /metrics and /ui, no key needed.")] = None,
     access_log: Annotated[str | None, typer.Option(help="File for one JSON line a request; - is stderr.")] = None,
+    otel: Annotated[
+        bool | None,
+        typer.Option("--otel", help="Send OpenTelemetry spans, to where OTEL_… variables say.", show_default=False),
+    ] = None,
     price: Annotated[
         str | None, typer.Option(help="What to compare with: NAME=PRICE_PER_MILLION_TOKENS[CURRENCY].")
     ] = None,
@@ -82,7 +86,8 @@ def gateway(
             "cors_origins": cors, "tls_cert": tls_cert, "tls_key": tls_key, "cache_bytes": _bytes(cache_bytes),
             "disk_cache": disk_cache, "disk_bytes": _bytes(disk_bytes), "overflow": overflow,
             "foreign_ids": foreign_ids, "hold": hold, "timeout": timeout, "workers": workers,
-            "admin_socket": admin_socket, "admin_port": admin_port, "access_log": access_log, **_price(price),
+            "admin_socket": admin_socket, "admin_port": admin_port, "access_log": access_log,
+            "otel": otel, **_price(price),
         }  # fmt: skip
         settings = _settings(config, {k: v for k, v in given.items() if v is not None})
         _serve(settings, console)

@@ -22,6 +22,7 @@ from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.keys import Client, Keyring
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.peers import Peers
+from qwen3emb_launch.gateway.tracing import Tracing
 from qwen3emb_launch.gateway.upstream import UpstreamPool
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class App:
         access_log: AccessLog | None = None,
         price: tuple[str, float, str] | None = None,
         peers: Peers | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.pool = pool
@@ -55,6 +57,7 @@ class App:
         self.access_log = access_log
         self.price = price
         self.server: HttpServer | None = None
+        self.tracing = tracing
         self.created = int(time.time())
         self.stopping = False
         self.peers = peers or Peers()
@@ -129,6 +132,8 @@ class App:
 
     def _embeddings(self, request: Request) -> Response | Awaitable[Response]:
         served = Served()
+        if self.tracing is not None:
+            served.span = self.tracing.request(request.headers)
         client = ANYBODY
         try:
             client = self._who(request)
@@ -167,6 +172,11 @@ class App:
         self, request: Request, client: Client, served: Served, status: int, source: str, code: str = ""
     ) -> None:
         self.metrics.requests[status, source] += 1
+        if self.tracing is not None:
+            about = {"items": served.items, "cache_hits": served.hits, "task": served.task, "client": client.name}
+            spoken = {f"qwen3emb.{name}": value for name, value in about.items()}
+            spoken["gen_ai.usage.input_tokens"] = served.tokens
+            self.tracing.answered(served.span, status, code, spoken)
         if self.access_log is None:
             return
         row: dict[str, Any] = {

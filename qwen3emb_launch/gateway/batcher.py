@@ -1,9 +1,10 @@
 """Texts of many requests become few engine calls; equal texts in the air become one.
 
 Batches form by themselves: a text that finds an engine with a free slot leaves at once (a single client never waits),
-and what arrives while calls are in the air leaves together: a further call waits for its equal part of all the items
-there are, or until its oldest text has waited `wait` seconds. An engine that always has a full pass of work queued
-behind the one it runs never idles, and passes of equal size waste the least. Long texts have slots of their own.
+and what arrives while calls are in the air leaves together. A further call waits for its equal part of all the items
+there are, or until its oldest text has waited `wait` seconds (a call's usual time, where that is longer): an engine
+with a full pass of work queued behind the one it runs never idles, and passes of equal size waste the least. Long texts
+have slots of their own.
 
 Embedding is idempotent: what an engine took down with it is sent again, to another one or when it is back. Each
 failed or refused batch goes again in halves, so that one bad text is found and cannot fail its neighbours.
@@ -26,6 +27,7 @@ from qwen3emb_launch.gateway.fair_queue import FairQueue, share
 from qwen3emb_launch.gateway.http_client import Answer, EngineGoneError
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
+from qwen3emb_launch.gateway.tracing import Tracing
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
 from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Level, Wait
@@ -47,6 +49,7 @@ class Batcher:
         self.cache = cache
         self.limits = limits
         self.metrics = metrics
+        self.tracing: Tracing | None = None
         self.on_vector: Any = None  # called with (key, vector, flags) of each new vector: the disk cache
         pool.on_change = self.kick
         self._lanes: dict[Lane, FairQueue[Item]] = {
@@ -56,6 +59,7 @@ class Batcher:
         self._waits: set[Wait] = set()
         self._flying = {False: 0, True: 0}  # items in calls, by kind
         self._level = {False: Level(), True: Level()}
+        self._usual = {False: 0.0, True: 0.0}  # seconds a call takes lately, by kind
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
         self._calls: dict[asyncio.Task[None], tuple[Upstream, list[Item], float]] = {}
@@ -153,7 +157,7 @@ class Batcher:
             lane = lanes.pop(0)
             queue = self._lanes[lane]
             head, now = queue.peek(), monotonic()
-            due = (head.queued_at if head else 0.0) + self.limits.wait - now
+            due = (head.queued_at if head else 0.0) + max(self.limits.wait, self._usual[long]) - now
             upstream = self.pool.pick(long, extra=due <= 0)
             part = self._part(long, now)
             if upstream is None or (due > 0 and upstream.slots.calls(long) and len(queue) < part):
@@ -221,12 +225,13 @@ class Batcher:
         began = monotonic()
         try:
             try:
-                answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+                answer = await self._ask(upstream, batch, body)
             finally:
                 self._landed(upstream, batch, long)
             took = monotonic() - began
             if answer.status == 200:
                 self._dispatch()  # the engine first: what waits is on its way before the answers are written
+                self._usual[long] += (took - self._usual[long]) / 8
             self._answered(upstream, batch, answer, began, took)
         except EngineGoneError as error:
             self.pool.gone(upstream, str(error))
@@ -244,6 +249,25 @@ class Batcher:
                     self._air.pop(item.key, None)
             self._again(wanted, True, "the engine fell silent")
         self.kick()
+
+    async def _ask(self, upstream: Upstream, batch: list[Item], body: bytes) -> Answer:
+        """The call itself, in a span of its own when tracing is on."""
+        if self.tracing is None:
+            return await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+        causes = [wait.span for item in batch for wait, _ in item.waiters]
+        tokens = sum(item.prepared.tokens for item in batch)
+        span = self.tracing.call(upstream.url, upstream.model, len(batch), tokens, causes)
+        error = ""
+        try:
+            header = self.tracing.header(span)
+            answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout, header)
+            error = "" if answer.status == 200 else str(answer.status)
+        except BaseException as exc:
+            error = type(exc).__name__
+            raise
+        finally:
+            self.tracing.call_ended(span, error)
+        return answer
 
     def _landed(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
         """A call is over, however it went."""

@@ -74,6 +74,7 @@ class GatewayConfig:
     admin_socket: str = ""
     admin_port: int | None = None
     access_log: str = ""
+    otel: bool = False
     price_name: str = ""
     price_per_million: float | None = None
     currency: str = "USD"

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen3emb_launch.gateway.answer import Encoding, Vector, embeddings, encode, shrink
 from qwen3emb_launch.gateway.api_errors import ApiError, invalid
@@ -56,6 +56,7 @@ class Served:
     tokens: int = 0
     hits: int = 0
     task: str = ""
+    span: Any = None  # OpenTelemetry's, when tracing is on
 
 
 class Embeddings:
@@ -134,6 +135,7 @@ class Embeddings:
         if missing:
             self.metrics.misses += len(missing)
             wait = self._wait(model, client, request, len(missing))
+            wait.span = served.span
             return self._misses(
                 model, wait, request, asked, reply, served, [payloads[i] for i in missing], missing, keys
             )

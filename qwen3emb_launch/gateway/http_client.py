@@ -192,14 +192,14 @@ class HttpClient:
             f"host: {address.authority}\r\nuser-agent: qwen3emb-gateway\r\naccept: application/json\r\n{auth}"
         )
 
-    async def request(self, method: str, path: str, body: bytes, timeout: float) -> Answer:
-        """Send and wait. `path` is below the base URL's prefix.
+    async def request(self, method: str, path: str, body: bytes, timeout: float, more: str = "") -> Answer:
+        """Send and wait. `path` is below the base URL's prefix, `more` whole header lines.
 
         Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError.
         """
         content = "content-type: application/json\r\n" if body else ""
         head = (
-            f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._common}{content}"
+            f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._common}{content}{more}"
             f"content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
         async with asyncio.timeout(timeout):

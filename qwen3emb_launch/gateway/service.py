@@ -30,6 +30,7 @@ from qwen3emb_launch.gateway.http_server import HttpServer
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.tokens import TokenRules
+from qwen3emb_launch.gateway.tracing import Tracing
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 from qwen3emb_launch.gateway.work import BatchLimits
 
@@ -42,7 +43,9 @@ OWN_FDS = 256  # file descriptors beside the clients' connections
 class Service:
     """Everything of one worker process."""
 
-    def __init__(self, config: GatewayConfig, number: int = 0, peers: Peers | None = None) -> None:
+    def __init__(
+        self, config: GatewayConfig, number: int = 0, peers: Peers | None = None, tracing: Tracing | None = None
+    ) -> None:
         self.config = config
         self.number = number
         self.peers = peers or Peers()
@@ -58,9 +61,10 @@ class Service:
         keyring = keys.load(Path(config.keys_file) if config.keys_file else None)
         price = (config.price_name, config.price_per_million, config.currency) if config.price_per_million else None
         self.access_log = AccessLog(config.access_log) if config.access_log else None
+        self.tracing = tracing or (Tracing() if config.otel else None)
         self.app = App(
             self.endpoint, self.pool, self.metrics, keys=keyring, loopback=config.loopback,
-            access_log=self.access_log, price=price, peers=self.peers,
+            access_log=self.access_log, price=price, peers=self.peers, tracing=self.tracing,
         )  # fmt: skip
         limits = HttpLimits(body=config.max_body, connections=config.connections)
         self.server = HttpServer(self.app.handle, limits, config.cors_origins)
@@ -154,6 +158,7 @@ class Service:
         cache = VectorCache(pool.width, config.cache_bytes // config.workers)
         keyer = Keyer(config.fingerprint, disk.secret if disk else None)
         batcher = Batcher(pool, cache, self.batch_limits, self.metrics)
+        batcher.tracing = self.tracing
         if disk is not None:
             batcher.on_vector = disk.put
         self.endpoint.model = Model(pool.width, cache, keyer, batcher, disk)
@@ -234,6 +239,8 @@ class Service:
             Path(self.config.admin_socket).unlink(missing_ok=True)
         if self.access_log:
             self.access_log.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
     # -- change while running
 

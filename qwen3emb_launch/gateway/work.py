@@ -58,7 +58,7 @@ class Level:
 class Wait:
     """A request waiting for vectors. `future` resolves to the list of (vector, token flags), in order."""
 
-    __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "started")
+    __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "span", "started")
 
     def __init__(self, client: str, count: int, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         self.client = client
@@ -68,6 +68,7 @@ class Wait:
         self.future: asyncio.Future[list[Any]] = loop.create_future()
         self.started = monotonic()
         self.deadline = deadline
+        self.span: Any = None
         self.queued = 0.0
         self.engine = 0.0
 
