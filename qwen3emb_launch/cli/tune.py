@@ -122,6 +122,7 @@ def tune(
             open_loop=rate is not None,
             warmup=warm,
             vectors=_journal(target, out).with_suffix(".vectors.json"),
+            ram_bytes=plan.memory.available_bytes if plan.memory and not chosen.gpu else None,
             changing=frozenset(f.key for f in tried.factors if f.changes_vectors or vectors_may_change),
             warn=console.warn,
             texts=seed << 20,

@@ -33,7 +33,7 @@ FIRST_PORT = 30200
 NOTICED_WITHIN = 3.0  # seconds from failing requests to the supervisor's word about a dead engine
 MEMORY_BACK_WITHIN = 15.0  # seconds from an engine's end until the driver has given its memory back
 MEMORY_NOISE = 256 << 20
-ANSWERED = 0.95  # share of an offered rate that must be answered
+ANSWERED = 0.9  # share of the arrivals of an open loop that must be answered while it lasts
 WRONG = 0.01  # share of failures that no load may have
 
 
@@ -53,6 +53,7 @@ class Engines:
     open_loop: bool
     warmup: float
     vectors: Path
+    ram_bytes: int | None = None  # free when the run began, for engines without a GPU; None is not known
     changing: frozenset[str] = frozenset()
     warn: Callable[[str], None] = print
     baseline: ReferenceSet | None = None
@@ -72,8 +73,6 @@ class Engines:
 
     def request(self, moves: Moves) -> PlanRequest:
         """What `up` would plan, on the engine, model and GPU that were found at the beginning."""
-        import psutil
-
         from qwen3emb_launch import planning
         from qwen3emb_launch.planning.front import FIRST_PRIVATE_PORT
 
@@ -88,7 +87,7 @@ class Engines:
             host=LOOPBACK,
             port=FIRST_PORT,
             engine_port=FIRST_PRIVATE_PORT,
-            ram_bytes=None if self.chosen.gpu else int(psutil.virtual_memory().available),
+            ram_bytes=self.ram_bytes,
         )
 
     def keep_baseline(self, vectors: ReferenceSet) -> None:
@@ -258,20 +257,22 @@ class Served:
             p99=latency.p99,
             objective_ms=None if at is None else at * 1000,
             error_rate=figures.error_rate,
-            misses=self._misses(run.level, figures),
+            misses=self._misses(figures),
             memory_bytes=self._memory_of(run),
             watts=figures.gpu.watts if figures.gpu else None,
         )
 
-    def _misses(self, level: float, figures: Figures) -> tuple[str, ...]:
+    def _misses(self, figures: Figures) -> tuple[str, ...]:
         """Objectives missed; failures and a rate that is not kept up with are misses without being asked for."""
         found = list(figures.slo_misses)
         slo = self.engines.objective.slo
         if (slo is None or slo.errors is None) and figures.error_rate > WRONG:
             kinds = ", ".join(f"{kind} {count}" for kind, count in figures.failed.items())
             found.append(f"errors {figures.error_rate:.2%} ({kinds})")
-        if self.engines.open_loop and figures.requests_per_s < ANSWERED * level:
-            found.append(f"{figures.requests_per_s:.4g} of {level:g} requests/s answered")
+        # What really arrived, not the rate asked for: in a few seconds Poisson arrivals are off by more than that.
+        arrived = (figures.requests + sum(figures.failed.values())) / figures.seconds
+        if self.engines.open_loop and figures.requests_per_s < ANSWERED * arrived:
+            found.append(f"{figures.requests_per_s:.4g} of {arrived:.4g} requests/s answered in time")
         return tuple(found)
 
     def _memory_of(self, run: Run) -> int | None:
