@@ -24,7 +24,7 @@ from qwen3emb_launch.variables import mistaken
 COMMANDS: dict[str, str] = {
     "up": "Serve an embedding model: fetch what is missing, start engine and gateway, prove them, keep them alive.",
     "status": "Show the instances: state, model, address, uptime, restarts, pid.",
-    "logs": "Show what the engine wrote.",
+    "logs": "Show what the engine wrote, or another part of the instance.",
     "restart": "Replace the engines of a running instance one after the other; requests go on meanwhile.",
     "down": "Stop an instance: running requests are answered first, then nothing of it is left.",
     "embed": 'Embed texts: a JSON line each, {"index", "text", "embedding"}, in their order.',
@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "download": "Download a model: only what serving needs, resumed where it stopped, every hash checked.",
     "models": "List, show, verify and remove models.",
     "engine": "Install, list, check and remove the environments that SGLang lives in.",
+    "upgrade": "Move a running instance to another engine environment, without losing a request.",
     "verify": "Prove an endpoint's vectors right: an instance of qwen3emb, or any OpenAI-compatible one.",
     "diff": "Say whether the vectors of A and B may share an index.",
     "bench": "Measure an endpoint: throughput, latency, errors, energy.",

@@ -55,6 +55,7 @@ def plan(request: PlanRequest) -> LaunchPlan:
             "Leave the gateway in front for other machines"
         )
     env = _environment(request, layers, ledger)
+    restart = _restart(ledger)  # before the settings are listed, which it adds to
     return LaunchPlan(
         name=request.name or request.profile.name.replace(":", "-"),
         profile=request.profile.name,
@@ -82,7 +83,7 @@ def plan(request: PlanRequest) -> LaunchPlan:
         settings=tuple(ledger.settings.values()),
         memory=memory,
         deadlines=deadlines,
-        restart=_restart(ledger),
+        restart=restart,
         warnings=tuple(ledger.warnings),
         replicas=int(ledger.value("replicas")),
         gateway=gateway,
