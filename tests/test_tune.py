@@ -501,6 +501,24 @@ def test_the_best_value_of_a_setting_goes_into_combinations() -> None:
     assert strategy.combinations(space, done, THROUGHPUT) == [(("a", "2"), ("b", "1"))]
 
 
+def test_what_is_left_of_the_time_refines_the_best() -> None:
+    """One setting less, then one more that did no harm alone; a loser and a failure are not added."""
+    space = factors(A, B, C, ("d", "1"), ("e", "1"))
+    done = [
+        trial(1, {}, measurement(rate=100)),
+        trial(2, dict([A]), measurement(rate=110)),
+        trial(3, dict([B]), measurement(rate=105)),
+        trial(4, dict([C]), measurement(rate=99)),
+        trial(5, {"d": "1"}, measurement(rate=80)),
+        trial(6, {"e": "1"}, status=Status.FAILED),
+        trial(7, dict([A, B]), measurement(rate=118)),
+    ]
+    left = list(strategy.steps(space, done, THROUGHPUT))
+    assert left == [strategy.Step(Stage.REFINEMENT, (A, B, C))]
+    done.append(trial(8, dict([A, B, C]), measurement(rate=125)))
+    assert [s.moves for s in strategy.steps(space, done, THROUGHPUT)] == [(B, C), (A, C)]
+
+
 # ---- the space ----------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """What to try next: a pure function of what has been tried, so that a resumed run goes on where it was.
 
-Baseline; then one setting at a time, the most promising first; then the winners together. Each stage measures for twice
-as long as the one before, and the final four times (contest.py): many configurations briefly, few of them well.
+Baseline; then one setting at a time, the most promising first; then the winners together; then, while there is time, one
+setting more or less than the best so far. Later stages measure for longer, the final (contest.py) longest: many
+configurations briefly, few of them well.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from qwen3emb_launch.tune.trials import Measurement, Moves, Stage, Status, Trial
 BETTER = 1.02  # a score that is not at least that much higher is taken for noise when winners are combined
 FINALISTS = 2  # beside the baseline
 COMBINATIONS = 3
+HARMLESS = 0.95  # a setting that by itself scored less is not added to the best
 # Share of the measured time (`--duration`) that one load of a stage gets.
-SHARE = {Stage.BASELINE: 0.25, Stage.MOVE: 0.25, Stage.COMBINATION: 0.5, Stage.FINAL: 1.0}
+SHARE = {Stage.BASELINE: 0.25, Stage.MOVE: 0.25, Stage.COMBINATION: 0.5, Stage.REFINEMENT: 0.5, Stage.FINAL: 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,9 @@ def steps(factors: Sequence[Factor], trials: Sequence[Trial], objective: Objecti
     for together in combinations(factors, trials, objective):
         if together not in done:
             yield Step(Stage.COMBINATION, together)
+    for near in refinements(factors, trials, objective):
+        if near not in done:
+            yield Step(Stage.REFINEMENT, near)
 
 
 def combinations(factors: Sequence[Factor], trials: Sequence[Trial], objective: Objective) -> list[Moves]:
@@ -48,6 +53,20 @@ def combinations(factors: Sequence[Factor], trials: Sequence[Trial], objective: 
     winners = [key_and_value for _, key_and_value in _winners(factors, trials, objective)]
     sizes = dict.fromkeys((len(winners), 2, 3))
     return [moves(dict(winners[:n])) for n in sizes if 2 <= n <= len(winners)][:COMBINATIONS]
+
+
+def refinements(factors: Sequence[Factor], trials: Sequence[Trial], objective: Objective) -> list[Moves]:
+    """The best so far without one of its settings, then with another value or setting that did no harm by itself."""
+    scored = [(s, t.moves) for t in trials if (s := score(t, objective)) is not None]
+    best = max(scored, default=(0.0, ()))[1]
+    if not best:
+        return []
+    by = {t.moves: score(t, objective) for t in trials}
+    base = by.get(()) or 0.0
+    fewer = [moves(dict(pair for pair in best if pair != left_out)) for left_out in best]
+    singles = [(by.get(moves({f.key: v})), f.key, v) for f in factors for v in f.values if (f.key, v) not in best]
+    harmless = sorted(((s, key, v) for s, key, v in singles if s is not None and s >= base * HARMLESS), reverse=True)
+    return [m for m in fewer if m] + [moves({**dict(best), key: value}) for _, key, value in harmless]
 
 
 def _winners(

@@ -21,6 +21,7 @@ class Stage(StrEnum):
     BASELINE = "baseline"
     MOVE = "move"  # one setting changed
     COMBINATION = "combination"  # several that each were better alone
+    REFINEMENT = "refinement"  # one setting more or less than the best
     FINAL = "final"  # in turns with the baseline
 
 
