@@ -27,18 +27,29 @@ LONG = (
 )  # fmt: skip
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what must run in one worker under `-n`: the tests that share an engine, else those of one file."""
+    item.add_marker(pytest.mark.xdist_group(_place(item)[1]))
 
-    def place(item: pytest.Item) -> tuple[int, str]:
-        name = Path(str(item.path)).stem
-        if "demo_endpoint" in getattr(item, "fixturenames", ()):
-            return -1, "demo_endpoint"
-        return LONG.index(name) if name in LONG else len(LONG), name
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(place(item)[1]))
-    items.sort(key=lambda item: place(item)[0])
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _place(item)[0])
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without its groups a parallel run would start an engine a test: better none at all."""
+    grouped = getattr(session.config.option, "loadgroup", False)
+    if grouped and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            "this pytest-xdist does not group tests under this pytest: pip install -r requirements/dev.txt"
+        )
+
+
+def _place(item: pytest.Item) -> tuple[int, str]:
+    name = Path(str(item.path)).stem
+    if "demo_endpoint" in getattr(item, "fixturenames", ()):
+        return -1, "demo_endpoint"
+    return LONG.index(name) if name in LONG else len(LONG), name
 
 
 @dataclass(frozen=True)
