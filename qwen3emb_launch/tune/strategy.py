@@ -1,6 +1,6 @@
 """What to try next: a pure function of what has been tried, so that a resumed run goes on where it was.
 
-Baseline; then one setting at a time, the most promising first; then the winners together; then, while there is time, one
+Baseline; then one setting at a time, the most promising first; then winners together; then, while there is time, one
 setting more or less than the best so far. Later stages measure for longer, the final (contest.py) longest: many
 configurations briefly, few of them well.
 """
