@@ -255,6 +255,7 @@ def main() -> int:
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the engine goes too
     with tempfile.TemporaryDirectory() as scratch:
         arguments.scratch = scratch
         record = measure(arguments, Path(scratch))

@@ -88,6 +88,9 @@ def _differences(records: Sequence[tuple[str, Record]]) -> list[str]:
                 for key in FACTS
                 if one.facts.get(key) != other.facts.get(key)
             ]
+            ids = [t.fingerprint.get("id") for t in (one, other)]
+            if None not in ids and ids[0] != ids[1]:
+                found.append(f"{name}: fingerprint is {ids[1]}, was {ids[0]}: other vectors (qwen3emb diff)")
             if one.model != other.model:
                 found.append(f"{name}: model is {other.model}, was {one.model}")
         if record.partial:

@@ -160,6 +160,7 @@ class Campaign:
             tokens_exact=bool(vocabulary and vocabulary.exact),
             dims=result.dims if result else None,
             wire=result.wire if result else None,
+            fingerprint=dict(ready.target.fingerprint),
         )
 
 

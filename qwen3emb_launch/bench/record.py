@@ -28,7 +28,10 @@ KIND = "qwen3emb-bench"
 
 @dataclass(frozen=True)
 class TargetInfo:
-    """What was measured, as far as it is known; `facts` holds engine, GPU, driver, model revision, profile hash…"""
+    """What was measured, as far as it is known; `facts` holds engine, GPU, driver, model revision, profile hash…
+
+    `fingerprint` is `verify`'s: what decides the vectors, `{"id", "complete", "parts"}`; empty where nobody could say.
+    """
 
     name: str
     url: str
@@ -37,6 +40,7 @@ class TargetInfo:
     tokens_exact: bool = False
     dims: int | None = None
     wire: str | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

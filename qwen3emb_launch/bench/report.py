@@ -97,7 +97,8 @@ def headline(record: Record) -> list[tuple[str, str]]:
     if load.get("repeat_rate"):
         pairs.append(("repeated texts", f"{load['repeat_rate']:.0%}"))
     for target in record.targets:
-        facts = ", ".join(f"{k} {v}" for k, v in target.facts.items() if v is not None)
+        known = {**target.facts, "fingerprint": target.fingerprint.get("id")}
+        facts = ", ".join(f"{k} {v}" for k, v in known.items() if v is not None)
         pairs.append((target.name, f"{target.url} {target.model}" + (f" ({facts})" if facts else "")))
     tool = record.tool
     pairs.append(("made by", f"qwen3emb {tool.get('version')}, seed {record.seed}, {record.created}"))

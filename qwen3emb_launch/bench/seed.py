@@ -66,7 +66,8 @@ def _prefill(campaign: Campaign, ready: Ready) -> list[Mapping[str, Any]]:
     run = _one(campaign, ready, "32 x 2048 tokens", 1, batch=32, lengths="2048", dims=None)
     seen = run.figures.latency.p50 if run else None
     model = find_model(str(ready.target.facts.get("model") or ready.spec.model))
-    own = floor_seconds(model.shape, str(ready.target.facts.get("gpu") or ""), 32, 2048) if model else None
+    shape = ready.target.shape or (model.shape if model else None)
+    own = floor_seconds(shape, str(ready.target.facts.get("gpu") or ""), 32, 2048) if shape else None
     four = find_model("4b")
     claimed = floor_seconds(four.shape, "4090", 32, 2048) if four else None
     verdict = "impossible on the card it was claimed for"

@@ -6,18 +6,23 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch.bench import calibrate, endpoint, lengths
 from qwen3emb_launch.bench.spec import Encoding, LoadSpec, Vocabulary
 from qwen3emb_launch.bench.texts import capacity, source_of
 from qwen3emb_launch.bench.words import WORDS
+from qwen3emb_launch.catalog import ModelShape
 from qwen3emb_launch.errors import InvalidInputError, LaunchError
 
 
 @dataclass(frozen=True)
 class Target:
-    """An endpoint as the user named it: NVML index of its GPU, its local processes, and facts for the record."""
+    """An endpoint as the user named it: NVML index of its GPU, its local processes, and facts for the record.
+
+    `plan` is an instance's plan file; `shape` its model's where that is known, `fingerprint` what decides its vectors.
+    """
 
     name: str
     url: str
@@ -28,6 +33,9 @@ class Target:
     gpu: int | None = None
     pids: Sequence[int] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    plan: Path | None = None
+    shape: ModelShape | None = None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def bench(
             named.versus(word, model if base_url else None, api_key_env, not insecure, gpu) or started(word)
             for word in vs or []
         ]
-        targets = [prepare(t, work) for t in named.distinct([first, *others])]
+        targets = [prepare(named.introduced(t), work) for t in named.distinct([first, *others])]
         view = stack.enter_context(Shown(console))
         campaign = Campaign(targets=targets, work=work, shaping=shaping, slo=objective, listener=view, warnings=notes)
         campaign.text_start = work.seed << 20

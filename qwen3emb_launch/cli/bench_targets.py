@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -70,6 +70,7 @@ def instance(name: str | None, model: str | None) -> Target:
         gpu=index,
         pids=tuple(e.pid for e in record.engines),
         facts=facts,
+        plan=found.plan,
     )
 
 
@@ -94,6 +95,42 @@ def versus(word: str, model: str | None, key_variable: str | None, verify_tls: b
 
     found = state.load(word)
     return instance(word, model) if found and found.running else None
+
+
+def introduced(target: Target) -> Target:
+    """The target with what it says of itself: fingerprint, engine, dtype, its model's shape.
+
+    What cannot be told stays unknown: an endpoint that does not answer is the load's business to report.
+    """
+    from dataclasses import replace
+
+    from qwen3emb_launch.catalog import shape_from_config
+    from qwen3emb_launch.cli.verify import read_plan
+    from qwen3emb_launch.errors import LaunchError
+    from qwen3emb_launch.paths import paths
+    from qwen3emb_launch.verify.runner import Request, introduce
+    from qwen3emb_launch.verify.session import Options
+
+    if not target.verify_tls:  # the question would be asked with certificates checked
+        return target
+    known: dict[str, Any] = read_plan(target.plan)[0] if target.plan else {}
+    memory = paths().cache / "weights.json"
+    request = Request(target.url, Options(), memory, target.model, target.api_key, timeout=10.0, known=known)
+    try:
+        identity, fingerprint = introduce(request)
+    except LaunchError:
+        return target
+    told: dict[str, Any] = {
+        "engine": " ".join(filter(None, (identity.engine, identity.engine_version))) or None,
+        "dtype": identity.dtype,
+        "quantization": identity.quantization,
+    }
+    shape = identity.catalog.shape if identity.catalog else None
+    if identity.folder:
+        with suppress(LaunchError, OSError, ValueError):
+            shape = shape_from_config(json.loads((identity.folder / "config.json").read_text(encoding="utf-8")))
+    facts = {**{k: v for k, v in told.items() if v is not None}, **target.facts}
+    return replace(target, facts=facts, shape=shape, fingerprint=fingerprint)
 
 
 def distinct(targets: list[Target]) -> list[Target]:

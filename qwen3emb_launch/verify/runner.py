@@ -116,6 +116,18 @@ def _fingerprint(request: Request, session: Session, width: int | None) -> dict[
     return fingerprint(session.identity, session.precision, width, sample, sha256)
 
 
+def introduce(request: Request) -> tuple[Identity, dict[str, Any]]:
+    """What an endpoint says it is, and its fingerprint; one text is asked, for the width. Nothing is judged.
+
+    Raises NetworkError when it cannot be reached, and Misanswer when it does not answer.
+    """
+    session = open_session(request)
+    try:
+        return session.identity, _fingerprint(request, session, session.width)
+    finally:
+        session.contact.close()
+
+
 def now() -> str:
     """UTC, to the second."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

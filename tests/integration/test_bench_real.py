@@ -90,5 +90,7 @@ def test_a_profile_is_started_for_the_run_and_stopped_after_it(engine_python, tm
     (target,) = envelope["result"]["targets"]
     assert target["facts"]["engine"].startswith("sglang ")
     assert target["facts"]["profile_hash"]
+    assert target["fingerprint"]["complete"]
+    assert target["fingerprint"]["parts"]["dims"] == 256
     assert envelope["result"]["runs"][0]["rss"] > 100 << 20
     assert not [i for i in state.instances() if i.running]
