@@ -209,6 +209,22 @@ def test_explain_shows_measured_figures(capsys: pytest.CaptureFixture[str]) -> N
     assert "short queries: 610 texts/s on H100, 2026-11-22; measured by `qwen3emb bench`" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("entry", profile_files.available(), ids=lambda entry: entry.name)
+def test_explain_says_plainly_what_was_measured(
+    entry: profile_files.ProfileFile, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every shipped profile: each figure with hardware, date and command, or that there is none."""
+    assert run(["profiles", "explain", entry.name]) == 0
+    said = capsys.readouterr().out.split("\nevidence:")[1]
+    if entry.profile.evidence == "none":
+        assert said == " none. Nobody has measured this profile on its hardware yet.\n"
+        return
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) == len(entry.profile.evidence)
+    for line, figure in zip(lines, entry.profile.evidence, strict=True):
+        assert all(word in line for word in (figure.what, figure.hardware, str(figure.date), figure.command)), line
+
+
 def test_explain_of_a_model_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
     """A hub id that is not on disk has no known shape."""
     status, body = envelope(capsys, "explain", "h100", "--model", "owner/tuned")

@@ -46,7 +46,11 @@ def test_check_starts_it_and_finds_it_whole() -> None:
 
 
 def test_installing_again_returns_at_once() -> None:
-    """`make test` calls it each time: a complete environment takes under a second."""
-    started = time.perf_counter()
-    assert engines.install("cpu").did == "nothing"
-    assert time.perf_counter() - started < 1.0
+    """`make test` calls it each time: a complete environment takes under a second, best of three."""
+
+    def once() -> float:
+        started = time.perf_counter()
+        assert engines.install("cpu").did == "nothing"
+        return time.perf_counter() - started
+
+    assert min(once() for _ in range(3)) < 1.0
