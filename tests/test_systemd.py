@@ -74,26 +74,31 @@ def test_show_prints_the_bare_unit(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.rstrip().endswith("WantedBy=default.target")
 
 
-def test_everything_asked_for_reaches_up(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Options of `up` go into the unit; a folder and a profile file become absolute, odd names survive."""
+def test_everything_asked_for_reaches_up(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Options of `up` go into the unit; folders and files become absolute, odd names survive."""
+    (tmp_path / "keys").write_text("alice sesame-open\n")
+    monkeypatch.chdir(tmp_path)
     profile = tmp_path / "my 100% profile.yaml"
     profile.write_text((Path(__file__).parents[1] / "profiles" / "demo.yaml").read_text())
     text = shown(
         capsys, "-p", str(profile), "--name", "mine", "--host", "0.0.0.0", "--port", "30100",
-        "--set", "max_prefill_tokens=4096", "--set", "env.X=a b$c%d",
+        "--set", "max_prefill_tokens=4096", "--set", "env.X=a b$c%d", "--set", "gateway.api_keys=keys",
     )  # fmt: skip
     (line,) = values(text, "ExecStart")
     words = shlex.split(line.replace("%%", "%"))
     assert words[4:] == [
         "up", "--name", "mine", "--offline", "--profile", str(profile), "--host", "0.0.0.0", "--port", "30100",
-        "--set", "max_prefill_tokens=4096", "--set", "env.X=a b$c%d",
+        "--set", "max_prefill_tokens=4096", "--set", "env.X=a b$c%d", "--set", f"gateway.api_keys={tmp_path / 'keys'}",
     ]  # fmt: skip
 
 
 def test_only_what_stays_on_this_machine_is_cut_off(capsys: pytest.CaptureFixture[str]) -> None:
     """An address for others, or downloads, open the network; the default closes it."""
     assert "IPAddressDeny=any" in shown(capsys, "-p", "demo", "--system")
-    assert "IPAddressDeny" not in shown(capsys, "-p", "demo", "--system", "--host", "0.0.0.0")
+    others = ("--host", "0.0.0.0", "--set", "gateway.insecure=true")
+    assert "IPAddressDeny" not in shown(capsys, "-p", "demo", "--system", *others)
     download = shown(capsys, "-p", "demo", "--system", "--download")
     assert "IPAddressDeny" not in download
     assert "--offline" not in download
@@ -146,7 +151,8 @@ def test_the_template_serves_every_profile(capsys: pytest.CaptureFixture[str]) -
         (("-p", "nosuch"), "unknown_profile"),
         (("-p", "demo", "--name", "Bad Name"), "bad_name"),
         (("-p", "demo", "--set", "nosuch=1"), "unknown_setting"),
-        (("-p", "demo", "--port", "65000"), "port_too_high"),
+        (("-p", "demo", "--port", "65000", "--set", "gateway.enabled=false"), "port_too_high"),
+        (("-p", "demo", "--set", "gateway.api_keys=/nowhere/keys"), "bad_keys"),
     ],
 )
 def test_what_up_would_refuse_is_refused_now(
@@ -155,6 +161,12 @@ def test_what_up_would_refuse_is_refused_now(
     """A unit that could never start is not written: the plan is made first."""
     status, answer = envelope(capsys, "systemd", "show", *arguments)
     assert (status, answer["error"]["code"]) == (2, code)
+
+
+def test_an_address_for_others_wants_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without API keys no unit is written that would serve other machines."""
+    status, answer = envelope(capsys, "systemd", "show", "-p", "demo", "--host", "0.0.0.0")
+    assert (status, answer["error"]["code"]) == (3, "no_api_keys")
 
 
 def tree(root: Path) -> dict[str, str]:
@@ -355,7 +367,18 @@ def test_status_without_units(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("-p", "demo", "--user"),
         ("-p", "demo", "--system"),
-        ("-p", "h100", "--system", "--host", "0.0.0.0", "--download", "--credential", "hf_token=/etc/keys/hf"),
+        (
+            "-p",
+            "h100",
+            "--system",
+            "--host",
+            "0.0.0.0",
+            "--set",
+            "gateway.insecure=true",
+            "--download",
+            "--credential",
+            "hf_token=/etc/keys/hf",
+        ),
         ("--template", "--system"),
         ("--template", "--user"),
     ],

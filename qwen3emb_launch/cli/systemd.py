@@ -49,6 +49,9 @@ CredentialOption = Annotated[
     typer.Option("--credential", metavar="NAME=FILE", help="A secret file for LoadCredential=, such as hf_token."),
 ]
 
+# Settings whose values are files.
+FILES = ("gateway.api_keys", "gateway.tasks", "gateway.disk_cache", "gateway.access_log")
+
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
@@ -191,7 +194,7 @@ class _Asked:
         self.profile = str(Path(profile).expanduser().absolute()) if profile and _is_file(profile) else profile
         self.model = str(Path(model).expanduser().absolute()) if model and Path(model).expanduser().is_dir() else model
         self.name, self.host, self.port, self.engine = name, host, port, engine
-        self.settings, self.download = settings, download
+        self.settings, self.download = [_absolute(word) for word in settings], download
         self.credentials: dict[str, str] = {}
         for word in credentials:
             key, equals, path = word.partition("=")
@@ -200,6 +203,14 @@ class _Asked:
                     "bad_credential", f"--credential {key}: NAME=FILE", "--credential hf_token=/etc/qwen3emb/hf_token"
                 )
             self.credentials[key] = str(Path(path).expanduser().absolute())
+
+
+def _absolute(word: str) -> str:
+    """A setting that names a file, with the path that it has here."""
+    key, equals, value = word.partition("=")
+    if key not in FILES or not value or value == "-":
+        return word
+    return f"{key}{equals}{Path(value).expanduser().absolute()}"
 
 
 def _is_file(profile: str) -> bool:
@@ -241,7 +252,7 @@ def _missing(plan: LaunchPlan) -> list[str]:
 
 def _plan(where: Places, asked: _Asked, console: Console) -> tuple[Wanted, LaunchPlan, tuple[str, ...]]:
     from qwen3emb_launch import profile_files
-    from qwen3emb_launch.cli.launching import LaunchOptions, choose
+    from qwen3emb_launch.cli.launching import LaunchOptions, choose, with_gateway
     from qwen3emb_launch.explain import Ask, explain
     from qwen3emb_launch.state import check_name
     from qwen3emb_launch.systemd.spec import Wanted
@@ -253,6 +264,7 @@ def _plan(where: Places, asked: _Asked, console: Console) -> tuple[Wanted, Launc
     found = explain(profile, Ask(asked.model, asked.engine, [*asked.settings, *address], environ))
     for warning in found.plan.warnings:
         console.warn(warning)
+    with_gateway(found.plan)  # what the gateway would refuse at each start is refused here
     known = wanted or (profile.name if profile.name != "generic" else None)
     return (
         Wanted(

@@ -1,4 +1,4 @@
-"""up on the real SGLang: serve, embed, survive a killed engine, stop, and leave nothing behind, whatever is killed."""
+"""up on the real SGLang: serve, survive whatever is killed, be restarted, stop, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import free_port
-from supervised import gone, until
+from supervised import Load, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.engine_process.guard import descendants
@@ -46,58 +44,21 @@ def engine(data_folder: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(data_folder))
 
 
-@pytest.fixture
-def up(engine: None) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+def start(*args: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """`qwen3emb up --profile demo --json` in the foreground, and the envelope it printed when ready."""
     process = subprocess.Popen(
-        [*QWEN3EMB, "up", "--profile", "demo", "--port", str(free_port()), "--json"], stdout=subprocess.PIPE, text=True
+        [*QWEN3EMB, "up", "--profile", "demo", "--port", str(free_port()), "--json", *args],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
-    try:
-        yield process, json.loads(process.stdout.readline() or "{}")
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    return process, json.loads(process.stdout.readline() or "{}")
 
 
-class Requests:
-    """One client that never stops asking; counts answers, and answers that are not the reference vector."""
-
-    def __init__(self, base_url: str) -> None:
-        self.url = f"{base_url}/embeddings"
-        self.reference = self.ask()
-        self.right = self.wrong = self.failed = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def ask(self) -> list[float]:
-        body = json.dumps({"model": "demo", "input": "steady", "dimensions": 64}).encode()
-        request = urllib.request.Request(self.url, body, {"content-type": "application/json"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.load(answer)["data"][0]["embedding"]
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                vector = self.ask()
-            except (OSError, urllib.error.URLError, ValueError):
-                self.failed += 1
-                self._stop.wait(0.05)
-                continue
-            dot = sum(a * b for a, b in zip(vector, self.reference, strict=True))
-            if dot > 0.999:
-                self.right += 1
-            else:
-                self.wrong += 1
-
-    def __enter__(self) -> Requests:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
+def end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
 
 
 def cli(*args: str) -> dict[str, Any]:
@@ -116,59 +77,100 @@ def status_of(url: str, path: str, key: str | None = None) -> int:
         return error.code
 
 
-def test_up_embed_crash_and_return_down(up: tuple[subprocess.Popen[str], dict[str, Any]]) -> None:
-    """Served and smoke-tested; several dims; the engine killed under requests comes back with the same vectors; admin
-    routes want the key; Ctrl-C ends with 130 and nothing is left running."""
-    process, envelope = up
-    assert envelope["ok"], envelope
-    result = envelope["result"]
-    assert result["pid"] == process.pid  # the supervisor took the command's own place
-    tree = descendants(process.pid)
-    assert len(tree) >= 4  # guard, server, scheduler, detokenizer
+def steady(base_url: str) -> Load:
+    """Clients that ask twenty texts again and again, with the first answers as the truth."""
+    truth: dict[str, list[float]] = {}
 
-    for dims in (32, 100, result["max_dims"]):
-        answer = cli("embed", "a text", "another", "--dims", str(dims))
-        assert [len(e["embedding"]) for e in answer["result"]["embeddings"]] == [dims, dims]
-    assert cli("embed", "a text", "--dims", str(result["max_dims"] + 1))["error"]["code"] == "bad_dims"
+    class Texts(Load):
+        model = "demo"
 
-    instance, _ = state.running()
-    assert status_of(result["base_url"], "/flush_cache") == 401
-    assert status_of(result["base_url"], "/flush_cache", instance.engine_key()) == 200
-    for path in instance.folder.rglob("*.log"):
-        assert str(instance.engine_key()) not in path.read_text()
+        def ask(self, text: str) -> list[float]:
+            return super().ask(f"a steady text, number {int(text.split()[1]) % 20}")
 
-    with Requests(result["base_url"]) as requests:
-        until(lambda: requests.right >= 5, "the first answers")
-        os.kill(result["engine_pids"][0], signal.SIGKILL)
+    def right(text: str, vector: list[float]) -> bool:
+        dot = sum(a * b for a, b in zip(vector, truth[str(int(text.split()[1]) % 20)], strict=True))
+        return dot > 0.999
+
+    clients = Texts(base_url, right)
+    truth.update({str(n): clients.ask(f"text {n}") for n in range(20)})
+    return clients
+
+
+def test_no_request_is_lost_whatever_is_killed(engine: None) -> None:
+    """Two engines behind the gateway, asked without end. Both killed: requests wait and are answered. The gateway
+    killed: back within seconds. `restart`: every engine a new process, nobody notices. The supervisor killed: nothing
+    is left."""
+    process, envelope = start("--replicas", "2", "--set", "gateway.cache_mb=0")
+    try:
+        assert envelope["ok"], envelope
+        base_url, first = envelope["result"]["base_url"], envelope["result"]["engine_pids"]
+        assert len(first) == 2
+        clients = steady(base_url)
+        with clients:
+            clients.goes_on(20)
+            for pid in first:
+                os.kill(pid, signal.SIGKILL)
+            begin = time.monotonic()
+            until(lambda: state.running()[1].state is State.RESTARTING, "notice of the crash")
+            assert time.monotonic() - begin < 1
+            until(lambda: state.running()[1].state is State.READY, "the engines' return", 240)
+            clients.goes_on(20)
+            done = cli("restart")
+            assert done["ok"], done
+            clients.goes_on(20)
+        assert (clients.failed, clients.wrong) == (0, 0), clients.last_error
+        replaced = done["result"]["replaced"]
+        assert [one["unit"] for one in replaced] == ["engine", "engine-2"]
+        assert all(gone(one["old_pid"]) and not gone(one["new_pid"]) for one in replaced)
+
+        gateway = next(u for u in state.running()[1].units if u.kind == "gateway")
+        assert gateway.process
+        os.kill(gateway.process.pid, signal.SIGKILL)
         begin = time.monotonic()
-        until(lambda: state.running()[1].state is State.RESTARTING, "notice of the crash")
-        assert time.monotonic() - begin < 1
-        until(lambda: state.running()[1].state is State.READY, "the engine's return", 240)
-        before = requests.right
-        until(lambda: requests.right >= before + 5, "answers of the new engine")
-    assert requests.wrong == 0
-    assert requests.failed > 0
-    assert state.running()[1].restarts == 1
-    assert all(map(gone, tree[1:]))  # nothing of the first engine
+        until(lambda: state.running()[1].state is State.RESTARTING, "notice of the gateway's end")
+        until(lambda: state.running()[1].state is State.READY, "the gateway's return")
+        assert clients.ask("text 1")
+        assert time.monotonic() - begin < 5  # about one on a quiet machine
 
-    tree = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
-    assert all(map(gone, tree))
+        tree = descendants(process.pid)
+        assert len(tree) >= 10  # three guards, the gateway, twice server, scheduler, detokenizer
+        process.kill()
+        process.wait()
+        until(lambda: all(map(gone, tree)), "the end of every process", 10)
+        row = cli("status", "demo")["result"]["instances"][0]
+        assert (row["state"], row["running"]) == ("failed", False)
+        assert cli("down", "demo")["ok"]
+    finally:
+        end(process)
 
 
-def test_killed_supervisor_leaves_no_engine_process(engine: None) -> None:
-    """SIGKILL to a detached supervisor: server, scheduler and detokenizer are gone, and status says what happened."""
-    answer = cli_up("--detach")
-    assert answer["ok"], answer
-    pid = answer["result"]["pid"]
-    tree = descendants(pid)
-    assert len(tree) >= 4
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: all(map(gone, tree)), "the end of every process", 10)
-    row = cli("status", "demo")["result"]["instances"][0]
-    assert (row["state"], row["running"]) == ("failed", False)
-    assert cli("down", "demo")["ok"]
+def test_the_bare_engine(engine: None) -> None:
+    """--no-gateway: users call SGLang itself. Served and smoke-tested; several dims; admin routes want the key, which
+    no log shows; Ctrl-C ends with 130 and nothing is left running."""
+    process, envelope = start("--no-gateway")
+    try:
+        assert envelope["ok"], envelope
+        result = envelope["result"]
+        assert result["pid"] == process.pid  # the supervisor took the command's own place
+        tree = descendants(process.pid)
+        assert len(tree) >= 4  # guard, server, scheduler, detokenizer
+
+        for dims in (32, 100, result["max_dims"]):
+            answer = cli("embed", "a text", "another", "--dims", str(dims))
+            assert [len(e["embedding"]) for e in answer["result"]["embeddings"]] == [dims, dims]
+        assert cli("embed", "a text", "--dims", str(result["max_dims"] + 1))["error"]["code"] == "bad_dims"
+
+        instance, _ = state.running()
+        assert status_of(result["base_url"], "/flush_cache") == 401
+        assert status_of(result["base_url"], "/flush_cache", instance.engine_key()) == 200
+        for path in instance.folder.rglob("*.log"):
+            assert str(instance.engine_key()) not in path.read_text()
+        assert cli("restart")["error"]["code"] == "no_gateway"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+        assert all(map(gone, tree))
+    finally:
+        end(process)
 
 
 def test_engine_that_refuses_its_flags(engine: None) -> None:
