@@ -79,9 +79,10 @@ def error(answer: Answer) -> dict:
 async def gateway(*engines: Served | str, wait: bool = True, **settings: object) -> AsyncIterator[Bench]:
     """Started, its upstreams proved, closed."""
     headers = settings.pop("headers", {})
+    tracing = settings.pop("tracing", None)
     urls = tuple(UpstreamConfig(e if isinstance(e, str) else e.url) for e in engines)
     config = replace(GatewayConfig(upstreams=urls, port=0, drain=1.0), **settings)
-    service = Service(config)
+    service = Service(config, tracing=tracing)
     await service.start()
     try:
         if wait:

@@ -108,7 +108,7 @@ def test_hits_are_counted_per_item_and_shown() -> None:
         ({"model": "null", "input": "x", "dimensions": 65}, 400, "bad_dimensions", "dimensions"),
         ({"model": "null", "input": "x", "dimensions": 10**9}, 400, "bad_dimensions", "dimensions"),
         ({"model": "null", "input": "x", "dimensions": "256"}, 400, "bad_dimensions", "dimensions"),
-        ({"model": "null", "input": "x", "dimensions": 64.0}, 400, "bad_dimensions", "dimensions"),
+        ({"model": "null", "input": "x", "dimensions": 64.5}, 400, "bad_dimensions", "dimensions"),
         ({"model": "null", "input": "x", "dimensions": True}, 400, "bad_dimensions", "dimensions"),
         ({"model": "null", "input": "x", "encoding_format": "hex"}, 400, "bad_encoding_format", "encoding_format"),
         ({"model": "null", "input": "x", "encoding_format": []}, 400, "bad_encoding_format", "encoding_format"),

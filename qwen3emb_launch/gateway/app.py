@@ -65,7 +65,7 @@ class App:
             "/v1/models": (GETS, self._models),
             "/health": (GETS, self._health),
             "/ready": (GETS, self._ready),
-            "/openapi.json": (GETS, lambda _: json_response(openapi.document())),
+            "/openapi.json": (GETS, self._openapi),
             "/metrics": (GETS, self._operators(self._metrics)),
             "/ui": (GETS, self._operators(self._ui)),
             "/ui/state": (GETS, self._operators(self._state)),
@@ -212,6 +212,12 @@ class App:
         if self.endpoint.rules.max_tokens is not None:
             row["max_input_tokens"] = self.endpoint.rules.max_tokens
         return row
+
+    def _openapi(self, _: Request) -> Response:
+        endpoint = self.endpoint
+        width = endpoint.model.width if endpoint.model else 0
+        dims = (min(endpoint.min_dims, width), width) if width else None
+        return json_response(openapi.document(dims, endpoint.max_items, endpoint.rules.highest_id))
 
     def _health(self, _: Request) -> Response:
         """The gateway itself lives."""

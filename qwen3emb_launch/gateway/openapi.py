@@ -6,17 +6,23 @@ from typing import Any
 
 from qwen3emb_launch import __version__
 
+TEXT = r"^[^\u0000]*[^\s\u0000][^\u0000]*$"
+HIGHEST_ID = 2**31 - 1  # of a token, where no vocabulary is known
+
 
 def _json(schema: dict[str, Any], about: str) -> dict[str, Any]:
     return {"description": about, "content": {"application/json": {"schema": schema}}}
 
 
-def document() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+def document(
+    dims: tuple[int, int] | None = None, max_items: int = 2_048, highest_id: int = HIGHEST_ID
+) -> dict[str, Any]:
+    """OpenAPI 3.1. `dims` are the least and the most there are, None while no engine has been up."""
     error = _json({"$ref": "#/components/schemas/Error"}, "An error in OpenAI's form")
     errors = {str(s): error for s in (400, 401, 404, 405, 408, 413, 414, 417, 429, 431, 500, 502, 503, 504)}
-    text = {"type": "string", "minLength": 1}
-    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+    text = {"type": "string", "pattern": TEXT, "description": "Not blank, without NUL characters"}
+    ids = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": highest_id}}
+    span = {"minimum": dims[0], "maximum": dims[1]} if dims else {"minimum": 1}
     get_errors = {k: errors[k] for k in ("401", "404", "405")} | {"403": error}
     model = {
         "type": "object",
@@ -91,13 +97,13 @@ def document() -> dict[str, Any]:
                         "input": {
                             "oneOf": [
                                 text,
-                                {"type": "array", "minItems": 1, "items": text},
+                                {"type": "array", "minItems": 1, "maxItems": max_items, "items": text},
                                 ids,
-                                {"type": "array", "minItems": 1, "items": ids},
+                                {"type": "array", "minItems": 1, "maxItems": max_items, "items": ids},
                             ]
                         },
                         "model": {"type": "string", "minLength": 1},
-                        "dimensions": {"type": ["integer", "null"], "minimum": 1},
+                        "dimensions": {"type": ["integer", "null"], **span},
                         "encoding_format": {"enum": ["float", "base64", None]},
                         "user": {"type": ["string", "null"]},
                     },

@@ -52,7 +52,7 @@ def parse(body: bytes, max_items: int = 2048) -> EmbeddingRequest:
     model = data.get("model")
     if type(model) is not str or not model:
         raise invalid("'model' must be a non-empty string", "model", "bad_model")
-    dimensions = data.get("dimensions")
+    dimensions = _whole(data.get("dimensions"))
     if dimensions is not None and type(dimensions) is not int:
         raise invalid(f"'dimensions' must be an integer, not {_kind(dimensions)}", "dimensions", "bad_dimensions")
     encoding = data.get("encoding_format")
@@ -79,10 +79,9 @@ def _inputs(value: Any, max_items: int) -> tuple[list[str], list[list[int]]]:
         )  # fmt: skip
     if not value:
         raise invalid("'input' is an empty list", "input", "empty_input")
-    first = type(value[0])
+    first = type(_whole(value[0]))
     if first is int:
-        _check_ids(value, 0, 1)
-        return [], [value]
+        return [], [_ids(value, 0, 1)]
     if len(value) > max_items:
         raise invalid(f"'input' has {len(value)} items; at most {max_items} are taken", "input", "too_many_items")
     if first is str:
@@ -99,7 +98,7 @@ def _inputs(value: Any, max_items: int) -> tuple[list[str], list[list[int]]]:
                 raise invalid(
                     f"input[{index}] is {_kind(ids)}, the items before it are token ids", "input", "mixed_input", index
                 )
-            _check_ids(ids, index, len(value))
+            value[index] = _ids(ids, index, len(value))
         return [], value
     raise invalid(f"input[0] is {_kind(value[0])}, not a string or token ids", "input", "bad_input", 0)
 
@@ -111,14 +110,24 @@ def _check_text(text: str, index: int, count: int) -> None:
         raise invalid(f"{_item(index, count)} contains a NUL character", "input", "nul_in_input", index)
 
 
-def _check_ids(ids: list[Any], index: int, count: int) -> None:
+def _ids(ids: list[Any], index: int, count: int) -> list[int]:
+    """A list of token ids, checked."""
     if not ids:
         raise invalid(f"{_item(index, count)} is an empty list of token ids", "input", "blank_input", index)
-    for token in ids:
+    if set(map(type, ids)) == {int}:
+        return ids
+    whole = [_whole(token) for token in ids]
+    for token in whole:
         if type(token) is not int:
             raise invalid(
                 f"{_item(index, count)} holds {_kind(token)} among its token ids", "input", "mixed_input", index
             )
+    return whole
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows one kind of number: 256.0 is the integer 256."""
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 def _item(index: int, count: int) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.api_errors import ApiError, invalid
+from qwen3emb_launch.gateway.openapi import HIGHEST_ID
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -76,19 +77,19 @@ class TokenRules:
     ) -> None:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.vocab_size = vocab_size
+        self.highest_id = vocab_size - 1 if vocab_size is not None else HIGHEST_ID
         self.eos_id = eos_id
         self.overflow = overflow
         self.foreign = foreign
         self._foreign_decoder = _cl100k() if foreign == "decode" else None
         self._longest_token = 1
-        self._highest_id = 0
+        self._own_highest_id = 0
         if tokenizer is not None:
             tokenizer.no_truncation()
             tokenizer.no_padding()
             vocabulary = tokenizer.get_vocab()
             self._longest_token = max(map(len, map(str.encode, vocabulary)), default=1)
-            self._highest_id = max(vocabulary.values(), default=0)
+            self._own_highest_id = max(vocabulary.values(), default=0)
 
     @classmethod
     def from_model(
@@ -181,17 +182,15 @@ class TokenRules:
 
     def samples(self) -> list[Prepared]:
         """Texts with their ids, to see whether an engine makes the same ids of them; empty where none may be sent."""
-        if self.tokenizer is None or self.vocab_size is None or self._highest_id >= self.vocab_size:
+        if self.tokenizer is None or self._own_highest_id > self.highest_id:
             return []
         return [p for p in self.texts_now(list(SAMPLES)) if isinstance(p, Prepared) and p.ids]
 
     def ids(self, ids: list[int]) -> Prepared:
         """Check a list of token ids and give it its EOS. Raises ApiError 400."""
-        vocab = self.vocab_size
         low, high = min(ids), max(ids)
-        if low < 0 or (vocab is not None and high >= vocab):
-            bad = low if low < 0 else high
-            span = f"[0, {vocab})" if vocab is not None else "[0, ...)"
+        if low < 0 or high > self.highest_id:
+            bad, span = low if low < 0 else high, f"[0, {self.highest_id}]"
             raise invalid(f"token id {bad} is outside the vocabulary {span}; {LANGCHAIN_HINT}", "input", "bad_token_id")
         if self.foreign != "accept" and self.looks_foreign(ids):
             if self._foreign_decoder is None:
