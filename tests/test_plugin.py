@@ -12,11 +12,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.engine
-def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path) -> None:
-    """Reading, writing, tokenising, batching, falling back: plugin_cases.py, without a server."""
+@pytest.mark.parametrize("cases", ["plugin_cases.py", "plugin_kernel_cases.py"])
+def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path, cases: str) -> None:
+    """Reading, writing, tokenising, batching, falling back, forking, and the kernels interpreted; without a server."""
     found = subprocess.run(
-        [str(engine_python), str(ROOT / "tests" / "plugin_cases.py")],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "engine_plugin"), "OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        [str(engine_python), str(ROOT / "tests" / cases)],
+        env={
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": str(ROOT / "engine_plugin"),
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
         capture_output=True,
         text=True,
         timeout=180,

@@ -5,6 +5,7 @@
     python benchmarks/gpu/harness.py stop  CONFIG --out DIR
     python benchmarks/gpu/harness.py run   CONFIG --out DIR                             # the three in one
     python benchmarks/gpu/harness.py profile CONFIG --out DIR --only a --loads x        # py-spy beside a load
+    python benchmarks/gpu/harness.py trace   CONFIG --out DIR --only a --loads x        # SGLang's kernels under a load
 
 CONFIG is YAML (see h100-4b.yaml): servers with argv and environment, loads with clients, texts and tokens. Servers run
 side by side and are loaded in turn, round by round, from processes of their own, so that drift hits all alike. The
@@ -21,6 +22,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
+import kernel_times
 import make_model
 import report
 import servers as running
@@ -47,7 +50,7 @@ FIRST_PORT = 21000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["serve", "load", "stop", "run", "profile"])
+    parser.add_argument("action", choices=["serve", "load", "stop", "run", "profile", "trace"])
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", help="servers, comma-separated")
@@ -69,6 +72,8 @@ def main() -> None:
         measure(config, args, model, state)
     if args.action == "profile":
         profile(config, args, model, state)
+    if args.action == "trace":
+        trace(config, args, model, state)
     if args.action in ("stop", "run"):
         for server in running.load(state):
             running.stop_group(server.pid)
@@ -245,6 +250,29 @@ def profile(config: dict[str, Any], args: argparse.Namespace, model: Path, state
             print(json.dumps(drive(server, model, load, seconds + 2)), flush=True)
             for spy in spies:
                 spy.wait(60)
+
+
+def trace(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
+    """SGLang's own torch profiler over a few batches in the middle of a load: DIR/SERVER-LOAD-kernels.json."""
+    seconds = args.seconds or config["seconds"]
+    for server in running.load(state):
+        if server.name not in chosen(config["servers"], args.only):
+            continue
+        for name, load in chosen(config["loads"], args.loads).items():
+            folder = args.out / f"trace-{server.name}-{name}"
+            drive(server, model, load, 1.0)  # calibrates, compiles what this load needs
+            with ThreadPoolExecutor(1) as pool:
+                under_load = pool.submit(drive, server, model, load, seconds)
+                time.sleep(seconds / 2)  # a load has no event to wait for; its middle is far from both ends
+                running.post(server.port, "/start_profile", {"output_dir": str(folder), "activities": ["GPU"]})
+                time.sleep(seconds / 4)
+                running.post(server.port, "/stop_profile", {})
+                print(server.name, name, shown(under_load.result()), flush=True)
+            deadline = time.monotonic() + 60
+            while not (found := kernel_times.summary(folder)) and time.monotonic() < deadline:
+                time.sleep(0.5)
+            (args.out / f"{server.name}-{name}-kernels.json").write_text(json.dumps(found, indent=1))
+            print(json.dumps({k: v for k, v in found.items() if k != "kernels"}), flush=True)
 
 
 def gpu() -> dict[str, str]:

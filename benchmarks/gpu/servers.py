@@ -75,6 +75,15 @@ def answers(port: int, model: str) -> bool:
         return False
 
 
+def post(port: int, path: str, body: dict[str, Any]) -> None:
+    """One POST to a server of ours; urllib.error.URLError where it refuses."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data=json.dumps(body).encode(), headers={"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        answer.read()
+
+
 def descendants(pid: int) -> set[int]:
     """The process and everything below it, in any session."""
     parents: dict[int, list[int]] = {}

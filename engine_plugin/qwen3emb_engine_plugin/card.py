@@ -46,14 +46,18 @@ def answered_by_nvml() -> Iterator[None]:
         "get_device_properties": lambda device=None: facts,
         "is_available": lambda: True,
     }
-    stock = {name: getattr(torch.cuda, name) for name in stand_ins}
-    for name, stand_in in stand_ins.items():
-        setattr(torch.cuda, name, stand_in)
+    places: list[tuple[Any, str, Any]] = [(torch.cuda, name, stand_in) for name, stand_in in stand_ins.items()]
+    # `torch.get_device_module()` asks it (under either name), and finding an accelerator initialises one.
+    names = [name for name in ("_get_accelerator", "_accelerator_getAccelerator") if hasattr(torch._C, name)]
+    places += [(torch._C, name, lambda *_: torch.device("cuda")) for name in names]
+    stock = [(module, name, getattr(module, name)) for module, name, _ in places]
+    for module, name, stand_in in places:
+        setattr(module, name, stand_in)
     try:
         yield
     finally:
-        for name, function in stock.items():
-            setattr(torch.cuda, name, function)
+        for module, name, function in stock:
+            setattr(module, name, function)
 
 
 def _first_visible_card() -> SimpleNamespace | None:
@@ -81,4 +85,6 @@ def _first_visible_card() -> SimpleNamespace | None:
 
 def _handle(pynvml: Any, visible: str | None) -> Any:
     first = (visible or "0").split(",")[0].strip()
-    return pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(first)
+    return (
+        pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(first)
+    )

@@ -9,6 +9,7 @@ import numpy as np
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.housekeeping import idle, snapshots
+from qwen3emb_engine_plugin.layer import attention, fp8_layer
 from qwen3emb_engine_plugin.prefill_graph import full_graph
 from qwen3emb_engine_plugin.switches import misfit
 from qwen3emb_engine_plugin.wire import OUR_RIDS
@@ -97,4 +98,6 @@ PARTS = [
     ("idle", True, idle),
     ("snapshots", True, snapshots),
     ("full_graph", True, full_graph),
+    ("attention", True, attention),
+    ("fp8_layer", True, fp8_layer),
 ]

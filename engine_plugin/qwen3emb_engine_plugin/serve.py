@@ -40,7 +40,8 @@ def main() -> None:
 
             problem = template.start()
             if problem:
-                print(f"qwen3emb plugin: template stands aside: {problem}", file=sys.stderr, flush=True)
+                # SGLang sets up logging later; until then warnings go to stderr as they are.
+                logger.warning("qwen3emb plugin: template stands aside: %s", problem)
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 

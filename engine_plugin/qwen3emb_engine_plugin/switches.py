@@ -21,9 +21,14 @@ def switched_on(part: str | None, default: bool = True) -> bool:
     return default if value == "" else value not in ("0", "false", "off", "no")
 
 
+def sglang_version() -> str:
+    """The release installed here."""
+    return version("sglang")
+
+
 def misfit_of_version(found: str | None = None) -> str | None:
     """Why this SGLang release is outside the range whose sources were read, or None."""
-    found = found or version("sglang")
+    found = found or sglang_version()
     match = re.match(r"(\d+)\.(\d+)\.(\d+)", found)
     key = tuple(int(part) for part in match.groups()) if match else (0,)
     if OLDEST <= key <= NEWEST or switched_on("any_version", default=False):

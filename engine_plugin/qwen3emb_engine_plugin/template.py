@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Sequence
 from multiprocessing import connection, forkserver, popen_forkserver, popen_spawn_posix, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
 from typing import Any
 
 from qwen3emb_engine_plugin.card import answered_by_nvml, cuda_untouched
@@ -40,6 +41,8 @@ MODULES = (
 PR_SET_PDEATHSIG = 1
 # The loader reads this when a program begins: a worker that needs another one has to begin anew.
 READ_AT_EXEC = "LD_PRELOAD"
+# jemalloc's purging thread (pyarrow brings it): its fork handlers start it anew.
+HARMLESS = {"jemalloc_bg_thd"}
 
 
 def start(modules: Sequence[str] = MODULES) -> str | None:
@@ -52,9 +55,9 @@ def start(modules: Sequence[str] = MODULES) -> str | None:
             importlib.import_module(module)
     if not cuda_untouched():
         return "an import initialised CUDA"
-    threads = len(os.listdir("/proc/self/task"))
-    if threads > 1:
-        return f"the imports left {threads - 1} threads running"
+    threads = [name for name in _native_threads() if name not in HARMLESS]
+    if threads:
+        return f"the imports left threads running: {', '.join(threads)}"
     if "prometheus_client" in sys.modules and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
         return "prometheus_client was imported before its folder is known"
     _fork()
@@ -69,6 +72,12 @@ def use() -> None:
 def running() -> bool:
     """Whether this process has a template."""
     return forkserver._forkserver._forkserver_pid is not None  # type: ignore[attr-defined]
+
+
+def _native_threads() -> list[str]:
+    """Names of the threads beside this one, those of native libraries too."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+    return [(task / "comm").read_text().strip() for task in tasks]
 
 
 def _misfit() -> str | None:
@@ -92,7 +101,7 @@ def _fork() -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         address = connection.arbitrary_address("AF_UNIX")
         listener.bind(address)
-        os.chmod(address, 0o600)
+        Path(address).chmod(0o600)
         listener.listen()
         alive_r, alive_w = os.pipe()
         sys.stdout.flush()

@@ -1,0 +1,109 @@
+"""The plugin's Triton kernels against plain torch. Run by the engine environment's python (see test_plugin.py).
+
+On a GPU: `python tests/plugin_kernel_cases.py`, as compiled. Without one: TRITON_INTERPRET=1, which executes them
+on the CPU and rounds bfloat16 its own way, hence a tolerance of one step of that type.
+"""
+# ruff: noqa: PT009 - unittest: the engine environment has no pytest
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+from qwen3emb_engine_plugin import kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+BF16_STEP = 2**-7  # relative, of the worst place in a binade
+FP8_STEP = 2**-3
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    x = x.float()
+    return (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()).bfloat16()
+
+
+class Kernels(unittest.TestCase):
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE).bfloat16()
+
+    def weight(self, width: int) -> torch.Tensor:
+        return (1 + 0.1 * torch.randn(width, device=DEVICE)).bfloat16()
+
+    def close(self, found: torch.Tensor, expected: torch.Tensor, relative: float, absolute: float = 0.0) -> None:
+        found, expected = found.float(), expected.float()
+        worst = ((found - expected).abs() - relative * expected.abs() - absolute).max().item()
+        self.assertLessEqual(worst, 0.0)
+        cosine = torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0).item()
+        self.assertGreater(cosine, 0.9995)
+
+    def quantised(self, values: torch.Tensor, rows: torch.Tensor, scales: torch.Tensor) -> None:
+        """`rows` times `scales` are `values`, the largest of each row at the end of the range."""
+        values = values.float()
+        self.close(scales, values.abs().amax(-1, keepdim=True) / kernels.FP8_MAX, BF16_STEP)
+        found = rows.float() * scales
+        if DEVICE == "cpu":
+            # Triton's interpreter does not carry into the exponent when float8 rounds up to a power of two.
+            mantissa, _ = torch.frexp(values / scales)
+            judged = (mantissa.abs() < 1 - 2**-4) & (mantissa.abs() > 0.5 + 2**-6)
+            self.assertGreater(judged.float().mean().item(), 0.7)
+            found, values = found[judged], values[judged]
+        self.close(found, values, FP8_STEP, absolute=scales.max().item() * 2**-6)
+        self.assertTrue((rows.float().abs().amax(-1) >= kernels.FP8_MAX * (1 - FP8_STEP)).all())
+
+    def test_norm_and_quantisation(self) -> None:
+        """With and without a residual, which is overwritten with the sum; widths that are no power of two too."""
+        for tokens, width in ((3, 2560), (1, 1024), (2, 96)):
+            hidden, weight = self.random(tokens, width), self.weight(width)
+            self.quantised(normed(hidden, weight), *kernels.norm_quantise(hidden, None, weight, EPS))
+            residual = self.random(tokens, width)
+            summed = hidden.float() + residual.float()
+            self.quantised(normed(summed, weight), *kernels.norm_quantise(hidden, residual, weight, EPS))
+            self.close(residual, summed, BF16_STEP)
+
+    def test_a_row_of_zeros_stays_zeros(self) -> None:
+        """Padding rows of a graph: no division by zero, no NaN."""
+        rows, scales = kernels.norm_quantise(self.random(2, 64) * 0, None, self.weight(64), EPS)
+        self.assertEqual(rows.float().abs().max().item(), 0.0)
+        self.assertTrue(torch.isfinite(scales).all())
+        rows, scales = kernels.gate_quantise(self.random(2, 128) * 0)
+        self.assertEqual(rows.float().abs().max().item(), 0.0)
+        self.assertTrue(torch.isfinite(scales).all())
+
+    def test_gating_and_quantisation(self) -> None:
+        """silu(gate) * up, the gate first; far values on both sides."""
+        for width in (9728, 96):
+            gate_up = self.random(3, 2 * width) * 4
+            gate, up = gate_up[:, :width].float(), gate_up[:, width:].float()
+            expected = (torch.nn.functional.silu(gate) * up).bfloat16()
+            self.quantised(expected, *kernels.gate_quantise(gate_up))
+
+    def test_norm_and_rotation_of_each_head(self) -> None:
+        """As each of the official shapes has it, and others; keys and queries keep their order, values stay."""
+        for q_heads, k_heads, head in ((32, 8, 128), (16, 8, 128), (3, 1, 64)):
+            tokens = 5
+            qkv = self.random(tokens, (q_heads + 2 * k_heads) * head)
+            before = qkv.clone()
+            positions = torch.randint(0, 4096, (tokens,), device=DEVICE)
+            inverse = 1 / (1e6 ** (torch.arange(0, head, 2, device=DEVICE) / head))
+            angles = torch.outer(torch.arange(4096, device=DEVICE).float(), inverse)
+            cos_sin = torch.cat([angles.cos(), angles.sin()], -1)
+            q_weight, k_weight = self.weight(head), self.weight(head)
+            found = kernels.norm_rotate(qkv, positions, cos_sin, q_weight, k_weight, EPS, q_heads, k_heads)
+            ends = (q_heads * head, (q_heads + k_heads) * head)
+            parts = (before[:, : ends[0]], before[:, ends[0] : ends[1]])
+            for one, part, weight, heads in zip(found, parts, (q_weight, k_weight), (q_heads, k_heads), strict=True):
+                x = normed(part.view(tokens, heads, head), weight).float()
+                a, b = x[..., : head // 2], x[..., head // 2 :]
+                cos, sin = cos_sin[positions][:, None, : head // 2], cos_sin[positions][:, None, head // 2 :]
+                turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1).view(tokens, heads * head)
+                # A difference of two larger numbers keeps their rounding.
+                self.close(one, turned, BF16_STEP, absolute=4 * BF16_STEP)
+            self.assertTrue(torch.equal(qkv, before))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
