@@ -22,8 +22,9 @@ from qwen3emb_launch.statistics import parse_slo
 from qwen3emb_launch.tune import contest, levels, report, strategy, winner
 from qwen3emb_launch.tune.contest import Verdict
 from qwen3emb_launch.tune.journal import Journal
+from qwen3emb_launch.tune.machine import Setup
 from qwen3emb_launch.tune.objective import Goal, Objective
-from qwen3emb_launch.tune.runner import Setup, Tuning
+from qwen3emb_launch.tune.runner import Tuning
 from qwen3emb_launch.tune.space import Factor, View, derive, read_space
 from qwen3emb_launch.tune.trials import Measurement, Moves, Proof, Round, Stage, Status, Trial, moves
 

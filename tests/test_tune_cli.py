@@ -105,7 +105,7 @@ def test_the_winner_becomes_a_profile(trials: Trials, capsys) -> None:
     assert result["winner"] == {"sleep_on_idle": "false"}
     assert result["confirmed"]
     assert result["final"][1]["ratio"]["low"] > 1
-    assert [t["status"] for t in result["trials"]] == ["ok", "ok", "ok", "refused"]
+    assert [t["status"] for t in result["trials"]][:4] == ["ok", "ok", "ok", "refused"]
     assert not result["partial"]
     profile = load("./mine.yaml")
     assert profile.settings.sleep_on_idle is False

@@ -84,8 +84,8 @@ def tune(
         from qwen3emb_launch.cli.tune_run import Job
         from qwen3emb_launch.cli.tune_trials import Engines
         from qwen3emb_launch.statistics import parse_slo
+        from qwen3emb_launch.tune.machine import Setup
         from qwen3emb_launch.tune.objective import Goal, Objective
-        from qwen3emb_launch.tune.runner import Setup
 
         wanted = _goal(goal)
         objective = Objective(

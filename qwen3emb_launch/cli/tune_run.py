@@ -13,7 +13,8 @@ from qwen3emb_launch.cli.tune_view import Talk, profile_word, show
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.tune import report, winner
 from qwen3emb_launch.tune.journal import Journal
-from qwen3emb_launch.tune.runner import Setup, Tuning
+from qwen3emb_launch.tune.machine import Setup
+from qwen3emb_launch.tune.runner import Tuning
 from qwen3emb_launch.tune.trials import Measurement, Moves, Status
 
 if TYPE_CHECKING:

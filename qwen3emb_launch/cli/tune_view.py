@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from qwen3emb_launch.tune.machine import Listener
 from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows
-from qwen3emb_launch.tune.runner import Listener
 
 if TYPE_CHECKING:
     from pathlib import Path
