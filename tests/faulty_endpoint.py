@@ -299,6 +299,36 @@ def flips_half_the_signs(exchange: Exchange) -> tuple[int, Any]:
     return each_vector(exchange, lambda v, _: [-x if i % 2 else x for i, x in enumerate(v)])
 
 
+def rotates(exchange: Exchange) -> tuple[int, Any]:
+    """Every vector turned alike, in pairs of components; fewer dims are cut afterwards."""
+    dims = exchange.body.pop("dimensions", None)
+    turn = math.cos(1), math.sin(1)
+
+    def changed(vector: list[float], _: int) -> list[float]:
+        pairs = zip(vector[::2], vector[1::2], strict=True)
+        return _cut([x for a, b in pairs for x in (turn[0] * a - turn[1] * b, turn[1] * a + turn[0] * b)], dims)
+
+    return each_vector(exchange, changed)
+
+
+def drops_duplicates(exchange: Exchange) -> tuple[int, Any]:
+    """A text that is in a batch twice is answered once."""
+    given = exchange.body.get("input")
+    if isinstance(given, list):
+        exchange.body["input"] = [t for i, t in enumerate(given) if t not in given[:i]]
+    return exchange.forward()
+
+
+def cuts_batches_wrongly(exchange: Exchange) -> tuple[int, Any]:
+    """Batches of more than 32 are computed in parts, and the last part comes first."""
+    status, answer = exchange.forward()
+    if status == 200 and len(answer["data"]) > 32:
+        vectors = [item["embedding"] for item in answer["data"]]
+        for item, vector in zip(answer["data"], [*vectors[-32:], *vectors[:-32]], strict=True):
+            item["embedding"] = vector
+    return status, answer
+
+
 def caches_by_length(exchange: Exchange) -> tuple[int, Any]:
     """A cache whose key is the text's length."""
     dims = exchange.body.pop("dimensions", None)

@@ -3,7 +3,8 @@
     python transformers_endpoint.py MODEL_FOLDER     prints its port; the mode is the first part of the path
 
 Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
-left_unmasked_128, half (float16, right otherwise), fp8 (weights and activations, as engines quantise).
+left_unmasked_128, bidirectional, no_final_norm, second_last_layer, half (float16, right otherwise), fp8 (weights and
+activations as engines quantise them).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "qwen3emb_launch" / "engine_scripts"))
 
-from reference import quantise
+from reference import Runner, quantise
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(1)
@@ -54,6 +55,11 @@ class Model:
             return self.states([*whole, self.eos])[-1]
         if mode == "half":
             return self.states(whole, model=self.half)[-1]
+        if mode in ("bidirectional", "no_final_norm", "second_last_layer"):
+            runner = Runner(torch, self.model, "cpu", self.eos, self.tokenizer)
+            if mode == "bidirectional":
+                return runner.hidden(whole, causal=False)[-1]
+            return runner.layers(whole)[-1 if mode == "no_final_norm" else -2][-1]
         if mode == "fp8":
             return self.states(whole, model=self.fp8)[-1]
         if mode.startswith(("right_padding", "left")):

@@ -1,11 +1,15 @@
 """Embeddings by transformers alone, for `qwen3emb verify` to compare an endpoint with. Runs in the engine environment.
 
-stdin: {"model": folder, "texts": [...], "dtypes": ["float32", "bfloat16"], "device": "cpu", "alternatives": bool}
+stdin: {"model": folder, "texts": [...], "dtypes": ["float32", "bfloat16", "fp8"], "device": "cpu",
+"alternatives": bool}
 stdout, last line: {"width", "layers", "eos", "appends_eos", "ids": [[...]], "vectors": {dtype: [base64 float32]},
 "alternatives": {name: [base64 or null]}, "skipped": {dtype: reason}, "versions"}
 
 Each text runs alone, unpadded: tokens, <|endoftext|> at the end, hidden state of the last token, length 1.
 `alternatives` are the known wrong ways, for naming a fault: computed in the first dtype.
+
+`fp8` is bfloat16 with each linear layer as engines quantise it at load time: e4m3 weights with one scale an output
+channel, e4m3 activations with one scale a token, sums wide.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 EOS = "<|endoftext|>"
+E4M3_LARGEST = 448.0
 TEMPLATE = re.compile(r"\AInstruct: .*?\nQuery:", re.DOTALL)
 
 
@@ -45,7 +50,10 @@ def main() -> int:
         if reason:
             out["skipped"][dtype] = reason
             continue
-        model = AutoModel.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device).eval()
+        arithmetic = torch.bfloat16 if dtype == "fp8" else getattr(torch, dtype)
+        model = AutoModel.from_pretrained(folder, dtype=arithmetic).to(device).eval()
+        if dtype == "fp8":
+            quantise(torch, model)
         runner = Runner(torch, model, device, eos, tokenizer)
         out["width"], out["layers"] = model.config.hidden_size, model.config.num_hidden_layers
         out["vectors"][dtype] = [encode(torch, runner.pooled([*i, eos])) for i in ids]
@@ -75,6 +83,30 @@ def no_room(folder: str, dtype: str, device: str, torch: Any) -> str | None:
     return None
 
 
+def quantise(torch: Any, model: Any) -> None:
+    """Replace the product of every linear layer by one of e4m3 numbers; their sums and scales are float32."""
+
+    def e4m3(rows: Any) -> tuple[Any, Any]:
+        wide = rows.float()
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=1e-10) / E4M3_LARGEST
+        return (wide / scale).clamp(-E4M3_LARGEST, E4M3_LARGEST).to(torch.float8_e4m3fn), scale
+
+    def product(layer: Any) -> Any:
+        weight, channel = e4m3(layer.weight.data)
+        layer.weight.data = weight  # a byte a number; the product below takes its place
+
+        def forward(hidden: Any) -> Any:
+            activation, token = e4m3(hidden)
+            wide = activation.float() @ layer.weight.data.float().T * token * channel.T
+            return wide.to(hidden.dtype)
+
+        return forward
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.forward = product(layer)
+
+
 def encode(torch: Any, vector: Any) -> str:
     return base64.b64encode(vector.to(torch.float32).cpu().numpy().astype("<f4").tobytes()).decode()
 
@@ -85,11 +117,23 @@ class Runner:
     def __init__(self, torch: Any, model: Any, device: str, eos: int, tokenizer: Any) -> None:
         self.torch, self.model, self.device, self.eos, self.tokenizer = torch, model, device, eos, tokenizer
 
-    def hidden(self, ids: list[int], mask: list[int] | None = None) -> Any:
+    def layers(self, ids: list[int]) -> list[Any]:
+        """What each layer adds up to, before the final norm: shapes (tokens, width), the embedding first."""
+        seen: list[Any] = []
+        hook = self.model.norm.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+        tensor = self.torch.tensor([ids], device=self.device)
+        states = self.model(input_ids=tensor, use_cache=False, output_hidden_states=True).hidden_states
+        hook.remove()
+        return [*(s[0] for s in states[:-1]), seen[0]]
+
+    def hidden(self, ids: list[int], mask: list[int] | None = None, causal: bool = True) -> Any:
         """Last hidden states of one sequence, shape (tokens, width), in the model's dtype."""
         torch = self.torch
         tensor = torch.tensor([ids], device=self.device)
         attention = None if mask is None else torch.tensor([mask], device=self.device)
+        if not causal:  # a mask of four dims is taken as it is: added to the scores
+            shape = (1, 1, len(ids), len(ids))
+            attention = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         return self.model(input_ids=tensor, attention_mask=attention, use_cache=False).last_hidden_state[0]
 
     def unit(self, vector: Any) -> Any:
@@ -113,7 +157,11 @@ class Runner:
         states = self.hidden(whole)
         bare: Any = self.hidden(ids) if ids else None
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        layers = self.layers(whole)
         found = {
+            "bidirectional": self.unit(self.hidden(whole, causal=False)[-1]),
+            "no_final_norm": self.unit(layers[-1][-1]),
+            "second_last_layer": self.unit(layers[-2][-1]),
             "mean_pooling": self.unit(states.float().mean(0)),
             "first_token": self.unit(states[0]),
             "max_pooling": self.unit(states.float().amax(0)),

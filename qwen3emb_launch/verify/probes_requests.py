@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import uuid
+from itertools import pairwise
 
 from qwen3emb_launch.errors import NetworkError
 from qwen3emb_launch.vectors import distance, finite, has_direction
@@ -17,6 +18,7 @@ from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, EMOJI, MIXED, ONE_TOKE
 # Token ids of `Hello, world!` by the official tokenizer, for an endpoint that has no /tokenize.
 HELLO = "Hello, world!"
 HELLO_IDS = (9707, 11, 1879, 0)
+LARGE = 100  # texts in the largest batch that is asked; many servers compute 32 at a time
 FRAMED = 4  # tokens of one letter with the marks that any model puts around it
 
 
@@ -212,6 +214,28 @@ def _ids_of(session: Session) -> tuple[tuple[int, ...], str]:
     return (), ""
 
 
+def probe_large_batch(session: Session) -> Outcome:
+    """A batch larger than servers compute at once: cut into parts, it must come back whole and in order."""
+    allowed = session.precision.distance
+    expected = f"{LARGE} texts in one request get their own vectors"
+    texts = [BASE[i // 9] if i % 9 == 4 and i // 9 < len(BASE) else f"text number {i}" for i in range(LARGE)]
+    try:
+        vectors = session.contact.embed(texts, may_refuse=True).vectors
+    except Misanswer as exc:
+        if not exc.refused:
+            raise
+        return broken(expected, exc.message, "batches are limited: clients must know by how much", advisory=True)
+    right = {t: v for t, v in zip(BASE, session.base, strict=True) if has_direction(v)}
+    wrong = [t for t, v in zip(texts, vectors, strict=True) if t in right and distance(v, right[t]) > allowed]
+    if wrong:
+        cause = "large batches are cut into parts that are put together wrongly, or change their vectors"
+        return broken(expected, f"{len(wrong)} of {len(right)} compared differ, the first {quoted(wrong[0])}", cause)
+    fillers = [v for t, v in zip(texts, vectors, strict=True) if t not in BASE]
+    if any(distance(a, b) < SAME for a, b in pairwise(fillers)):
+        return broken(expected, "neighbours in the batch have one vector", "a vector of the batch is repeated")
+    return held(expected, f"{len(right)} of them compared")
+
+
 def probe_cross_talk(session: Session) -> Outcome:
     """Short and long texts, several dims, alone and in batches, many at a time: each gets its own vector."""
     allowed = session.precision.distance
@@ -280,6 +304,7 @@ PROBES = (
     Probe("openai", "the OpenAI client", probe_openai, level="full"),
     Probe("token_ids", "token ids = text", probe_token_ids, level="full"),
     Probe("scripts", "odd texts", probe_scripts, level="full"),
+    Probe("large_batch", "large batches", probe_large_batch, level="full"),
     Probe("cross_talk", "no cross-talk under load", probe_cross_talk, level="full"),
 )
 LAST = (Probe("reliable", "no request fails", probe_reliable),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.vectors import distance, dot, finite, has_direction, largest_difference, norm, normalised, sliced
@@ -19,6 +20,7 @@ OVERFLOW = (
 BY_LENGTH = "texts of one length get one vector: a cache or a batch that tells texts apart by their length"
 PADDED = 0.9  # vectors that are zero in more than the last tenth were cut, then filled up
 NEARBY = 0.02  # 1 - cosine of a coarse copy of a vector; any of the faults in computing it moves it further
+BATCH = (*BASE, BASE[0])  # one twice: what removes duplicates answers too few
 SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
 
 
@@ -200,16 +202,16 @@ def _matrix(scores: object) -> str:
 def probe_batch(session: Session) -> Outcome:
     allowed = session.precision.distance
     expected = f"a batch's vectors are those of its texts asked alone, 1 - cosine ≤ {allowed:.1e}"
-    answer = session.contact.embed(list(BASE))
-    apart = [distance(a, b) for a, b in zip(answer.vectors, session.base, strict=True)]
+    answer = session.contact.embed(list(BATCH))
+    apart = [distance(a, b) for a, b in zip(answer.vectors, session.vectors(BATCH), strict=True)]
     if max(apart) <= allowed:
-        return held(expected, f"{len(BASE)} texts, {max(apart):.1e} at most", worst=max(apart))
+        return held(expected, f"{len(BATCH)} texts, {max(apart):.1e} at most", worst=max(apart))
     if not all(map(has_direction, session.base)):
         return skipped(NO_DIRECTION)
     wrong = [i for i, d in enumerate(apart) if d > allowed]
     return broken(
         expected,
-        f"{len(wrong)} of {len(BASE)} differ, up to {max(apart):.2g}",
+        f"{len(wrong)} of {len(BATCH)} differ, up to {max(apart):.2g}",
         _batch_cause(session, answer.vectors, wrong),
         worst=max(apart),
         wrong=wrong,
@@ -218,31 +220,34 @@ def probe_batch(session: Session) -> Outcome:
 
 def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) -> str:
     allowed = session.precision.distance
-    singles = session.base
-    elsewhere = [
-        i for i in wrong if any(distance(batch[i], s) <= allowed for j, s in enumerate(singles) if j != i)
-    ]  # fmt: skip
-    if len(elsewhere) == len(wrong):
-        if any(distance(batch[i], v) < SAME for i in wrong for j, v in enumerate(batch) if j != i):
+    singles = session.vectors(BATCH)
+
+    def others(i: int, vectors: Sequence[Vector]) -> list[Vector]:
+        return [v for text, v in zip(BATCH, vectors, strict=True) if text != BATCH[i]]
+
+    if all(any(distance(batch[i], v) <= allowed for v in others(i, singles)) for i in wrong):
+        if any(distance(batch[i], v) < SAME for i in wrong for v in others(i, batch)):
             return "a vector of the batch is repeated: texts get that of another one"
         return "the batch's order is swapped: each of these vectors belongs to another text of the batch"
-    if len(wrong) <= len(BASE) // 2 and _wavers(session, wrong):
+    if len(wrong) <= len(BATCH) // 2 and _wavers(session, wrong):
         return "an intermittent fault: the same text asked again, alone, gets another vector"
-    longest = max(range(len(BASE)), key=lambda i: session.tokens.get(BASE[i]) or len(BASE[i].encode()))
-    if longest not in wrong and len(wrong) > len(BASE) // 2:
+    longest = max(range(len(BATCH)), key=lambda i: session.tokens.get(BATCH[i]) or len(BATCH[i].encode()))
+    if longest not in wrong and len(wrong) > len(BATCH) // 2:
         return (
             "padding on the wrong side: only the longest text of the batch keeps its vector, the pooled position of "
             "the others is padding"
         )
-    if len(wrong) == len(BASE):
+    if len(wrong) == len(BATCH):
         return "noise, or another computation in batches than alone"
     return "some texts of a batch get vectors of their own: padding, truncation or noise"
 
 
 def _wavers(session: Session, wrong: list[int]) -> bool:
     """Whether these texts differ from themselves, batch or not."""
-    again = [session.contact.embed(BASE[i]).vectors[0] for i in wrong[:4]]
-    return any(distance(v, session.base[i]) > session.precision.distance for i, v in zip(wrong, again, strict=False))
+    texts = [BATCH[i] for i in wrong[:4]]
+    again = [session.contact.embed(text).vectors[0] for text in texts]
+    right = session.vectors(texts)
+    return any(distance(a, b) > session.precision.distance for a, b in zip(again, right, strict=True))
 
 
 def probe_order(session: Session) -> Outcome:

@@ -16,7 +16,7 @@ from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_text
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.fingerprint import fingerprint
 from qwen3emb_launch.verify.identity import Identity, ask_identity, from_checkpoint
-from qwen3emb_launch.verify.probes_reference import saved_probe, shipped_probe, transformers_probe
+from qwen3emb_launch.verify.probes_reference import recognised_probe, saved_probe, shipped_probe, transformers_probe
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_set, transformers_reference
 from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
 from qwen3emb_launch.verify.session import Options, Probe, Session
@@ -143,6 +143,8 @@ def _probes(request: Request, session: Session) -> list[Probe]:
     compute = _compute(request, identity, session.precision)
     if shipped is not None:
         found.append(shipped_probe(shipped, compute))
+    elif identity.folder is None and identity.catalog is None:
+        found.append(recognised_probe())
     found.append(_transformers(request, identity, compute))
     found += probes_requests.LAST
     if request.only:
@@ -204,7 +206,8 @@ def _run(probes: Sequence[Probe], session: Session, step: Step) -> list[Check]:
     for at, probe in enumerate(probes):
         step(probe.title)
         outcome = stopped if stopped and probe not in probes_requests.LAST else _ask(probe, session)
-        checks.append(_check(probe, outcome))
+        if outcome.holds is not None or not probe.quiet:
+            checks.append(_check(probe, outcome))
         if at == 0 and outcome.holds is False:  # nothing answers: the rest has nothing to look at
             stopped = skipped("the endpoint does not answer a plain request")
         elif session.contact.unanswered >= GIVE_UP:

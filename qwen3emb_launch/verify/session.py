@@ -100,10 +100,14 @@ class Session:
 
 @dataclass(frozen=True)
 class Probe:
-    """One check: what it is called, whether it must hold, from which level on, and how it is asked."""
+    """One check: what it is called, whether it must hold, from which level on, and how it is asked.
+
+    A `quiet` one is no line of the table where it cannot be asked.
+    """
 
     id: str
     title: str
     run: Callable[[Session], Outcome]
     required: bool = True
     level: Level = "quick"
+    quiet: bool = False

@@ -112,6 +112,7 @@ QUICK: list[tuple[Fault, str, str]] = [
     (faults.drops_signs, "demo_reference", "signs of the components are lost"),
     (faults.permutes_dims, "demo_reference", "components in another order"),
     (faults.flips_half_the_signs, "demo_reference", "another basis: signs flipped"),
+    (faults.drops_duplicates, "batch", "items of a batch are dropped"),
     (faults.caches_by_length, "faithful", "texts of one length"),
     (faults.repeats_in_large_batches, "batch", "is repeated"),
     (faults.repeats_in_large_batches, "faithful", "in large batches"),
@@ -130,7 +131,18 @@ def test_quick_names_the_fault(demo_endpoint: Endpoint, tmp_path: Path, fault: F
     assert re.search(cause, found[check]), found
 
 
+@pytest.mark.parametrize("fault", [faults.permutes_dims, faults.flips_half_the_signs, faults.rotates])
+def test_another_basis_is_seen_without_knowing_what_is_served(
+    demo_endpoint: Endpoint, tmp_path: Path, fault: Fault
+) -> None:
+    """An endpoint that hides what it serves is known by the angles between its vectors, which no basis changes."""
+    with faulty(demo_endpoint.base_url, fault, hidden=True) as url:
+        found = wrong(ask(url, tmp_path, max_latency=5000.0))
+    assert re.search("another order|another basis", found["demo_reference"]), found
+
+
 FULL: list[tuple[Fault, str, str]] = [
+    (faults.cuts_batches_wrongly, "large_batch", "put together wrongly"),
     (faults.truncates, "tail", r"truncated at about (4[89]\d|5\d\d) tokens"),
     (faults.caches_by_prefix, "tail", "truncated at about|cached by prefix"),
     (faults.truncates_too_long, "limit", "cut without a word"),
@@ -249,6 +261,9 @@ def _kept(python, folder, texts, *, dtypes, device, alternatives):
         ("right_padding", "batch", "padding on the wrong side"),
         ("right_padding_128", "demo_reference", "padding on the wrong side"),
         ("left_unmasked_128", "demo_reference", "not masked"),
+        ("bidirectional", "demo_reference", "not causal"),
+        ("no_final_norm", "demo_reference", "final norm"),
+        ("second_last_layer", "demo_reference", "layer before the last"),
     ],
 )
 def test_a_wrong_computation_is_named(
