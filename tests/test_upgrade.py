@@ -148,7 +148,7 @@ def test_a_new_engine_that_is_no_good_changes_nothing(
 def test_a_new_engine_that_does_not_verify_changes_nothing(
     plan: LaunchPlan, there: Environments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checks of the standard level are asked, and one that fails ends it; `--keep-failed` keeps the environment."""
+    """The checks of a verification are asked, and one that fails ends it; `--keep-failed` keeps the environment."""
     becomes(monkeypatch, plan, ignore_dimensions=True)
     with Supervised(plan) as run:  # no smoke test, which would find it first
         run.reach(State.READY)

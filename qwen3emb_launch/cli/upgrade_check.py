@@ -1,4 +1,4 @@
-"""What a new engine has to show before an upgrade gives it traffic: the standard checks, and the old one's vectors."""
+"""What a new engine has to show before an upgrade gives it traffic: the full checks, and the old one's vectors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from qwen3emb_launch.verify.runner import Request
     from qwen3emb_launch.verify.tolerance import Precision
 
-Level = Literal["quick", "standard"]
-LEVEL: Level = "standard"
+Level = Literal["quick", "full"]
+LEVEL: Level = "full"
 
 
 class Comparison:
-    """Judges each candidate: the standard checks, then its vectors beside those of the engine it is to replace.
+    """Judges each candidate: the full checks, then its vectors beside those of the engine it is to replace.
 
     The old vectors are asked for when this is made, while the old engine surely serves.
     """
