@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import planning_cases as cases
@@ -17,15 +19,22 @@ import pytest
 from null_server import Behaviour, null_server
 
 from qwen3emb_launch import __version__, state
+from qwen3emb_launch.bench.figures import GpuFigures
+from qwen3emb_launch.bench.target import Work
 from qwen3emb_launch.cli import tune as command
 from qwen3emb_launch.cli import tune_trials
 from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.cli.launching import Chosen, LaunchOptions
 from qwen3emb_launch.errors import UnfitError
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.profile_files import load
 from qwen3emb_launch.state import InstanceRecord, identify
 from qwen3emb_launch.tune import winner
+from qwen3emb_launch.tune.objective import Goal, Objective
 from qwen3emb_launch.tune.trials import Measurement, Moves, Proof
+from qwen3emb_launch.vectors import normalised
+from qwen3emb_launch.verify import runner
+from qwen3emb_launch.verify.reference import ReferenceSet
 
 QUICK = ["--profile", "demo", "-d", "0.8s", "--warmup", "0.1s", "--budget", "5m", "--rounds", "3"]
 
@@ -62,7 +71,7 @@ class Trials:
                 record = record_of(claim.name, url)
                 dead = self.dies & {f"{k}={v}" for k, v in moves}
                 claim.write(replace(record, restarts=1) if dead else record)
-                yield tune_trials.Served(engines, moves, record, 1.0, None, None)
+                yield tune_trials.Served(engines, moves, record, 1.0, time.monotonic() + within, None, None)
                 claim.write(replace(record, state=State.STOPPED))
         finally:
             claim.release()
@@ -219,3 +228,97 @@ def test_what_was_tuned_is_in_the_journals_first_line(trials: Trials, capsys) ->
     status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0", "--resume", "--tokens", "64")
     assert (status, envelope["error"]["code"]) == (2, "journal_mismatch")
     assert envelope["error"]["details"]["differ"] == ["load"]
+
+
+# ---- parts of a trial ---------------------------------------------------------------------------------------------
+
+
+def engines_for(tmp_path: Path, **more: Any) -> tune_trials.Engines:
+    plan = cases.plan("h100", "4b", "0.5.16")
+    assert plan.gpu is not None
+    values: dict[str, Any] = {
+        "options": LaunchOptions(profile="h100", model="4b", settings=("tp=1",), offline=True),
+        "chosen": Chosen(cases.load("h100"), plan.gpu, "h100"),
+        "plan_now": plan,
+        "fixed": {"tp": "1"},
+        "work": Work(),
+        "objective": Objective(Goal.THROUGHPUT),
+        "open_loop": False,
+        "warmup": 1.0,
+        "vectors": tmp_path / "vectors.json",
+    }
+    return tune_trials.Engines(**values | more)
+
+
+def served_on(engines: tune_trials.Engines, moves: Moves = (), before: int | None = None) -> tune_trials.Served:
+    record = record_of("tune-1", "http://127.0.0.1:1/v1")
+    return tune_trials.Served(engines, moves, record, 1.0, time.monotonic() + 100, before, 0)
+
+
+def test_up_gets_every_word_that_decides(tmp_path: Path) -> None:
+    """Profile, model, fixed settings and the trial's own; on loopback, on the card that was planned for."""
+    engines = engines_for(tmp_path)
+    words = engines._words((("kv_pool", "full"),), "tune-1", 30200)
+    assert words == [
+        "--name", "tune-1", "--host", "127.0.0.1", "--port", "30200", "--no-verify", "--profile", "h100",
+        "--model", "4b", "--offline", "--set", "tp=1", "--set", "kv_pool=full",
+    ]  # fmt: skip
+    assert tune_trials._pinned(engines.chosen) == {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+
+
+def test_commands_are_equal_where_the_launch_is(tmp_path: Path) -> None:
+    """A setting said as the rule would decide it is the same command; replicas and the gateway make another."""
+    engines = engines_for(tmp_path)
+    base = engines.plan(())
+    assert engines.plan((("max_prefill_tokens", "16384"),)) == base
+    different = [(("replicas", "2"),), (("gateway.enabled", "false"),), (("max_prefill_tokens", "8192"),)]
+    assert len({base, *map(engines.plan, different)}) == 4
+
+
+def test_gpu_memory_is_what_the_trial_added(tmp_path: Path) -> None:
+    """What others held on the card before the start is not the engine's; without a GPU it is the resident memory."""
+    gpu = GpuFigures(busy=0.9, memory_bytes=10 << 30, watts=300.0, watt_hours_per_million_tokens=None)
+
+    def run_with(figures: GpuFigures | None) -> Any:
+        return SimpleNamespace(figures=SimpleNamespace(gpu=figures), rss=3 << 30)
+
+    served = served_on(engines_for(tmp_path), before=1 << 30)
+    assert served._memory_of(run_with(gpu)) == 9 << 30
+    assert served_on(engines_for(tmp_path))._memory_of(run_with(None)) == 3 << 30
+
+
+def test_the_next_start_waits_for_the_drivers_memory(tmp_path: Path, monkeypatch) -> None:
+    """The planner looks at free memory: an engine that has just ended must not count."""
+    readings = iter([9 << 30, 5 << 30, 1 << 30])
+    engines = engines_for(tmp_path)
+    monkeypatch.setattr(tune_trials.Engines, "_memory", lambda self: next(readings))
+    engines._memory_back(1 << 30)
+    assert next(readings, None) is None
+
+
+def vectors(shift: float) -> ReferenceSet:
+    texts = [f"text {n}" for n in range(12)]
+    made = {t: tuple(normalised([math.sin(n * k + shift * k) for k in range(1, 33)])) for n, t in enumerate(texts, 1)}
+    return ReferenceSet("here", "bfloat16", made)
+
+
+@pytest.mark.parametrize(("shift", "changing", "passed"), [(0.0, False, True), (0.4, False, False), (0.4, True, True)])
+def test_vectors_must_be_the_baselines_unless_they_may_change(
+    tmp_path: Path, monkeypatch, shift: float, changing: bool, passed: bool
+) -> None:
+    """A trial with other vectors is wrong however fast; where the user allowed it, the cosine is recorded."""
+    name = "quantization"
+    engines = engines_for(tmp_path, changing=frozenset({name} if changing else ()))
+    engines.keep_baseline(vectors(0.0))
+    report = SimpleNamespace(
+        passed=True, failures=(), fingerprint={"id": "f"}, summary="ok", environment={"allowed_distance": 5e-4}
+    )
+    monkeypatch.setattr(runner, "verify", lambda request: (report, vectors(shift)))
+    monkeypatch.setattr(state, "running", lambda name: (SimpleNamespace(plan=tmp_path / "none.json"), None))
+    proof = served_on(engines, ((name, "fp8"),)).prove()
+    assert proof.passed is passed
+    assert proof.cosine is not None
+    again = engines_for(tmp_path)
+    again.load_baseline()
+    assert again.baseline is not None  # a resumed run holds trials to the same vectors
+    assert again.baseline.vectors.keys() == vectors(0.0).vectors.keys()

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.errors import EngineFailedError
@@ -33,6 +33,7 @@ FIRST_PORT = 30200
 NOTICED_WITHIN = 3.0  # seconds from failing requests to the supervisor's word about a dead engine
 MEMORY_BACK_WITHIN = 15.0  # seconds from an engine's end until the driver has given its memory back
 MEMORY_NOISE = 256 << 20
+SHORTEST = 3.0  # seconds that an answer is awaited, however little is left
 ANSWERED = 0.9  # share of the arrivals of an open loop that must be answered while it lasts
 WRONG = 0.01  # share of failures that no load may have
 
@@ -120,7 +121,8 @@ class Engines:
             with serving(words, within, environ=_pinned(self.chosen), drain=False):
                 ready = time.monotonic() - began
                 _, record = state.running(name)
-                yield Served(self, moves, record, ready, before, None if card is None else card.index)
+                index = None if card is None else card.index
+                yield Served(self, moves, record, ready, began + within, before, index)
         finally:
             self._memory_back(before)
 
@@ -157,12 +159,13 @@ class Engines:
 
 @dataclass
 class Served:
-    """One configuration while it serves."""
+    """One configuration while it serves. `deadline` is the monotonic moment when the run's budget is over."""
 
     engines: Engines
     moves: Moves
     record: InstanceRecord
     ready_s: float
+    deadline: float
     memory_before: int | None
     gpu: int | None
     _ready: Ready | None = None
@@ -181,7 +184,15 @@ class Served:
         options = Options("quick", context=self.record.context_length)
         memory = paths().cache / "weights.json"
         report, kept = verify(
-            Request(self.record.base_url, options, memory, api_key=_key(), known=known, keep_vectors=True)
+            Request(
+                self.record.base_url,
+                options,
+                memory,
+                api_key=_key(),
+                timeout=self._at_most(60.0) / 3,  # after three without an answer it asks no more
+                known=known,
+                keep_vectors=True,
+            )
         )
         fingerprint = str(report.fingerprint.get("id"))
         if not report.passed or kept is None:
@@ -206,6 +217,8 @@ class Served:
         shape = "open" if engines.open_loop else "closed"
         shaping = Shaping(shape, level, seconds, engines.warmup)  # type: ignore[arg-type]
         ready = self._target()
+        drain = self._at_most(ready.spec.drain, besides=seconds + engines.warmup)
+        ready = replace(ready, spec=replace(ready.spec, drain=drain))
         campaign = Campaign([ready], engines.work, shaping, engines.objective.slo)
         campaign.text_start = engines.texts
         runs = campaign.measure(ready, campaign.steady_phases(level))
@@ -216,6 +229,10 @@ class Served:
         measured = self._measurement(runs[-1])
         self._alive(measured)
         return measured
+
+    def _at_most(self, seconds: float, besides: float = 0.0) -> float:
+        """So many seconds, or what is left of the budget beside others: a dead engine must not outlast it."""
+        return max(SHORTEST, min(seconds, self.deadline - time.monotonic() - besides))
 
     def _target(self) -> Ready:
         from qwen3emb_launch.bench.target import Target, prepare
