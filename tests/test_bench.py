@@ -14,6 +14,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from null_server import Behaviour, null_server
 
@@ -385,12 +387,43 @@ def test_a_text_file_and_a_named_field_are_read(tmp_path: Path) -> None:
         convert(fielded, tmp_path / "o", "y")
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path) -> None:
-    """A broken or unreadable Parquet file is an input error either way."""
+def test_a_parquet_corpus_is_read_and_sent(tmp_path: Path, capsys) -> None:
+    """Rows of several row groups, compressed; nulls and blank texts are left out and counted, the rest is sent."""
+    path = tmp_path / "c.parquet"
+    rows = ["one", "two é", None, " ", "三"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"id": range(5), "text": rows, "title": ["t"] * 5}), path, row_group_size=2, compression="zstd"
+    )
+    with null_server() as (url, endpoint):
+        endpoint.texts = []
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK, "--corpus", str(path))
+    assert status == 0
+    assert "2 blank" in " ".join(envelope["result"]["warnings"])
+    assert set(endpoint.texts) - {BASE[0]} == {"one", "two é", "三"}
+    assert convert(path, tmp_path / "o", "title").texts == 5
+
+
+def test_a_parquet_file_without_texts_is_an_input_error(tmp_path: Path) -> None:
+    """No such column is named with those there are; numbers are no texts; a broken file is said to be one."""
+    path = tmp_path / "c.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2]}), path)
+    with pytest.raises(InvalidInputError, match="it has id"):
+        convert(path, tmp_path / "o")
+    with pytest.raises(InvalidInputError, match="int, not a text"):
+        convert(path, tmp_path / "o", "id")
+    path.write_bytes(b"PAR1")
+    with pytest.raises(InvalidInputError, match="no readable Parquet"):
+        convert(path, tmp_path / "o")
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extra is named, not a missing module."""
     path = tmp_path / "c.parquet"
     path.write_bytes(b"PAR1")
-    with pytest.raises(InvalidInputError, match=r"parquet|Parquet"):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InvalidInputError, match="pyarrow is not installed") as caught:
         convert(path, tmp_path / "o")
+    assert "[parquet]" in caught.value.hint
 
 
 # Pure parts
