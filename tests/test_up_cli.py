@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import free_port
-from supervised import fake_plan, gone, until
+from supervised import fake_plan, gateway_plan, gone, until
 
 from qwen3emb_launch import gpu, state
 from qwen3emb_launch.cli import launching
@@ -70,6 +70,43 @@ def test_up_detached_status_logs_down(capsys: OUTER, planned: Any) -> None:
     assert gone(row["engine_pids"][0])
     status, seen = envelope(capsys, "status", "demo")
     assert (status, seen["result"]["instances"][0]["state"]) == (0, "stopped")
+
+
+def test_the_gateway_and_several_engines_as_commands(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
+    """up with two engines behind the gateway: status shows each part with its memory, logs each part's output, restart
+    makes new engines of both, down ends all."""
+    plan = gateway_plan(name="demo", replicas=2)
+    monkeypatch.setattr("qwen3emb_launch.cli.up.make_plan", lambda *_: plan)
+    status, up = envelope(capsys, "up", "--profile", "demo", "-d", "--no-verify", "--port", str(plan.port))
+    assert status == 0, up
+    assert (up["result"]["base_url"], up["result"]["gateway"]) == (plan.base_url, True)
+    assert len(up["result"]["engine_pids"]) == 2
+
+    _, seen = envelope(capsys, "status", "demo")
+    units = {unit["name"]: unit for unit in seen["result"]["instances"][0]["units"]}
+    assert list(units) == ["engine", "engine-2", "gateway"]
+    assert all(u["state"] == "ready" and u["memory_bytes"] > 1e6 and u["pid"] for u in units.values())
+    assert run(["status", "demo"]) == 0
+    assert f"engine-2\tready\t{units['engine-2']['url']}" in capsys.readouterr().out
+
+    status, logs = envelope(capsys, "logs", "--part", "gateway")
+    assert status == 0
+    assert any(plan.base_url in line for line in logs["result"]["lines"])
+    _, logs = envelope(capsys, "logs", "--part", "engine-2", "-n", "1")
+    assert logs["result"]["lines"] == ["The server is fired up and ready to roll!"]
+    assert envelope(capsys, "logs", "--part", "../x")[1]["error"]["code"] == "no_log"
+
+    status, done = envelope(capsys, "restart", "--in-place", "--no-verify")
+    assert status == 0, done
+    assert [(r["unit"], r["how"]) for r in done["result"]["replaced"]] == [
+        ("engine", "in_place"), ("engine-2", "in_place")
+    ]  # fmt: skip
+    assert all(gone(pid) for pid in up["result"]["engine_pids"])
+    assert run(["restart", "--beside", "--in-place"]) == 2
+    capsys.readouterr()
+    assert envelope(capsys, "down")[0] == 0
+    assert gone(units["gateway"]["pid"])
+    assert envelope(capsys, "restart", "demo")[1]["error"]["code"] == "not_running"
 
 
 def test_up_says_where_and_how(capsys: OUTER, planned: Any) -> None:

@@ -316,6 +316,21 @@ def test_engines_with_other_vectors_are_refused_and_the_first_is_taken_back() ->
         assert run.supervisor.record.state is State.READY
 
 
+def test_engine_that_comes_back_with_other_vectors_is_given_up(tmp_path: Path) -> None:
+    """Where a restarted engine embeds otherwise than before (its files were changed), the gateway refuses it: no wrong
+    vector gets out, and after the limit of restarts the instance has failed, saying so."""
+    plan = gateway_plan(restart=replace(EAGER, limit=1))
+    with Supervised(plan) as run:
+        run.reach(State.READY)
+        engine = run.supervisor.engines[0]
+        engine.runner.spec = replace(engine.runner.spec, env=behaving(plan, salt="changed on disk").env)
+        os.kill(run.engine_pid, signal.SIGKILL)
+        error = run.wait().error
+    assert error is not None
+    assert "another model's" in error.message
+    assert error.exit is Exit.ENGINE
+
+
 def test_replacement_ends_with_the_instance() -> None:
     """Stopping in the middle of a restart: the caller is told, the candidate goes with the rest."""
     plan = gateway_plan()

@@ -71,6 +71,14 @@ class Checked:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """The gateway gives it no traffic: its vectors are not those that it was to give."""
+
+    start: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class StopAsked:
     """SIGTERM, SIGINT or `down`. The second one means at once; so does the first where nothing is left to `drain`."""
 
@@ -84,7 +92,7 @@ class Tick:
 
 
 Event = (
-    Begin | EngineSpawned | EngineDied | EngineGone | EngineStuck | Probed | Checked | StopAsked | Tick
+    Begin | EngineSpawned | EngineDied | EngineGone | EngineStuck | Probed | Checked | Refused | StopAsked | Tick
 )  # fmt: skip
 
 # ---- actions ------------------------------------------------------------------------------------------------------

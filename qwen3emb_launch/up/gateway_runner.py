@@ -88,6 +88,7 @@ class GatewayRunner(ProcessRunner):
         super().__init__("gateway", claim, tell, keep)
         self.spec = spec
         self._upstreams = upstreams
+        self.refused: dict[str, str] = {}  # engines that it gives no traffic, as it said last: URL -> reason
         self._own_key = secrets.token_hex(24) if spec.secured else None
 
     @property
@@ -133,20 +134,23 @@ class GatewayRunner(ProcessRunner):
         )
 
     def ask(self, timeout: float) -> Callable[[], Answer]:
-        """Whether every worker's loop turns."""
+        """Whether every worker's loop turns; and which engines are refused."""
         return lambda: self._answers(timeout)
 
     def _answers(self, timeout: float) -> Answer:
         begin = time.monotonic()
+        refused: dict[str, str] = {}
         try:
             for name in self.spec.sockets:
                 with short_path(self._claim.folder, name) as path:
-                    self.spec.admin(path, "GET", "/state", None, timeout)
+                    rows = self.spec.admin(path, "GET", "/state", None, timeout)["upstreams"]
+                refused |= {row["url"]: row["reason"] for row in rows if row["state"] == "refused"}
         except (LaunchError, OSError) as error:
             took = time.monotonic() - begin
             if took >= timeout:
                 return Answer(Verdict.SLOW, took, f"no answer within {timeout:g} s")
             return Answer(Verdict.UNREACHABLE, took, str(error))
+        self.refused = refused
         return Answer(Verdict.OK, time.monotonic() - begin)
 
     def own_words(self) -> LaunchError | None:

@@ -40,6 +40,7 @@ from qwen3emb_launch.up.events import (
     Note,
     Probe,
     Probed,
+    Refused,
     Spawn,
     StopAsked,
     Terminate,
@@ -125,6 +126,9 @@ class Unit:
             return self._checked(event, now)
         if isinstance(event, EngineDied):
             return self._died(event.reason, now)
+        if isinstance(event, Refused):
+            useless = self.phase is Phase.SERVING
+            return self._give_up(Fault(Cause.ANSWERS, event.reason), now) if useless else []
         if isinstance(event, EngineStuck):
             return [Note(f"not gone after SIGKILL: {', '.join(map(str, event.pids))}")]
         return self._gone(now)

@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
@@ -23,7 +23,7 @@ from qwen3emb_launch.errors import LaunchError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import TERMINAL, State, Transition
 from qwen3emb_launch.state import Claim, InstanceRecord, identify
-from qwen3emb_launch.up.events import Action, Begin, Cause, Check, Event, Move, Note, Probed, StopAsked, Tick
+from qwen3emb_launch.up.events import Action, Begin, Cause, Check, Event, Move, Note, Probed, Refused, StopAsked, Tick
 from qwen3emb_launch.up.gateway_runner import RESTART, GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.machine import Phase, Unit
@@ -260,9 +260,18 @@ class Supervisor:
         pid = member.unit.pid
         for action in member.unit.handle(event, self._clock()):
             self._act(member, action)
+        if isinstance(member.runner, GatewayRunner) and isinstance(event, Probed):
+            self._heed(member.runner.refused)
         self.route()
         if member.unit.pid != pid:
             self.publish()
+
+    def _heed(self, refused: Mapping[str, str]) -> None:
+        """An engine that the gateway refuses serves nobody, however well it answers: its model's files changed."""
+        for engine in self.engines:
+            if engine.runner.url in refused:
+                reason = f"the gateway refuses it: {refused[engine.runner.url]}"
+                self.feed(engine, Refused(engine.unit.start, reason))
 
     def route(self) -> None:
         """Tell the gateway which engines may have traffic now."""
