@@ -261,7 +261,7 @@ def test_up_gets_every_word_that_decides(tmp_path: Path) -> None:
     words = engines._words((("kv_pool", "full"),), "tune-1", 30200)
     assert words == [
         "--name", "tune-1", "--host", "127.0.0.1", "--port", "30200", "--no-verify", "--profile", "h100",
-        "--model", "4b", "--offline", "--set", "tp=1", "--set", "kv_pool=full",
+        "--model", "4b", "--offline", "--set", "restart.limit=0", "--set", "tp=1", "--set", "kv_pool=full",
     ]  # fmt: skip
     assert tune_trials._pinned(engines.chosen) == {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.verify.reference import ReferenceSet
 
 LOOPBACK = "127.0.0.1"  # whatever the profile says: a trial is for nobody else
+ONCE = {"restart.limit": "0"}  # a configuration that dies is a result, not to be tried again and again
 FIRST_PORT = 30200
 NOTICED_WITHIN = 3.0  # seconds from failing requests to the supervisor's word about a dead engine
 MEMORY_BACK_WITHIN = 15.0  # seconds from an engine's end until the driver has given its memory back
@@ -132,7 +133,7 @@ class Engines:
         for option, value in (("--profile", options.profile), ("--model", options.model), ("--engine", options.engine)):
             words += [option, value] if value is not None else []
         words += ["--offline"] if options.offline else []
-        for key, value in {**self.fixed, **dict(moves)}.items():
+        for key, value in {**ONCE, **self.fixed, **dict(moves)}.items():
             words += ["--set", f"{key}={value}"]
         return words
 
