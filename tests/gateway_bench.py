@@ -33,7 +33,7 @@ class Bench:
     async def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> Answer:
         """Any request, a connection each."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.service.port)
-        lines = [f"{method} {path} HTTP/1.1", "host: x", f"content-length: {len(body)}", "connection: close"]
+        lines = [f"{method} {path} HTTP/1.1", "host: localhost", f"content-length: {len(body)}", "connection: close"]
         lines += [f"{k.replace('_', '-')}: {v}" for k, v in {**self.headers, **headers}.items()]
         try:
             writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)

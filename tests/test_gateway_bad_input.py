@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from qwen3emb_launch.gateway import openapi
 from qwen3emb_launch.gateway.http_messages import HttpLimits
+from qwen3emb_launch.gateway.keys import Client, Keyring
 from tests.gateway_bench import error, gateway, parse_answer, rows
 from tests.null_engine import NullEngine, Served
 
@@ -53,11 +54,17 @@ async def talk(port: int, *pieces: bytes, pause: float = 0.0, seconds: float = 1
 
 
 def post(body: bytes, *headers: str) -> bytes:
-    lines = ["POST /v1/embeddings HTTP/1.1", "host: x", f"content-length: {len(body)}", "connection: close", *headers]
+    lines = [
+        "POST /v1/embeddings HTTP/1.1",
+        "host: localhost",
+        f"content-length: {len(body)}",
+        "connection: close",
+        *headers,
+    ]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
-HEAD = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\n"
+HEAD = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\n"
 BROKEN = {
     "not http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03 hello\r\n\r\n", 400),
     "lower-case nonsense": (b"hello there\r\n\r\n", 400),
@@ -75,9 +82,24 @@ BROKEN = {
         HEAD + b"transfer-encoding: chunked\r\n\r\n10000\r\n" + b"x" * 65536 + b"\r\n0\r\n\r\n", 413
     ),
     "unknown expectation": (HEAD + b"expect: miracles\r\ncontent-length: 2\r\n\r\n{}", 417),
-    "upgrade": (b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
-    "connect": (b"CONNECT x:1 HTTP/1.1\r\nhost: x\r\n\r\n", 404),
-    "absolute url": (b"GET http://x/health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404),
+    "upgrade": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
+    "connect": (b"CONNECT x:1 HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: other\r\n\r\n", 400),
+    "unknown coding": (HEAD + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n", 400),
+    "chunked twice": (HEAD + b"transfer-encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
+    "coding not last": (HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n", 400),
+    "length with a sign": (HEAD + b"content-length: +2\r\n\r\n{}", 400),
+    "length in another script": (HEAD + b"content-length: \xb2\r\n\r\n{}", 400),
+    "length of many digits": (HEAD + b"content-length: 184467440737095516170\r\n\r\n{}", 400),
+    "folded header": (HEAD + b"a: b\r\n c: d\r\ncontent-length: 2\r\n\r\n{}", 400),
+    "space before the colon": (HEAD + b"content-length : 2\r\n\r\n{}", 400),
+    "bare line feeds": (b"POST /v1/embeddings HTTP/1.1\nhost: localhost\ncontent-length: 2\n\n{}", 400),
+    "carriage return in a value": (HEAD + b"a: b\rc: d\r\n\r\n", 400),
+    "nul in a value": (HEAD + b"a: b\x00c\r\ncontent-length: 2\r\n\r\n{}", 400),
+    "chunk size overflow": (HEAD + b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\nx", 400),
+    "nested without end": (post(b"[" * 15_000), 400),
+    "absolute url": (b"GET http://x/health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n", 404),
 }  # fmt: skip
 
 
@@ -98,8 +120,6 @@ def test_broken_http_is_answered_in_openai_form_and_the_server_stays_healthy(nam
 
 def test_keys_with_odd_characters_are_401() -> None:
     async def main() -> None:
-        from qwen3emb_launch.gateway.keys import Client, Keyring
-
         async with Served(NullEngine(64)) as served, gateway(served) as gw:
             gw.service.app.keys = Keyring({"good": Client("g")})
             for value in (
@@ -192,18 +212,141 @@ def test_expect_100_continue_is_answered() -> None:
     run(main())
 
 
-def test_the_connection_limit_answers_503() -> None:
+def test_at_the_connection_limit_an_idle_one_makes_room_and_none_at_work_does() -> None:
     async def main() -> None:
         async with Served(NullEngine(64)) as served, gateway(served, connections=3) as gw:
             links = [await asyncio.open_connection("127.0.0.1", gw.service.port) for _ in range(3)]
             async with asyncio.timeout(5):
                 while len(gw.service.server.connections) < 3:
                     await asyncio.sleep(0.01)
+            assert parse_answer(await talk(gw.service.port, post(OK_BODY))).status == 200
+            assert await links[0][0].read() == b""  # the one that idled longest
+            for _, writer in links[1:]:
+                writer.write(HEAD)
+            third = await asyncio.open_connection("127.0.0.1", gw.service.port)
+            third[1].write(HEAD)
+            async with asyncio.timeout(5):
+                while sum(not c.idle for c in gw.service.server.connections) < 3:
+                    await asyncio.sleep(0.01)
             answer = parse_answer(await talk(gw.service.port, post(OK_BODY)))
             assert answer.status == 503
             assert error(answer)["code"] == "too_many_connections"
-            for _, writer in links:
+            for _, writer in (*links, third):
                 writer.close()
+
+    run(main())
+
+
+def test_a_stranger_is_refused_before_the_body_is_read() -> None:
+    """Nobody without a key makes the gateway hold megabytes, nor does anybody for a route that wants no body."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            gw.service.app.keys = Keyring({"good": Client("g")})
+            announced = HEAD + b"content-length: 30000000\r\n"
+            answer = parse_answer(await talk(gw.service.port, announced + b"authorization: Bearer bad\r\n\r\n"))
+            assert answer.status == 401
+            elsewhere = announced.replace(b"/v1/embeddings", b"/nowhere")
+            assert parse_answer(await talk(gw.service.port, elsewhere + b"\r\n")).status == 413
+            assert sum(gw.service.metrics.requests.values()) == 1
+            assert gw.service.server.held == 0
+
+    run(main())
+
+
+def test_bodies_in_memory_are_bounded_over_all_connections() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            server = gw.service.server
+            server.limits = replace(server.limits, memory=150_000)
+            unfinished = HEAD + b"content-length: 100001\r\n\r\n" + b"x" * 100_000
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port)
+            writer.write(unfinished)
+            async with asyncio.timeout(5):
+                while server.held < 100_000:
+                    await asyncio.sleep(0.01)
+            answer = parse_answer(await talk(gw.service.port, unfinished))
+            assert (answer.status, error(answer)["code"]) == (503, "overloaded")
+            writer.close()
+            async with asyncio.timeout(5):
+                while server.held:
+                    await asyncio.sleep(0.01)
+            assert (await gw.vectors("fine")).shape == (1, 64)
+            assert server.held == 0
+
+    run(main())
+
+
+def test_answers_that_are_not_fetched_are_bounded_over_all_connections() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(2560)) as served, gateway(served) as gw:
+            server = gw.service.server
+            server.limits = replace(server.limits, memory=1_000_000)
+            body = orjson.dumps({"model": "null", "input": [f"t{i}" for i in range(400)]})
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1)
+            writer.transport.pause_reading()
+            writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            async with asyncio.timeout(20):
+                while not server.connections:
+                    await asyncio.sleep(0.01)
+                while server.connections:
+                    await asyncio.sleep(0.05)
+            writer.close()
+
+    run(main())
+
+
+def test_a_header_without_end_is_cut_off() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            out = await talk(gw.service.port, HEAD + b"endless: ", *[b"x" * 60_000] * 50)
+            assert parse_answer(out).status == 431
+
+    run(main())
+
+
+def test_what_follows_a_chunked_body_changes_nothing_of_the_head() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            chunk = b"%x\r\n%b\r\n0\r\n" % (len(OK_BODY), OK_BODY)
+            head = HEAD + b"connection: close\r\ntransfer-encoding: chunked\r\n\r\n"
+            answer = parse_answer(await talk(gw.service.port, head + chunk + b"x-embedding-task: nonsense\r\n\r\n"))
+            assert answer.status == 200
+
+    run(main())
+
+
+WEB = "https://page.example"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/v1/embeddings", {"host": "page.example"}, 421),  # its name was made to resolve to 127.0.0.1
+        ("GET", "/ui/state", {"host": "page.example:8000"}, 421),
+        ("GET", "/metrics", {"host": "127.0.0.1.page.example"}, 421),
+        ("POST", "/v1/embeddings", {"host": "localhost:8000", "origin": WEB}, 403),
+        ("POST", "/v1/embeddings", {"host": "localhost:8000", "origin": "null"}, 403),
+        ("POST", "/v1/embeddings", {"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+        ("POST", "/v1/embeddings", {"host": "[::1]:8000"}, 200),
+        ("POST", "/v1/embeddings", {"host": "named.internal"}, 200),
+        ("GET", "/health", {"host": "localhost", "origin": WEB}, 200),
+    ],
+)
+def test_a_strangers_web_page_cannot_use_a_gateway_without_keys(
+    method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    """With keys any name and page will do: no page knows a key."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, allow_hosts=("Named.internal",)) as gw:
+            lines = [f"{method} {path} HTTP/1.1", *(f"{k}: {v}" for k, v in headers.items()), "connection: close"]
+            raw = "\r\n".join([*lines, f"content-length: {len(OK_BODY)}", "", ""]).encode() + OK_BODY
+            answer = parse_answer(await talk(gw.service.port, raw))
+            assert answer.status == status
+            gw.service.app.keys = Keyring({"good": Client("g", admin=True)})
+            keyed = raw.replace(b"connection: close", b"connection: close\r\nauthorization: Bearer good")
+            assert parse_answer(await talk(gw.service.port, keyed)).status == 200
 
     run(main())
 
@@ -318,7 +461,7 @@ def test_any_bytes_as_a_request_leave_the_server_healthy(running: Running, raw: 
 @FUZZ
 @given(path=st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="#"), max_size=40))
 def test_no_path_leads_elsewhere(running: Running, path: str) -> None:
-    out = running.send(f"GET /{path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+    out = running.send(f"GET /{path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
     known = ("health", "ready", "metrics", "ui", "openapi.json", "v1/models")
     if path.partition("?")[0] not in known:
         assert 400 <= parse_answer(out).status < 500

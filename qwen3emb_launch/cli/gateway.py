@@ -52,6 +52,9 @@ def gateway(
         bool | None, typer.Option("--insecure", help="Serve others without API keys.", show_default=False)
     ] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origin that browsers may call from; may be repeated.")] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Name clients call it by, on loopback without keys; may be repeated.")
+    ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="Its private key, PEM.")] = None,
     cache_bytes: Annotated[str | None, typer.Option(help="Memory for vectors: 256m, 2g, 0. Default: 128m.")] = None,
@@ -83,7 +86,8 @@ def gateway(
         given = {
             "upstreams": upstream, "host": host, "port": port, "models": model, "model_path": model_path,
             "context_length": context_length, "tasks_file": tasks, "keys_file": api_keys, "insecure": insecure,
-            "cors_origins": cors, "tls_cert": tls_cert, "tls_key": tls_key, "cache_bytes": _bytes(cache_bytes),
+            "cors_origins": cors,
+            "allow_hosts": allow_host, "tls_cert": tls_cert, "tls_key": tls_key, "cache_bytes": _bytes(cache_bytes),
             "disk_cache": disk_cache, "disk_bytes": _bytes(disk_bytes), "overflow": overflow,
             "foreign_ids": foreign_ids, "hold": hold, "timeout": timeout, "workers": workers,
             "admin_socket": admin_socket, "admin_port": admin_port, "access_log": access_log,

@@ -90,5 +90,5 @@ def from_engine(status: int, body: Mapping[str, Any] | None) -> ApiError:
 
 def clean(message: str) -> str:
     """An engine's message fit for strangers: one paragraph, no paths of the server, no endless dump."""
-    text = " ".join(_PATH.sub("<path>", message).split())
+    text = " ".join(_PATH.sub("<path>", message[: 10 * MAX_ENGINE_MESSAGE]).split())
     return text if len(text) <= MAX_ENGINE_MESSAGE else text[:MAX_ENGINE_MESSAGE] + " ..."

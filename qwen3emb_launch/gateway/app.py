@@ -12,8 +12,8 @@ from typing import Any
 from urllib.parse import unquote
 
 from qwen3emb_launch import __version__
+from qwen3emb_launch.gateway import browsers, openapi
 from qwen3emb_launch.gateway import metrics as prometheus
-from qwen3emb_launch.gateway import openapi
 from qwen3emb_launch.gateway.access_log import AccessLog
 from qwen3emb_launch.gateway.api_errors import ApiError
 from qwen3emb_launch.gateway.embeddings import Embeddings, Served
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 ANYBODY = Client("")
 UI = Path(__file__).with_name("data") / "ui.html"
+SMALL_BODY = 64 << 10  # bytes that routes without use for a body take and drop
 GETS = frozenset({"GET", "HEAD"})
 Route = Callable[[Request], "Response | Awaitable[Response]"]
 
@@ -60,6 +61,7 @@ class App:
         self.tracing = tracing
         self.created = int(time.time())
         self.stopping = False
+        self.allow_hosts: tuple[str, ...] = ()
         self.peers = peers or Peers()
         self._routes: dict[str, tuple[frozenset[str], Route]] = {
             "/v1/models": (GETS, self._models),
@@ -72,6 +74,27 @@ class App:
         }
 
     # -- in
+
+    def early(self, request: Request) -> None:
+        """Before a body is read: strangers and other people's web pages get no further. Raises ApiError."""
+        embeds = request.path == "/v1/embeddings"
+        try:
+            if len(self.keys):
+                if embeds:
+                    self._who(request)
+            else:
+                origins = self.server.cors_origins if self.server else ()
+                browsers.check(request, loopback=self.loopback, hosts=self.allow_hosts, origins=origins)
+        except ApiError as error:
+            if embeds:
+                self._failed(request, ANYBODY, self._served(request), error)
+            raise
+        if not embeds:
+            request.body_limit = SMALL_BODY
+
+    def early_operator(self, request: Request) -> None:
+        """The same on the operators' own port, which is on loopback and wants no key."""
+        browsers.check(request, loopback=True, hosts=self.allow_hosts, origins=())
 
     def handle(self, request: Request) -> Response | Awaitable[Response]:
         """The public handler. Raises nothing: errors are answers."""
@@ -130,10 +153,11 @@ class App:
 
     # -- embeddings
 
+    def _served(self, request: Request) -> Served:
+        return Served(span=self.tracing.request(request.headers) if self.tracing is not None else None)
+
     def _embeddings(self, request: Request) -> Response | Awaitable[Response]:
-        served = Served()
-        if self.tracing is not None:
-            served.span = self.tracing.request(request.headers)
+        served = self._served(request)
         client = ANYBODY
         try:
             client = self._who(request)

@@ -248,6 +248,9 @@ class Batcher:
                 if not item.waiters:
                     self._air.pop(item.key, None)
             self._again(wanted, True, "the engine fell silent")
+        except Exception:  # whatever it is, nobody may wait for ever
+            log.exception("an engine call failed inside the gateway")
+            self._again(batch, True, "the gateway failed; its log says why")
         self.kick()
 
     async def _ask(self, upstream: Upstream, batch: list[Item], body: bytes) -> Answer:
@@ -413,4 +416,4 @@ def _json(answer: Answer) -> dict[str, Any] | None:
 def _retry_after(answer: Answer) -> float:
     """Seconds to leave an overloaded engine alone: what it says, a tenth of a second otherwise."""
     said = answer.headers.get("retry-after", "")
-    return min(5.0, float(said)) if said.isdigit() and int(said) > 0 else 0.1
+    return min(5.0, float(said)) if said.isascii() and said.isdigit() and int(said) > 0 else 0.1

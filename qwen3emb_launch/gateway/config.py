@@ -50,6 +50,7 @@ class GatewayConfig:
     keys_file: str = ""
     insecure: bool = False
     cors_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
     tls_cert: str = ""
     tls_key: str = ""
     tls_verify_upstream: bool = True
@@ -110,7 +111,7 @@ def from_dict(data: Mapping[str, Any]) -> GatewayConfig:
             raise _bad(f"unknown setting {key!r}" + (f", did you mean {guess!r}?" if guess else ""))
         if key == "upstreams":
             values[key] = tuple(_upstream(u) for u in _list(key, value))
-        elif key in ("models", "cors_origins"):
+        elif key in ("models", "cors_origins", "allow_hosts"):
             values[key] = tuple(_typed(key, v, str) for v in _list(key, value))
         else:
             values[key] = _typed(key, value, hints[key])

@@ -14,7 +14,7 @@ from qwen3emb_launch.gateway.api_errors import ApiError
 REASONS = {
     200: b"OK", 204: b"No Content", 400: b"Bad Request", 401: b"Unauthorized", 403: b"Forbidden", 404: b"Not Found",
     405: b"Method Not Allowed", 408: b"Request Timeout", 409: b"Conflict", 413: b"Content Too Large",
-    414: b"URI Too Long", 417: b"Expectation Failed", 429: b"Too Many Requests",
+    414: b"URI Too Long", 417: b"Expectation Failed", 421: b"Misdirected Request", 429: b"Too Many Requests",
     431: b"Request Header Fields Too Large", 500: b"Internal Server Error", 502: b"Bad Gateway",
     503: b"Service Unavailable", 504: b"Gateway Timeout",
 }  # fmt: skip
@@ -34,13 +34,14 @@ class HttpLimits:
     idle_timeout: float = 120.0
     write_timeout: float = 60.0
     connections: int = 4096
+    memory: int = 1 << 30  # of bodies, and of unsent answers, over all connections
     pipelined: int = 16
 
 
 class Request:
     """One request, whole. `headers` has lower-case names; a repeated one is joined by a comma."""
 
-    __slots__ = ("body", "headers", "keep_alive", "method", "path", "peer", "query", "received")
+    __slots__ = ("body", "body_limit", "headers", "keep_alive", "method", "path", "peer", "query", "received")
 
     def __init__(self, method: str, path: str, query: str, headers: dict[str, str], peer: str) -> None:
         self.method = method
@@ -49,6 +50,7 @@ class Request:
         self.headers = headers
         self.peer = peer
         self.body = b""
+        self.body_limit = 0
         self.keep_alive = True
         self.received = monotonic()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from time import monotonic
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.api_errors import ApiError
 from qwen3emb_launch.gateway.config import KEYS_VARIABLE
+
+log = logging.getLogger(__name__)
 
 OPTIONS = ("rpm", "tpm")
 
@@ -95,6 +98,8 @@ def load(path: Path | None, environ: Mapping[str, str] | None = None) -> Keyring
     if path is not None:
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
+            if path.stat().st_mode & 0o077:
+                log.warning("the keys file %s can be read by others: chmod 600 %s", path, path)
         except (OSError, UnicodeDecodeError) as exc:
             raise _bad(f"cannot read the keys file {path}: {getattr(exc, 'strerror', None) or 'not UTF-8'}") from None
         for number, line in enumerate(lines, 1):
@@ -120,7 +125,7 @@ def _client(words: list[str], where: str) -> tuple[str, Client]:
     for word in words:
         name, is_option, value = word.partition("=")
         if is_option and word not in bare:
-            if name not in OPTIONS or not value.isdigit() or int(value) < 1:
+            if name not in OPTIONS or not (value.isascii() and value.isdigit()) or int(value) < 1:
                 raise _bad(f"{where}: options are rpm=N and tpm=N, N at least 1")
             limits[name] = int(value)
     name = bare[0] if len(bare) == 2 else f"key-{where.rsplit(' ', 1)[-1]}"

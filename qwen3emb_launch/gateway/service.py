@@ -68,8 +68,12 @@ class Service:
         )  # fmt: skip
         limits = HttpLimits(body=config.max_body, connections=config.connections)
         self.server = HttpServer(self.app.handle, limits, config.cors_origins)
+        self.server.early = self.app.early
         self.app.server = self.server
-        self.operators = HttpServer(self.app.operator, HttpLimits(body=0, connections=64))
+        self.app.allow_hosts = tuple(name.lower() for name in (*config.allow_hosts, config.host))
+        self.operators = HttpServer(
+            self.app.operator, HttpLimits(body=0, connections=64), early=self.app.early_operator
+        )
         self.admin = Admin(self)
         self.admin_server = HttpServer(self.admin.handle, HttpLimits(connections=64))
         self.batch_limits = BatchLimits(
