@@ -277,6 +277,14 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: float) -> None:
         assert any("untried" in note for note in run.tuning.notes)
 
 
+def test_a_budget_for_the_baseline_alone_claims_nothing_of_the_rest(tmp_path: Path) -> None:
+    """What was not tried is not said to be worse; what the planner refuses is known all the same."""
+    run = tune(tmp_path, A, B, budget=60, refuses=frozenset({B}))
+    assert run.tuning.untried == ["a=1"]
+    assert run.tried == {"baseline": Status.OK, "b=1": Status.REFUSED}
+    assert run.verdict == Verdict((), "nothing but the baseline was measured")
+
+
 def test_without_a_final_the_baseline_stays(tmp_path: Path) -> None:
     """One brief measurement is not enough to choose, and the sentence says what it gave."""
     run = tune(tmp_path, A, rounds=0, gives={A: 1.5})

@@ -70,16 +70,24 @@ class Tuning:
                 continue
             needed = self._budget.trial_time(step.stage, self.journal.trials) + self._reserve(step)
             if step.stage is not Stage.BASELINE and self._budget.left < needed:
-                self.untried = [label(s.moves) for s in steps]
-                self.notes.append(
-                    f"{self._budget.left:.0f} s of the budget are left, and a trial with its final takes about "
-                    f"{needed:.0f} s: untried: {', '.join(self.untried)}"
-                )
+                self._leave(steps, needed)
                 return
             trial = self._try(step)
             self._keep(trial)
             if step.stage is Stage.BASELINE:
                 self._check_baseline(trial)
+
+    def _leave(self, steps: Sequence[strategy.Step], needed: float) -> None:
+        """No time for these; what would not have been started anyway is a result all the same."""
+        refused = [trial for step in steps[1:] if (trial := self._refused(step))]
+        for number, trial in enumerate(refused, len(self.journal.trials) + 1):
+            self._keep(replace(trial, number=number))
+        done = {trial.moves for trial in refused}
+        self.untried = [label(s.moves) for s in steps if s.moves not in done]
+        self.notes.append(
+            f"{self._budget.left:.0f} s of the budget are left, and a trial with its final takes about {needed:.0f} s: "
+            f"untried: {', '.join(self.untried)}"
+        )
 
     def _learn(self, trial: Trial) -> None:
         """A trial of an earlier run: its command needs no second one."""
@@ -209,6 +217,8 @@ class Tuning:
         if not best:
             if base is None or strategy.judged(base, objective) is None:
                 return Verdict(None, "no configuration met the objective")
+            if not any(t.moves and t.status is Status.OK for t in self.journal.trials):
+                return Verdict(BASELINE, "nothing but the baseline was measured")
             return Verdict(BASELINE, "no other configuration did better than the baseline, already when tried briefly")
         levels_of = self._levels([*([base] if base else []), *best])
         held = self.journal.rounds
