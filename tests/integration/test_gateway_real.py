@@ -43,7 +43,8 @@ def test_verify_level_full_passes_through_it_cold_and_warm(demo_endpoint: Endpoi
 
 
 def test_its_vectors_are_the_engines(demo_endpoint: Endpoint, tmp_path: Path) -> None:
-    """Batched with others, cut to fewer dims, from the cache or not: within what bf16 allows of the bare engine."""
+    """Batched with others, sent as token ids, cut to fewer dims, from the cache or not: within what bf16 allows of the
+    bare engine."""
     texts = ["short", "包裹没有到", "word " * 700, "🙂", "naïve café", "a\nb\tc"]
     with before(demo_endpoint, tmp_path) as gw, Client(gw.base) as ours, Client(demo_endpoint.base_url) as bare:
         for dims in (None, 64):
@@ -52,6 +53,7 @@ def test_its_vectors_are_the_engines(demo_endpoint: Endpoint, tmp_path: Path) ->
                 got = np.array(ours.embed(texts, dims=dims))
                 cosines = (got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)
                 assert cosines.min() > 0.999
+        assert "gets texts" not in gw.log.read_text()  # the engine was seen to make the same ids
 
 
 def test_lengths_are_enforced_before_the_engine(demo_endpoint: Endpoint, tmp_path: Path) -> None:
