@@ -257,6 +257,16 @@ def test_a_baseline_that_does_not_serve_ends_the_run(tmp_path: Path) -> None:
     assert clock.now <= 600
 
 
+def test_a_baseline_that_failed_is_tried_again(tmp_path: Path) -> None:
+    """Once the cause is mended, with --resume and without: the failure left nothing worth keeping."""
+    for resume in (True, False):
+        with Journal_(tmp_path, resume=resume) as journal:
+            journal.add(trial(1, {}, status=Status.FAILED))
+            journal.end("failed")
+        with Journal_(tmp_path, resume=resume) as journal:
+            assert not journal.trials
+
+
 @contextmanager
 def Journal_(path: Path, resume: bool = False, **identity: object) -> Iterator[Journal]:  # noqa: N802
     journal = Journal(path / "run.tune.jsonl", {**IDENTITY, **identity}, resume=resume)

@@ -94,7 +94,7 @@ class Journal:
         self._check_header(events[0], identity if resume else None)
         self._replay(events[1:])
         if not resume:
-            if self.finished:
+            if self.finished or not self.trials:  # nothing in it that another run could lose
                 self._set_aside(data)
                 self._write("tune", {"schema": SCHEMA, "kind": KIND, "identity": plain(identity)})
                 return
@@ -148,7 +148,7 @@ class Journal:
                 self.finished = event["event"] == "end" and event["data"]["how"] == "done"
             except (KeyError, TypeError, ValueError) as exc:
                 raise self._bad(f"line {number}: {exc!r}") from exc
-        self.trials = [t for t in self.trials if t.status not in AGAIN]
+        self.trials = [t for t in self.trials if t.status not in AGAIN and (t.moves or t.status is Status.OK)]
 
     def _set_aside(self, data: bytes) -> None:
         """Keep the finished run's lines under another name."""
