@@ -15,7 +15,8 @@ from qwen3emb_launch import notify, state
 from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.notify import service_manager
-from qwen3emb_launch.up.supervisor import Supervisor, stop_on_signals
+from qwen3emb_launch.up.signals import stop_on_signals
+from qwen3emb_launch.up.supervisor import Supervisor
 
 
 def main() -> int:
@@ -30,7 +31,7 @@ def main() -> int:
         supervisor = Supervisor(
             replace(plan, argv=argv, env=env), state.claim(name), listeners=[view, manager], pulse=manager.pulse
         )
-        with stop_on_signals(supervisor):
+        with stop_on_signals(supervisor.stop):
             outcome = supervisor.run()
     return int(outcome.error.exit) if outcome.error else 0
 

@@ -23,7 +23,8 @@ from qwen3emb_launch.notify import service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
 from qwen3emb_launch.up.control_server import ControlServer
 from qwen3emb_launch.up.gateway_runner import GatewaySpec
-from qwen3emb_launch.up.supervisor import Outcome, Supervisor, stop_on_signals
+from qwen3emb_launch.up.signals import stop_on_signals
+from qwen3emb_launch.up.supervisor import Outcome, Supervisor
 
 SMOKE = (sys.executable, "-P", "-m", "qwen3emb_launch.verify.smoke")
 KEYS_VARIABLE = "QWEN3EMB_GATEWAY_API_KEYS"  # gateway.config's; importing that would double this process
@@ -55,7 +56,7 @@ def main() -> int:
                 listeners=[view, manager] if manager else [view],
                 pulse=manager.pulse if manager else None,
             )
-            with stop_on_signals(supervisor), ControlServer(supervisor):
+            with stop_on_signals(supervisor.stop), ControlServer(supervisor):
                 outcome = supervisor.run()
     except LaunchError as error:
         view.failed(error)

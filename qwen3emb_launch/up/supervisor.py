@@ -6,49 +6,31 @@ and puts events into one queue. Signal handlers put an event there too and do no
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
-from types import FrameType
-from typing import Protocol
 
-from qwen3emb_launch import __version__
 from qwen3emb_launch.engine_process.guard import become_subreaper
 from qwen3emb_launch.errors import LaunchError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
-from qwen3emb_launch.lifecycle import TERMINAL, State, Transition
-from qwen3emb_launch.state import Claim, InstanceRecord, identify
+from qwen3emb_launch.lifecycle import TERMINAL, State
+from qwen3emb_launch.state import Claim, InstanceRecord
+from qwen3emb_launch.up.checks import Checks
 from qwen3emb_launch.up.events import Action, Begin, Cause, Check, Event, Move, Note, Probed, Refused, StopAsked, Tick
 from qwen3emb_launch.up.gateway_runner import RESTART, GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.machine import Phase, Unit
 from qwen3emb_launch.up.member import Member
 from qwen3emb_launch.up.overall import SERVING, overall, steps
-from qwen3emb_launch.up.runner import Door, EngineRunner, EngineSpec, engine_spec
+from qwen3emb_launch.up.reporter import Listener, Reporter
+from qwen3emb_launch.up.runner import EngineRunner, EngineSpec, engine_spec
 from qwen3emb_launch.up.stages import stage
-from qwen3emb_launch.up.verdict import failure, kept
+from qwen3emb_launch.up.verdict import failure
 
 LOOK_EVERY = 0.5  # seconds between two looks at a starting engine's log
 PULSE_EVERY = 5.0  # seconds; the loop turns at least that often where somebody watches it
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-
-class Listener(Protocol):
-    """Somebody who wants to know: the terminal, the service manager."""
-
-    def moved(self, transition: Transition, record: InstanceRecord) -> None:
-        """The instance changed its state."""
-
-    def said(self, text: str) -> None:
-        """Something worth a line."""
-
-    def stage(self, text: str) -> None:
-        """What a starting engine is busy with now."""
 
 
 @dataclass(frozen=True)
@@ -86,40 +68,22 @@ class Supervisor:
         self.link = GatewayLink(gateway, claim.folder) if gateway else None
         self.changed = threading.Condition()  # notified after every event
         self._check_argv = check_argv
-        self._listeners = tuple(listeners)
+        self._reporter = Reporter(plan, claim, listeners, needs_key=gateway is not None and gateway.secured)
         self._pulse = pulse  # called at least every PULSE_EVERY; True: an engine has just proved that it lives
         self._clock = clock
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._numbers = 0
-        self._checks: list[tuple[Member, Check]] = []  # that wait for the gateway to listen
         self._look_at = 0.0
-        self._unsaved = False
         self._stopping: StopAsked | None = None
         self._failed: Member | None = None  # with it the instance fails, once the others are gone
         self._error: LaunchError | None = None
         if gateway:
             self.gateway = self._new_gateway(gateway)
+        self._checks = Checks(self.gateway)
         for slot in range(plan.replicas):
             spec = engine_spec(plan)
             name, spec = ("engine", spec) if slot == 0 else (f"engine-{slot + 1}", spec.elsewhere())
             self.engines.append(self.new_engine(name, plan, spec=spec))
-        self.record = InstanceRecord(
-            name=plan.name,
-            state=State.STARTING,
-            reason="starting",
-            supervisor=identify(os.getpid()),
-            engines=(),
-            profile=plan.profile,
-            model=plan.model.name,
-            served_model_name=plan.served_model_name,
-            base_url=plan.base_url,
-            engine_url=engine_spec(plan).url,
-            max_dims=plan.max_dims,
-            context_length=plan.context_length,
-            started_at=time.time(),
-            launcher=__version__,
-            needs_key=gateway is not None and gateway.secured,
-        )
 
     # ---- its processes --------------------------------------------------------------------------------------------
 
@@ -204,7 +168,7 @@ class Supervisor:
     def run(self) -> Outcome:
         """Serve until stopped or failed. Nothing of engines and gateway is left when it returns."""
         become_subreaper()
-        self.claim.write(self.record)
+        self._reporter.begin()
         try:
             for member in self.members:
                 self.feed(member, Begin())
@@ -290,37 +254,10 @@ class Supervisor:
         elif isinstance(action, Note):
             self.say(self._named(member, action.text))
         elif isinstance(action, Check):
-            self._check(member, action)
+            rivals = any(other.wants_traffic for other in self.engines if other is not member)
+            self._checks.begin(member, action, alone=not member.held_back and not rivals)
         else:
             member.runner.act(action)
-
-    # ---- the smoke test -------------------------------------------------------------------------------------------
-
-    def _check(self, member: Member, action: Check) -> None:
-        """Through the gateway where the engine is the only one behind it, so that users' whole way is proved; else to
-        the engine itself, since the gateway would send the questions to any of them."""
-        assert isinstance(member.runner, EngineRunner)  # noqa: S101 - a gateway's unit has no check
-        alone = not member.held_back and not any(m.wants_traffic for m in self.engines if m is not member)
-        member.checked_through_gateway = self.gateway is not None and alone
-        if member.checked_through_gateway:
-            self._checks.append((member, action))
-            self._begin_checks()
-        else:
-            member.runner.begin_check(action, member.runner.door)
-
-    def _begin_checks(self) -> None:
-        """Those that waited for the gateway, once it listens."""
-        if self.gateway is None or self.gateway.unit.state not in SERVING:
-            return
-        waiting, self._checks = self._checks, []
-        for member, action in waiting:
-            if member.unit.start == action.start and member.unit.phase is Phase.CHECKING:
-                assert isinstance(member.runner, EngineRunner)  # noqa: S101 - only engines are checked
-                member.runner.begin_check(action, self._front_door())
-
-    def _front_door(self) -> Door:
-        assert self.gateway is not None  # noqa: S101 - asked for by those that know
-        return self.gateway.runner.door
 
     # ---- changes of state -----------------------------------------------------------------------------------------
 
@@ -330,10 +267,9 @@ class Supervisor:
             member.error = member.runner.own_words() or failure(member.unit.fault, member.runner, member.stage)
         if member is self.gateway and self.link:
             self.link.there(move.after in SERVING)
-            self._begin_checks()
+            self._checks.gateway_moved()
         if len(self.members) > 1:
-            transition = Transition(self.record.name, move.before, move.after, move.reason, time.time(), member.name)
-            self._save(lambda: self.claim.append(transition))
+            self._reporter.unit_moved(member, move)
         before = self.record.state
         if member in self.others:
             self.publish()
@@ -408,55 +344,29 @@ class Supervisor:
         else:
             self._move(State.STOPPED, "nothing of it is left")
 
-    def _move(self, after: State, reason: str) -> None:
-        transition = Transition(self.record.name, self.record.state, after, reason, time.time())
-        if after is State.READY and self.record.ready_at is None:
-            self.record = replace(self.record, ready_at=transition.at)
-        self.record = replace(self.record, state=after, reason=reason)
-        self.publish()
-        self._save(lambda: self.claim.append(transition))
-        self._tell(lambda listener: listener.moved(transition, self.record))
-
     def _named(self, member: Member, text: str) -> str:
         """Where there are several engines, or it is the gateway, a sentence says whose it is."""
         return text if member.is_engine and len(self.engines) + len(self.others) == 1 else f"{member.name}: {text}"
 
     # ---- what others see ------------------------------------------------------------------------------------------
 
+    @property
+    def record(self) -> InstanceRecord:
+        """The instance as instance.json shows it."""
+        return self._reporter.record
+
     def publish(self) -> None:
         """Write instance.json."""
-        units = tuple(member.record() for member in [*self.engines, *self.others, *self.members[: bool(self.gateway)]])
-        first = self.engines[0].runner
-        self.record = replace(
-            self.record,
-            engines=tuple(unit.process for unit in units if unit.kind == "engine" and unit.process),
-            engine_url=first.url,
-            restarts=sum(member.unit.restart_count for member in self.engines),
-            log=str(first.log) if first.log else None,
-            error=kept(self._error) if self._error else None,
-            units=units,
-        )
-        self._save(lambda: self.claim.write(self.record))
+        gateway = [self.gateway] if self.gateway else []
+        self._reporter.publish(self.engines, [*self.others, *gateway], self._error)
 
-    def _save(self, write: Callable[[], None]) -> None:
-        """A full disk must not end a service that works: it is said once, and the next write tries again."""
-        try:
-            write()
-            self._unsaved = False
-        except UnfitError as error:
-            if not self._unsaved:
-                self._unsaved = True
-                self.say(f"state is not up to date: {error.message}")
+    def _move(self, after: State, reason: str) -> None:
+        self.publish()
+        self._reporter.moved(after, reason)
 
     def say(self, text: str) -> None:
-        """A line to every listener."""
-        self._tell(lambda listener: listener.said(text))
-
-    def _tell(self, say: Callable[[Listener], None]) -> None:
-        """A terminal that went away must not end it either; rich leaves a broken pipe by SystemExit."""
-        for listener in self._listeners:
-            with suppress(OSError, SystemExit):
-                say(listener)
+        """A line to every listener; from the deciding thread."""
+        self._reporter.say(text)
 
     # ---- what a long start waits for ------------------------------------------------------------------------------
 
@@ -474,24 +384,4 @@ class Supervisor:
             seen = [text for line in member.runner.new_lines() if (text := stage(line))]
             if seen and seen[-1] != member.stage:
                 member.stage = seen[-1]
-                text = self._named(member, member.stage)
-                self._tell(lambda listener, text=text: listener.stage(text))  # type: ignore[misc]
-
-
-@contextmanager
-def stop_on_signals(supervisor: Supervisor) -> Iterator[None]:
-    """Signals become events while this lasts; the handlers that were there before are put back.
-
-    An ignored SIGHUP stays ignored: that is what `nohup` asks for.
-    """
-
-    def record(number: int, _: FrameType | None) -> None:
-        supervisor.stop(signal.Signals(number).name)
-
-    wanted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, record) for number in wanted}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+                self._reporter.stage(self._named(member, member.stage))
