@@ -92,8 +92,10 @@ def supervised(port: int) -> dict[str, float]:
     seconds = time.perf_counter() - begin
     if not answer["ok"]:
         raise SystemExit(answer["error"]["message"])
-    guard = next(pid for pid, parent in parents().items() if parent == process.pid)
-    memory = rss_mb(process.pid) + rss_mb(guard)
+    guards = [pid for pid, parent in parents().items() if parent == process.pid]  # of the engine and of the gateway
+    memory = rss_mb(process.pid) + sum(map(rss_mb, guards))
+    gateway = next(u.process for u in state.running("bench-startup")[1].units if u.kind == "gateway")
+    gateway_memory = rss_mb(gateway.pid) if gateway else 0.0
     events = state.find("bench-startup").events
     killed = time.time()
     os.kill(answer["result"]["engine_pids"][0], signal.SIGKILL)
@@ -105,6 +107,7 @@ def supervised(port: int) -> dict[str, float]:
         "command_s": seconds,
         "ready_s": answer["result"]["seconds"],
         "rss_mb": memory,
+        "gateway_rss_mb": gateway_memory,
         "notice_s": last["at"] - killed,
     }
 
@@ -124,7 +127,7 @@ def measure(rounds: int, runs: int, *, engine: bool) -> dict[str, Any]:
         alone.append(bare(plan, free_port()))
         ours.append(supervised(free_port()))
     figures["bare_ready_s"] = statistics.median(alone)
-    for name in ("ready_s", "command_s", "rss_mb", "notice_s"):
+    for name in ("ready_s", "command_s", "rss_mb", "gateway_rss_mb", "notice_s"):
         figures[name] = statistics.median(one[name] for one in ours)
     figures["added_s"] = figures["command_s"] - figures["bare_ready_s"]
     figures["rounds"] = {"bare_s": alone, "up_s": [one["command_s"] for one in ours]}
