@@ -53,6 +53,8 @@ mkdir "$SCRATCH/root/.old"
 cd "$R"
 pivot_root . .old
 umount -l /.old
+# As at a real boot, and in here only: credentials are mounted by a helper in a namespace of its own.
+mount --make-rshared /
 export container=test
 exec /lib/systemd/systemd --system --unit=test.target --log-target=null --show-status=0
 """

@@ -137,6 +137,20 @@ def test_a_token_is_handed_over_as_a_file(capsys: pytest.CaptureFixture[str]) ->
         assert (status, answer["error"]["code"]) == (2, "bad_credential")
 
 
+def test_api_keys_are_handed_over_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """--credential api_keys=FILE opens the address for others: the gateway gets the place, the unit names no key, and
+    a file that holds none is refused now."""
+    keys = tmp_path / "keys"
+    keys.write_text("alice sesame-open\n")
+    others = ("-p", "demo", "--system", "--host", "0.0.0.0", "--credential")
+    text = shown(capsys, *others, f"api_keys={keys}")
+    assert values(text, "LoadCredential") == [f"api_keys:{keys}"]
+    assert "QWEN3EMB_SET_GATEWAY__API_KEYS=%d/api_keys" in values(text, "Environment")
+    assert "sesame" not in text
+    status, answer = envelope(capsys, "systemd", "show", *others, f"api_keys={tmp_path / 'nowhere'}")
+    assert (status, answer["error"]["code"]) == (2, "bad_keys")
+
+
 def test_the_template_serves_every_profile(capsys: pytest.CaptureFixture[str]) -> None:
     """qwen3emb@PROFILE.service runs that profile, with settings from a file of its own."""
     text = shown(capsys, "--template", "--system")

@@ -6,6 +6,7 @@ import json
 import sysconfig
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -274,13 +275,16 @@ def test_a_users_own_manager_needs_no_root(machine: Machine) -> None:
 
 @pytest.mark.engine
 def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: Path) -> None:
-    """The generated unit, unchanged: the real engine starts as its own account, embeds, is killed, serves again."""
+    """The generated unit, unchanged: the real engine starts as its own account, embeds for whoever has a key of the
+    file that systemd hands over, is killed, serves again."""
     pythons = Interpreters(REPOSITORY, Path(sysconfig.get_path("purelib")), engine_python)
     folders = {"QWEN3EMB_DATA_DIR": "/var/lib/qwen3emb/data", "HOME": "/var/lib/qwen3emb"}
     port, unit = free_port(), "qwen3emb-demo.service"
     with Machine(tmp_path / "machine", pythons.share) as machine:
         pythons.lay_out(machine)
+        machine.must("bash", "-ec", "umask 077; echo alice sesame-open > /etc/embedding-keys")
         install = (*QWEN3EMB, "systemd", "install", "-p", "demo", "--port", str(port), "--system", "--json")
+        install = (*install, "--credential", "api_keys=/etc/embedding-keys")
         assert json.loads(machine.must(*install))["result"]["missing"]
         as_service = ("runuser", "-u", "qwen3emb", "--", "env", *(f"{k}={v}" for k, v in folders.items()))
         machine.must(
@@ -290,8 +294,9 @@ def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: 
         assert (started["missing"], started["started"]) == ([], True)
         done = machine.run("systemctl", "start", unit, timeout=300)
         assert done.returncode == 0, machine.journal(unit)
-        target = Target("127.0.0.1", port, "demo", 256)
+        target = Target("127.0.0.1", port, "demo", 256, "sesame-open")
         assert embed_once(target, "hello", 30).ok
+        assert embed_once(replace(target, key="sesame-shut"), "hello", 30).status == 401
         engine = machine.must("pgrep", "-f", "qwen3emb_engine_plugin.serve").split()[0]
         machine.must("kill", "-9", engine)
         until(lambda: embed_once(target, "again", 10).ok, "the new engine", 240)

@@ -46,7 +46,7 @@ DownloadOption = Annotated[
 ]
 CredentialOption = Annotated[
     list[str] | None,
-    typer.Option("--credential", metavar="NAME=FILE", help="A secret file for LoadCredential=, such as hf_token."),
+    typer.Option("--credential", metavar="NAME=FILE", help="A secret file for LoadCredential=: api_keys, hf_token."),
 ]
 
 # Settings whose values are files.
@@ -255,13 +255,15 @@ def _plan(where: Places, asked: _Asked, console: Console) -> tuple[Wanted, Launc
     from qwen3emb_launch.cli.launching import LaunchOptions, choose, with_gateway
     from qwen3emb_launch.explain import Ask, explain
     from qwen3emb_launch.state import check_name
-    from qwen3emb_launch.systemd.spec import Wanted
+    from qwen3emb_launch.systemd.spec import API_KEYS, Wanted
 
     wanted = asked.profile or ("demo" if asked.model == "demo" else None)
     profile = profile_files.load(wanted) if wanted else choose(LaunchOptions(), console).profile
     address = [f"server.{k}={v}" for k, v in (("host", asked.host), ("port", asked.port)) if v is not None]
+    # The service will find them elsewhere; whether they can be used shows here.
+    keys = [f"gateway.api_keys={asked.credentials[API_KEYS]}"] if API_KEYS in asked.credentials else []
     environ = {} if where.scope == "system" else dict(os.environ)
-    found = explain(profile, Ask(asked.model, asked.engine, [*asked.settings, *address], environ))
+    found = explain(profile, Ask(asked.model, asked.engine, [*asked.settings, *address, *keys], environ))
     for warning in found.plan.warnings:
         console.warn(warning)
     with_gateway(found.plan)  # what the gateway would refuse at each start is refused here

@@ -40,7 +40,8 @@ KEPT = (
 # Where a hub is, for services that may download.
 HUBS = ("HF_ENDPOINT", "MODELSCOPE_ENDPOINT")
 # Credentials whose file a variable names.
-CREDENTIAL_VARIABLES = {"hf_token": "HF_TOKEN_PATH"}
+API_KEYS = "api_keys"  # of those who may call the gateway
+CREDENTIAL_VARIABLES = {"hf_token": "HF_TOKEN_PATH", API_KEYS: "QWEN3EMB_SET_GATEWAY__API_KEYS"}
 
 
 @dataclass(frozen=True)
