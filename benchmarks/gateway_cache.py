@@ -107,6 +107,21 @@ def policies(texts: int, cached: int, requests: int, exponent: float) -> dict[st
     return out
 
 
+def split(texts: int, cached: int, requests: int, exponent: float) -> dict[str, float]:
+    """Hit rate when 1, 2 and 4 workers share the memory, each with its part and its share of the connections."""
+    random = np.random.default_rng(1)
+    weights = 1 / np.arange(1, texts + 1) ** exponent
+    trace = random.choice(texts, requests, p=weights / weights.sum()).tolist()
+    dealt = random.integers(0, 4, requests).tolist()
+    keys = [i.to_bytes(KEY_BYTES, "little") for i in range(texts)]
+    out = {}
+    for workers in (1, 2, 4):
+        caches = [Ours(cached // workers) for _ in range(workers)]
+        hits = [caches[to % workers].hit(keys[text]) for text, to in zip(trace, dealt, strict=True)]
+        out[str(workers)] = round(sum(hits[requests // 4 :]) / (requests - requests // 4), 4)
+    return out
+
+
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -188,6 +203,7 @@ def main() -> None:
     entry = round(memory(2560, 10_000))  # first: memory that something else freed would flatter it
     result = {
         "zipf": {str(e): policies(args.texts, args.cached, args.requests, e) for e in (0.8, 1.0)},
+        "workers": {str(e): split(args.texts, args.cached, args.requests, e) for e in (0.8, 1.0)},
         "bytes_per_2560_dim_entry": entry,
         "stores": stores(10_000, 2560),
     }
@@ -202,6 +218,9 @@ def main() -> None:
         print(
             f"| {name} | {result['zipf']['0.8'][name]['hit_rate']:.1%} | {row['hit_rate']:.1%} | {row['us'] or '-'} |"
         )
+    print("\n| workers | Zipf 0.8 | Zipf 1.0 |\n|---|---|---|")
+    for workers, rate in result["workers"]["1.0"].items():
+        print(f"| {workers} | {result['workers']['0.8'][workers]:.1%} | {rate:.1%} |")
     print(
         f"\nResident bytes a cached 2560-dim vector: {result['bytes_per_2560_dim_entry']:,}\n\n"
         "| store | write, µs | read, µs |\n|---|---|---|"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import re
 import sqlite3
 import stat
 from collections import OrderedDict
@@ -413,6 +415,15 @@ def test_prometheus_text_can_be_parsed_and_added_up() -> None:
     assert 'qwen3emb_engine_call_items_bucket{le="+Inf"} 2' in text
     for family in re.findall(r"# TYPE (\S+)", text):
         assert family in metrics.HELP
+
+
+def test_the_dashboard_asks_for_series_that_exist() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "grafana-gateway.json").read_text()
+    asked = [t["expr"] for panel in json.loads(text)["panels"] for t in panel.get("targets", [])]
+    names = {name for expr in asked for name in re.findall(r"qwen3emb_\w+", expr)}
+    assert len(names) >= 12
+    for name in names:
+        assert name in metrics.HELP or re.sub("_(bucket|sum|count)$", "", name) in metrics.HELP, name
 
 
 def test_the_access_log_is_private_and_survives_a_full_disk(tmp_path: Path) -> None:
