@@ -459,6 +459,27 @@ def test_rounds_merge_by_median_and_common_histogram() -> None:
     assert both.latency.max == pytest.approx(30, rel=0.01)
 
 
+def test_a_load_shorter_than_its_requests_says_so(capsys) -> None:
+    """Requests of 1.2 s begin before a window of 0.5 s and end after it: no wrong answer, but none to count either."""
+    with null_server(Behaviour(delay=1.2)) as (url, _):
+        arguments = ["--duration", "0.5s", "--warmup", "0.3s", "-c", "2"]
+        status, envelope = command(capsys, "bench", "--base-url", url, *arguments)
+    assert status == 1
+    assert envelope["error"]["code"] == "too_short"
+    assert "--duration" in envelope["error"]["hint"]
+
+
+def test_a_sweep_that_still_rises_claims_no_knee() -> None:
+    """The best level being the last one measured, the knee is beyond it."""
+    runs = tuple(one(level=n, rate=n * 10.0) for n in (1, 2, 4))
+    common = {"mode": "sweep", "load": {"shape": "closed"}, "targets": (), "runs": runs, "created": "now", "seed": 1}
+    record = Record(**common, knee=modes.knee(runs, "closed", None))
+    assert report.knee_lines(record) == ["a: no knee up to 4 clients, 40 requests/s"]
+    flat = tuple(one(level=n, rate=20.0) for n in (1, 2, 4))
+    record = Record(**{**common, "runs": flat}, knee=modes.knee(flat, "closed", None))
+    assert report.knee_lines(record) == ["a: the knee is at 1 client, 20 requests/s"]
+
+
 def test_an_objective_that_nothing_meets_says_the_nearest() -> None:
     """The level whose worst excess is the smallest."""
     slo = parse_slo("p95=5ms")

@@ -25,7 +25,7 @@ table { border-collapse: collapse; display: block; overflow-x: auto; font-varian
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .facts td { text-align: left } .facts td { white-space: normal }
 .warn { border-left: 4px solid #d80; padding: .2rem .8rem; background: var(--soft); margin: .4rem 0 }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .4rem }
 figcaption { color: #333; font-size: .85rem; text-align: center } svg { width: 100%; height: auto }
 footer { margin-top: 2rem; color: #888; font-size: .85rem }
@@ -75,15 +75,16 @@ def _plots(record: Record, rows: Sequence[Row]) -> list[str]:
     plots = []
     if len(record.levels) > 1 and record.mode == "sweep":
         plots += _sweep_plots(record, rows)
-    curves = [(_name(record, r), LatencyHistogram(r.figures.histogram).curve()) for r in rows if r.figures.histogram]
+    curves = [(_name(record, r), _curve(LatencyHistogram(r.figures.histogram))) for r in rows if r.figures.histogram]
     if curves:
         plots.append(
             _xy(
                 "Latency (ms) that a share of requests did not pass",
-                [(name, [(p, s * 1000) for p, s in points]) for name, points in curves[:12]],
+                curves[:12],
                 "share of requests",
                 logarithmic=True,
                 x_axis=PERCENTS,
+                dots=False,
             )
         )
     if record.mode == "soak":
@@ -91,6 +92,12 @@ def _plots(record: Record, rows: Sequence[Row]) -> list[str]:
     else:
         plots += _time_plots(record, rows)
     return plots
+
+
+def _curve(histogram: LatencyHistogram) -> list[tuple[float, float]]:
+    """Percentiles in ms, up to the last one that so many requests can tell from the slowest."""
+    told = 100 * (1 - 1 / max(histogram.count, 2))
+    return [(percent, seconds * 1000) for percent, seconds in histogram.curve() if percent <= told]
 
 
 def _sweep_plots(record: Record, rows: Sequence[Row]) -> list[str]:
@@ -136,12 +143,14 @@ def _soak_plots(record: Record) -> list[str]:
 
     from qwen3emb_launch.bench.soak import MEASURES
 
-    hours = list(accumulate(r.figures.seconds / 3600 for r in record.runs))
+    total = sum(r.figures.seconds for r in record.runs)
+    word, length = next(((w, s) for w, s in (("hours", 3600), ("minutes", 60)) if total >= 2 * s), ("seconds", 1))
+    times = list(accumulate(r.figures.seconds / length for r in record.runs))
     plots = []
     for name, unit, value_of in MEASURES:
-        points = [(at, v) for at, run in zip(hours, record.runs, strict=True) if (v := value_of(run)) is not None]
-        if len(points) > 1:
-            plots.append(_xy(f"{name} ({unit}) over hours", [(name, points)], "hours"))
+        points = [(at, v) for at, run in zip(times, record.runs, strict=True) if (v := value_of(run)) is not None]
+        if len(points) > 1 and any(v for _, v in points):
+            plots.append(_xy(f"{name} ({unit}) over {word}", [(name, points)], word))
     return plots
 
 
@@ -189,6 +198,7 @@ def _xy(
     x_title: str,
     logarithmic: bool = False,
     x_axis: Axis | None = None,
+    dots: bool = True,
 ) -> str:
     """One plot as inline SVG: no script, no outside reference."""
     import pygal
@@ -201,7 +211,7 @@ def _xy(
         "style": CleanStyle(background="white", plot_background="white", font_family="sans-serif", legend_font_size=12),
         "js": (),
         "disable_xml_declaration": True,
-        "show_dots": sum(len(p) for _, p in series) < 150,
+        "show_dots": dots and sum(len(p) for _, p in series) < 150,
         "dots_size": 2,
         "stroke_style": {"width": 2},
         "x_title": x_title,

@@ -15,8 +15,8 @@ LATENCIES = ("p50", "p90", "p95", "p99", "max")
 
 
 def level_name(record: Record, level: float) -> str:
-    """`16 clients` or `120/s`."""
-    return f"{level:g}/s" if record.load.get("shape") == "open" else f"{level:g} clients"
+    """`16 clients`, `1 client` or `120/s`."""
+    return f"{level:g}/s" if record.load.get("shape") == "open" else f"{level:g} client{'s' * (level != 1)}"
 
 
 def columns(record: Record) -> list[str]:
@@ -146,7 +146,9 @@ def knee_lines(record: Record) -> list[str]:
             lines.append(f"{name}: no level had a right answer")
             continue
         level = level_name(record, found["level"])
-        lines.append(f"{name}: the knee is at {level}, {number(found['requests_per_s'])} requests/s")
+        rate = f"{number(found['requests_per_s'])} requests/s"
+        rising = record.load.get("shape") != "open" and len(record.levels) > 1 and found["level"] == max(record.levels)
+        lines.append(f"{name}: no knee up to {level}, {rate}" if rising else f"{name}: the knee is at {level}, {rate}")
         if "slo_level" in found and found["slo_level"] is not None:
             top = level_name(record, found["slo_level"])
             lines.append(f"{name}: {record.slo} holds up to {top}, {number(found['slo_requests_per_s'])} requests/s")

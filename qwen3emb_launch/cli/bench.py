@@ -286,8 +286,16 @@ def _finish(console: Console, record: Record, outputs: list[Path]) -> None:
         )
     elif failure is None and not any(r.figures.requests for r in record.runs):
         kinds = sorted({k for r in record.runs for k in r.figures.failed})
-        failure = CheckFailedError(
-            "no_right_answer", f"not one right answer in {wrong} requests: {', '.join(kinds)}", "qwen3emb verify"
+        failure = (
+            CheckFailedError(
+                "no_right_answer", f"not one right answer in {wrong} requests: {', '.join(kinds)}", "qwen3emb verify"
+            )
+            if wrong
+            else CheckFailedError(
+                "too_short",
+                f"no request began within the measured {record.load.get('seconds'):g} s: each takes longer than that",
+                "a longer --duration, or fewer clients (-c)",
+            )
         )
     elif failure is None and record.slo and missed and (record.knee is None or len(missed) == len(record.runs)):
         lines = [line for line in (*knee_lines(record), *slo_lines(record)) if "missed" in line or "nothing" in line]
