@@ -51,7 +51,7 @@ class Tuning:
             return self._final()
         except KeyboardInterrupt:
             self.interrupted = True
-            self.untried = [label(s.moves) for s in self._steps()]
+            self.untried = _names(self._steps())
             return self._unconfirmed("interrupted")
 
     # ---- trials ---------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ class Tuning:
         for number, trial in enumerate(refused, len(self.journal.trials) + 1):
             self._keep(replace(trial, number=number))
         done = {trial.moves for trial in refused}
-        self.untried = [label(s.moves) for s in steps if s.moves not in done]
+        self.untried = _names([s for s in steps if s.moves not in done])
         self.notes.append(
             f"{self._budget.left:.0f} s of the budget are left, and a trial with its final takes about {needed:.0f} s: "
             f"untried: {', '.join(self.untried)}"
@@ -262,3 +262,10 @@ class Tuning:
             return Verdict(best[0].moves, f"{why}; {best[0].label} meets the objective, the baseline does not")
         text = f"{why}: one brief measurement of {best[0].label} gave {first / base:.3f} times the baseline's score"
         return Verdict(BASELINE, f"{text}, which is not enough to choose it")
+
+
+def _names(steps: Sequence[strategy.Step]) -> list[str]:
+    """Single settings by name; what would have been combined is not known yet, so only how many."""
+    single = [label(s.moves) for s in steps if s.stage in (Stage.BASELINE, Stage.MOVE)]
+    rest = len(steps) - len(single)
+    return [*single, *([f"{rest} combinations"] if rest else [])]

@@ -14,7 +14,7 @@ from qwen3emb_launch.tune.objective import Objective
 from qwen3emb_launch.tune.space import Factor
 from qwen3emb_launch.tune.trials import Measurement, Moves, Stage, Status, Trial, moves
 
-BETTER = 1.02  # a score that is not at least that much higher is taken for noise when winners are combined
+BETTER = 1.03  # a score that is not at least that much higher is taken for noise when winners are combined
 FINALISTS = 2  # beside the baseline
 COMBINATIONS = 3
 HARMLESS = 0.95  # a setting that by itself scored less is not added to the best
