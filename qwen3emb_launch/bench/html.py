@@ -156,8 +156,8 @@ def _soak_plots(record: Record) -> list[str]:
 
 def _name(record: Record, row: Row) -> str:
     parts = [row.target] if len(record.targets) > 1 else []
-    parts += [row.phase] if record.mode == "burst" else []
-    return ", ".join([*parts, report.level_name(record, row.level)])
+    parts += [row.phase] if record.mode in ("burst", "seed") else []
+    return ", ".join([*parts, report.level_name(record, row.level, row.shape)])
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,7 @@ class Campaign:
                 at=result.started_at + phase.began,
                 figures=figures,
                 rss=watch.peak_rss(began, ended),
+                shape=self.shaping.shape,
             )
             found.append(run)
             self.listener.end(run)

@@ -45,7 +45,10 @@ class TargetInfo:
 
 @dataclass(frozen=True)
 class Run:
-    """One phase of one load. `level` is clients or requests/s, `rss` the engine's most resident bytes if local."""
+    """One phase of one load. `level` is clients or requests/s, `rss` the engine's most resident bytes if local.
+
+    `shape` is `closed` or `open`; empty in records of 0.1 from before it was kept: the load's own then.
+    """
 
     target: str
     round: int
@@ -54,6 +57,7 @@ class Run:
     at: float
     figures: Figures
     rss: int | None = None
+    shape: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,17 +118,21 @@ class Row:
     level: float
     rounds: int
     figures: Figures
+    shape: str = ""
 
 
 def rows_of(record: Record) -> list[Row]:
     """One row a target, phase and level; a soak is one row."""
     if record.overall and record.runs:
         first = record.runs[0]
-        return [Row(first.target, first.phase, first.level, len(record.runs), record.overall)]
+        return [Row(first.target, first.phase, first.level, len(record.runs), record.overall, first.shape)]
     groups: dict[tuple[str, str, float], list[Run]] = {}
     for run in record.runs:
         groups.setdefault((run.target, run.phase, run.level), []).append(run)
-    return [Row(*key, rounds=len(runs), figures=merged([r.figures for r in runs])) for key, runs in groups.items()]
+    return [
+        Row(*key, rounds=len(runs), figures=merged([r.figures for r in runs]), shape=runs[0].shape)
+        for key, runs in groups.items()
+    ]
 
 
 def merged(rounds: Sequence[Figures]) -> Figures:

@@ -14,16 +14,18 @@ from qwen3emb_launch.statistics import Ratio
 LATENCIES = ("p50", "p90", "p95", "p99", "max")
 
 
-def level_name(record: Record, level: float) -> str:
-    """`16 clients`, `1 client` or `120/s`."""
-    return f"{level:g}/s" if record.load.get("shape") == "open" else f"{level:g} client{'s' * (level != 1)}"
+def level_name(record: Record, level: float, shape: str = "") -> str:
+    """`16 clients`, `1 client` or `120/s`; `shape` is the run's own, where it is known."""
+    return (
+        f"{level:.4g}/s" if (shape or record.load.get("shape")) == "open" else f"{level:g} client{'s' * (level != 1)}"
+    )
 
 
 def columns(record: Record) -> list[str]:
     """The table's columns; those that nothing filled are left out."""
     rows = rows_of(record)
     names = ["target"] if len(record.targets) > 1 else []
-    names += ["phase"] if record.mode == "burst" else []
+    names += ["phase"] if record.mode in ("burst", "seed") else []
     names += ["load", "requests/s"]
     names += ["texts/s"] if record.load.get("batch", 1) > 1 else []
     names += ["tokens/s"] if any(r.figures.tokens_per_s for r in rows) else []
@@ -43,7 +45,7 @@ def cells(record: Record, row: Row) -> list[str]:
     known: dict[str, str] = {
         "target": row.target,
         "phase": row.phase,
-        "load": level_name(record, row.level),
+        "load": level_name(record, row.level, row.shape),
         "requests/s": number(figures.requests_per_s),
         "texts/s": number(figures.texts_per_s),
         "tokens/s": number(figures.tokens_per_s),
@@ -167,7 +169,7 @@ def slo_lines(record: Record) -> list[str]:
         return []
     lines = []
     for row in rows_of(record):
-        what = f"{row.target}, {row.phase}, {level_name(record, row.level)}"
+        what = f"{row.target}, {row.phase}, {level_name(record, row.level, row.shape)}"
         misses = ", ".join(row.figures.slo_misses)
         lines.append(f"{what}: {record.slo} " + (f"missed: {misses}" if misses else "met"))
     return lines
