@@ -145,7 +145,7 @@ def _burst(campaign: Campaign, ready: Ready) -> list[Mapping[str, Any]]:
     failed = sum(sum(r.figures.failed.values()) for r in runs)
     return [
         {
-            "claim": f"a sudden threefold load, {rate:.3g} to {rate * BURST:.3g} requests/s",
+            "claim": f"a sudden threefold load, {rate:.0f} to {rate * BURST:.0f} requests/s",
             "stated": "absorbed by SGLang's autoscaling",
             "measured": f"{told}; {failed} failed",
             "floor": None,
