@@ -156,7 +156,7 @@ def bench(
         work.check()
         notes: list[str] = []
         if corpus:
-            work, notes = _with_corpus(work, corpus, column, stack)
+            work, notes = with_corpus(work, corpus, column, stack)
         shape = swept.shape if swept else ("open" if rate is not None else "closed")
         shaping = Shaping(
             shape="open" if shape == "open" else "closed",
@@ -235,7 +235,7 @@ def _preset(text: str, campaign: Campaign) -> Record:
     return seed_table(campaign)
 
 
-def _with_corpus(work: Work, path: Path, column: str | None, stack: ExitStack) -> tuple[Work, list[str]]:
+def with_corpus(work: Work, path: Path, column: str | None, stack: ExitStack) -> tuple[Work, list[str]]:
     """The corpus rewritten for the load in a folder of its own, and what was left out of it."""
     from dataclasses import replace
 

@@ -80,7 +80,7 @@ def tune(
     with shell("tune", json) as console, ExitStack() as stack:
         from qwen3emb_launch import planning
         from qwen3emb_launch.bench.target import Work
-        from qwen3emb_launch.cli.bench import _with_corpus, seconds
+        from qwen3emb_launch.cli.bench import with_corpus, seconds
         from qwen3emb_launch.cli.tune_run import Job
         from qwen3emb_launch.cli.tune_trials import Engines
         from qwen3emb_launch.statistics import parse_slo
@@ -100,7 +100,7 @@ def tune(
         work.check()
         allowed, measured, warm = seconds(budget), seconds(duration), _or_none(warmup)
         if corpus:
-            work, notes = _with_corpus(work, corpus, column, stack)
+            work, notes = with_corpus(work, corpus, column, stack)
             for note in notes:
                 console.warn(note)
         options = LaunchOptions(model, profile, None, None, None, engine, tuple(settings or ()), offline)
