@@ -285,6 +285,7 @@ def test_caller_looks_at_a_candidate_before_it_gets_traffic(tmp_path: Path) -> N
         assert len(seen) == 2
         written = json.loads(run.claim.plan.read_text())
         assert written["env"] == dict(other.env)
+        assert not list(run.claim.folder.glob("plan.new*"))
         os.kill(run.engine_pid, signal.SIGKILL)  # a crash afterwards starts the new plan, not the old one
         run.reach(State.READY, 2)
         assert len((tmp_path / "starts").read_text().split()) == 3

@@ -101,7 +101,7 @@ def test_ready_means_a_real_embedding() -> None:
 
 
 def test_a_listening_port_is_asked_again_soon() -> None:
-    """An engine that does not listen yet is asked ten times a second, one question at a time."""
+    """An engine that does not listen yet is asked twenty times a second, one question at a time."""
     play = Play()
     play.feed(Begin())
     play.wait(0)

@@ -47,7 +47,7 @@ from qwen3emb_launch.up.events import (
     Tick,
 )
 
-READY_PROBE_EVERY = 0.1  # seconds between two questions to an engine that does not listen yet
+READY_PROBE_EVERY = 0.05  # seconds between two questions to an engine that does not listen yet
 READY_PROBE_TIMEOUT = 30.0  # the first embeddings may compile kernels
 RETRY_PROBE_AFTER = 1.0  # after a failed liveness probe, the next one does not wait the whole period
 CHECK_TIMEOUT = 120.0

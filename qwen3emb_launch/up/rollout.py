@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
@@ -59,18 +60,36 @@ class Rollout:
         supervisor, old_plan = self._supervisor, self._supervisor.plan
         plan = self._order.plan or old_plan
         self._check(plan)
+        if plan is not old_plan:
+            write_private(self._new_file, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
         done: list[Replaced] = []
-        for slot in range(len(supervisor.engines)):
-            try:
-                done.append(self._replace(slot, plan))
-            except LaunchError as error:
-                if self._order.plan and done:
-                    self._take_back(len(done), old_plan, error)
-                raise
-        if self._order.plan:
-            supervisor.plan = plan
-            write_private(supervisor.claim.plan, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
+        try:
+            for slot in range(len(supervisor.engines)):
+                try:
+                    done.append(self._replace(slot, plan))
+                except LaunchError as error:
+                    if self._order.plan and done:
+                        self._take_back(len(done), old_plan, error)
+                    raise
+            if plan is not old_plan:
+                self._adopt(plan)
+        finally:
+            self._new_file.unlink(missing_ok=True)
         return tuple(done)
+
+    @property
+    def _new_file(self) -> Path:
+        """Where a new plan lies for its smoke test: the instance's plan.json is the old one's until the end."""
+        return self._supervisor.claim.plan.with_name("plan.new.json")
+
+    def _adopt(self, plan: LaunchPlan) -> None:
+        """From now on this is the instance's plan."""
+        supervisor = self._supervisor
+        self._new_file.replace(supervisor.claim.plan)
+        supervisor.plan = plan
+        for engine in supervisor.engines:
+            assert isinstance(engine.runner, EngineRunner)  # noqa: S101 - engines are replaced by engines
+            engine.runner.plan_file = supervisor.claim.plan
 
     def _check(self, plan: LaunchPlan) -> None:
         supervisor = self._supervisor
@@ -87,7 +106,7 @@ class Rollout:
                 f"qwen3emb status {supervisor.plan.name}",
             )
         now = supervisor.plan
-        for what in ("name", "served_model_name", "max_dims", "host", "port"):
+        for what in ("name", "served_model_name", "max_dims", "context_length", "host", "port", "replicas"):
             if getattr(plan, what) != getattr(now, what):
                 raise InvalidInputError(
                     "other_service",
@@ -154,6 +173,9 @@ class Rollout:
         new = supervisor.new_engine(name, plan, spec=spec.elsewhere(), check=self._order.verify, proven=proven)
         new.name = f"{name} (new)"
         new.held_back = True
+        assert isinstance(new.runner, EngineRunner)  # noqa: S101 - for the type checker
+        if plan is not supervisor.plan:
+            new.runner.plan_file = self._new_file
 
         def begin() -> None:
             supervisor.others.append(new)

@@ -103,6 +103,7 @@ class EngineRunner(ProcessRunner):
         self.spec = spec
         self.key: str | None = None
         self.keys_file = claim.keys if number == 1 else claim.keys.with_name(f"engine-{number}.yaml")
+        self.plan_file = claim.plan  # for the smoke test
         self._check_argv = check_argv
         self._text = probe_text
         self._probes = 0
@@ -177,7 +178,7 @@ class EngineRunner(ProcessRunner):
         def told(result: CheckResult) -> None:
             self._tell(Checked(action.start, result.faults, result.report))
 
-        order = CheckOrder(door.url, spec.model, spec.dims, spec.context_length, door.key, str(self._claim.plan))
+        order = CheckOrder(door.url, spec.model, spec.dims, spec.context_length, door.key, str(self.plan_file))
         self._check.begin(order, action.timeout, told)
 
     def _end_check(self) -> None:

@@ -1,0 +1,142 @@
+"""Small parts of `up`: ports of private engines, a command on another port, free memory, long socket paths, and the
+link that tells the gateway its engines."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from supervised import gateway_plan, until
+
+from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
+from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
+from qwen3emb_launch.errors import EngineFailedError, NetworkError
+from qwen3emb_launch.gateway import config
+from qwen3emb_launch.up.gateway_runner import GatewaySpec
+from qwen3emb_launch.up.link import GatewayLink
+from qwen3emb_launch.up.room import available_memory
+from qwen3emb_launch.up.runner import engine_spec, with_option
+from qwen3emb_launch.up.sockets import short_path
+
+
+def test_private_ports_leave_room_for_sglangs_second_one() -> None:
+    """A private port is free, and so is its port + 10000, outside the range of outgoing connections."""
+    for _ in range(20):
+        port = private_port("127.0.0.1")
+        assert port in PRIVATE_PORTS
+        assert port + 10000 < 32768
+        check_free("127.0.0.1", port)
+
+
+def test_an_engine_on_another_port() -> None:
+    """Only the port changes, in the address and in the command."""
+    spec = engine_spec(gateway_plan())
+    other = spec.on_port(12345)
+    assert other.url == "http://127.0.0.1:12345/v1"
+    assert [w for w in other.argv if w != "12345"] == [w for w in spec.argv if w != str(spec.port)]
+    assert with_option(("a", "--port", "1", "--x", "1"), "--port", "2") == ("a", "--port", "2", "--x", "1")
+
+
+def test_available_memory(tmp_path: Path) -> None:
+    """MemAvailable in bytes; None where the kernel does not tell it."""
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 100 kB\nMemAvailable:   42 kB\n")
+    assert available_memory(meminfo) == 42 * 1024
+    meminfo.write_text("MemTotal: 100 kB\n")
+    assert available_memory(meminfo) is None
+    assert available_memory(tmp_path / "none") is None
+
+
+def test_sockets_in_folders_with_long_names(tmp_path: Path) -> None:
+    """A socket is bound and reached where its whole path would be too long for the kernel."""
+    folder = tmp_path / ("x" * 100) / ("y" * 100)
+    folder.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        with short_path(folder, "a.sock") as path:
+            server.bind(path)
+        server.listen(1)
+        with short_path(folder, "a.sock") as path:
+            client.connect(path)
+    assert (folder / "a.sock").is_socket()
+
+
+def test_the_names_that_supervisor_and_gateway_share() -> None:
+    """The supervisor does not import the gateway; what it knows of it is what the gateway says."""
+    assert config.KEYS_VARIABLE == KEYS_VARIABLE
+    plan = gateway_plan()
+    assert plan.gateway is not None
+    assert config.from_dict({**plan.gateway, "upstreams": [{"url": "http://127.0.0.1:1/v1", "api_key": "k"}]})
+
+
+class FakeGateway:
+    """The admin socket's answers, out of a dictionary; it can be silent, or forget what it was told."""
+
+    def __init__(self) -> None:
+        self.upstreams: dict[str, str] = {}
+        self.keys: dict[str, str | None] = {}
+        self.silent = False
+        self.state = "up"
+        self.lock = threading.Lock()
+
+    def __call__(
+        self, path: str, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0
+    ) -> Any:
+        with self.lock:
+            if self.silent:
+                raise NetworkError("gateway_silent", "no answer")
+            if (method, route) == ("POST", "/upstreams") and body:
+                self.upstreams[body["url"]], self.keys[body["url"]] = self.state, body["api_key"]
+            elif (method, route) == ("DELETE", "/upstreams") and body:
+                self.upstreams.pop(body["url"], None)
+            rows = [{"url": u, "state": s, "reason": "because"} for u, s in self.upstreams.items()]
+            return {"upstreams": rows, "drained": True}
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Any:
+    gateway = FakeGateway()
+    spec = gateway_spec(gateway_plan())
+    assert spec is not None
+    link = GatewayLink(
+        GatewaySpec(spec.argv, spec.settings, spec.base_url, gateway, spec.keys_variable, False), tmp_path
+    )
+    yield link, gateway
+    link.close()
+
+
+def test_the_gateway_is_told_until_it_is_so(linked: Any) -> None:
+    """What ought to be becomes so: after silence, after it has forgotten, and no call is made while it is away."""
+    link, gateway = linked
+    link.want({"http://a/v1": "key-a"})
+    assert gateway.upstreams == {}
+    gateway.silent = True
+    link.there(True)
+    gateway.silent = False
+    until(lambda: list(gateway.upstreams) == ["http://a/v1"], "the first engine")
+    assert gateway.keys["http://a/v1"] == "key-a"
+    link.want({"http://b/v1": None})
+    until(lambda: list(gateway.upstreams) == ["http://b/v1"], "the second in the place of the first")
+    gateway.upstreams.clear()  # a worker that its parent started again
+    until(lambda: list(gateway.upstreams) == ["http://b/v1"], "the engine told again")
+
+
+def test_an_engine_is_awaited_or_refused(linked: Any) -> None:
+    """Waiting ends when it has traffic, with an error when it is refused or too late."""
+    link, gateway = linked
+    link.there(True)
+    link.want({"http://a/v1": None})
+    link.await_upstream("http://a/v1", 5, lambda: False)
+    gateway.upstreams["http://a/v1"] = "refused"
+    with pytest.raises(EngineFailedError) as caught:
+        link.await_upstream("http://a/v1", 5, lambda: False)
+    assert caught.value.code == "gateway_refuses"
+    gateway.upstreams["http://a/v1"] = "down"
+    with pytest.raises(EngineFailedError) as late:
+        link.await_upstream("http://a/v1", 0.05, lambda: False)
+    assert late.value.code == "gateway_silent"
+    assert "because" in late.value.message
+    assert os.environ.get(KEYS_VARIABLE) is None
