@@ -19,8 +19,9 @@ from supervised import EAGER, Load, Supervised, fake_plan, gateway_plan, gone, u
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
 from qwen3emb_launch.engine_process.guard import descendants
-from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, Exit, LaunchError, UnfitError
+from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, Exit, LaunchError, NetworkError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
+from qwen3emb_launch.gateway import admin_client
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.probe import Target, embed_once
@@ -120,6 +121,34 @@ def test_hung_gateway_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         run.reach(State.READY, 2)
         assert load(plan).ask("again")
         assert run.engine_pid == engine
+
+
+def test_several_workers_all_know_the_engines() -> None:
+    """Two gateway workers: both have the engine, also the one that was killed and started again by its parent."""
+    plan = gateway_plan()
+    plan = replace(plan, gateway={**plan.gateway, "workers": 2})
+    with Supervised(plan) as run:
+        run.reach(State.READY)
+
+        def upstreams(worker: str) -> list[str]:
+            with short_path(run.claim.folder, worker) as path:
+                return [u["state"] for u in admin_client.call(path, "GET", "/state", timeout=5)["upstreams"]]
+
+        def pid(worker: str) -> int:
+            with short_path(run.claim.folder, worker) as path:
+                return int(admin_client.call(path, "GET", "/state", timeout=5)["pid"])
+
+        for worker in ("gateway.sock", "gateway.sock.1"):
+            until(lambda w=worker: upstreams(w) == ["up"], f"{worker} to have the engine")
+        os.kill(pid("gateway.sock.1"), signal.SIGKILL)
+
+        def back() -> bool:
+            with contextlib.suppress(NetworkError):
+                return upstreams("gateway.sock.1") == ["up"]
+            return False
+
+        until(back, "the second worker's return")
+        assert load(plan).ask("served")
 
 
 def test_killed_supervisor_takes_gateway_and_engines_along() -> None:
