@@ -176,7 +176,8 @@ def cosines(
 def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     """All of it, as one record."""
     given = dict(e.split("=", 1) for e in arguments.endpoint)
-    formats = list(dict.fromkeys(arguments.formats or list(given) or ["bfloat16", "float32"]))
+    wanted = arguments.formats if arguments.formats is not None else list(given) or ["bfloat16", "float32"]
+    formats = list(dict.fromkeys(wanted))
     unknown = [f for f in (*formats, *given) if f not in FLAGS]
     if unknown:
         raise SystemExit(f"no such format: {', '.join(unknown)}; there are {', '.join(FLAGS)}")
@@ -185,7 +186,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     began = time.monotonic()
     reference = transformers_reference(
         Path(arguments.engine_python), model, REFERENCE, device=arguments.device,
-        dtypes=("float32", "bfloat16", *(("fp8",) if "fp8" in formats else ())),
+        dtypes=("float32", "bfloat16", *(("fp8",) if "fp8" in formats or arguments.emulate else ())),
     )  # fmt: skip
     if "float32" not in reference.sets:
         raise SystemExit(f"no float32 reference: {reference.skipped['float32']}")
@@ -247,7 +248,10 @@ def main() -> int:
     parser.add_argument("--shape", choices=["demo", *CATALOG], default="demo")
     parser.add_argument("--model", type=Path, help="a checkpoint to use, or where to make and keep one")
     parser.add_argument("--device", default="cpu", help="of engine and reference: cpu, cuda")
-    parser.add_argument("--formats", nargs="+", help="default: those of --endpoint, else bfloat16 float32")
+    parser.add_argument(
+        "--formats", nargs="*", help="default: those of --endpoint, else bfloat16 float32; may be empty"
+    )
+    parser.add_argument("--emulate", action="store_true", help="what fp8 does to the checkpoint, without serving it")
     parser.add_argument("--endpoint", action="append", default=[], metavar="FORMAT=URL", help="one that runs already")
     parser.add_argument("--engine-args", default="", help="more of the engine's arguments, in one string")
     parser.add_argument("--level", choices=["quick", "full"], default="full")
