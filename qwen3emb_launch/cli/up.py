@@ -129,4 +129,7 @@ def _dry(plan: LaunchPlan) -> dict[str, object]:
 def _show_dry(console: Console, plan: LaunchPlan) -> None:
     lines = [f"{key}={shlex.quote(value)}" for key, value in sorted(plan.env.items())]
     console.text(" \\\n  ".join([*lines, shlex.join(plan.argv)]))
+    if plan.gateway:
+        engines = f"{plan.replicas} such engines, each on a port" if plan.replicas > 1 else "this engine, on a port"
+        console.say(f"Before {engines} of its own, the gateway listens on {plan.host}:{plan.port}.")
     console.say("Nothing was started. A start adds --config FILE: a private file with the engine's fresh admin key.")
