@@ -122,7 +122,7 @@ def load(name: str) -> Record | None:
                 "inspection": Inspection(**seen | {"flags": flags}),
             }
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -195,6 +195,8 @@ def read(path: Path) -> dict[str, Any]:
         raise _bad(f"cannot read {path}: {exc}") from exc
     except json.JSONDecodeError as exc:
         raise _bad(f"{path}, line {exc.lineno}, column {exc.colno}: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, or brackets without end
+        raise _bad(f"{path}: {exc}") from exc
     if not isinstance(data, dict):
         raise _bad(f"{path} must hold a JSON object")
     return data

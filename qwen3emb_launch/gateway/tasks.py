@@ -89,6 +89,8 @@ def load(path: Path | None = None) -> TaskTable:
         raise _bad(file, where + str(getattr(exc, "problem", exc))) from exc
     except RecursionError as exc:
         raise _bad(file, "nested too deeply") from exc
+    except ValueError as exc:  # a number of thousands of digits
+        raise _bad(file, str(exc)) from exc
     return _table(data, file)
 
 

@@ -99,7 +99,7 @@ def _weight_file(path: Path) -> int:
             header = json.loads(file.read(length)) if length <= min(size, _LONGEST_HEADER) else {}
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         said = 8 + length + max(ends)
-    except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError):
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError):
         said = None
     if said != size:
         expected = "its header cannot be read" if said is None else f"its header describes {said} bytes"
@@ -114,7 +114,7 @@ def _tokenizer(folder: Path) -> tuple[int | None, tuple[str, ...]]:
     if fast.is_file():
         try:
             eos = appended_token(_post_processor(fast))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise InvalidInputError(
                 "damaged_file", f"{fast}: its post_processor cannot be understood ({error!r})", _MEND
             ) from error
@@ -177,7 +177,7 @@ def _list(path: Path) -> list[dict[str, Any]]:
 def _parse(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InvalidInputError(
             "damaged_file", f"{path} is not readable JSON ({error})", "copy or download that file again"
         ) from error

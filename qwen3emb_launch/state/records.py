@@ -183,7 +183,7 @@ class Instance:
         file = next((unit.keys for unit in units if unit.keys), "engine.yaml")
         try:
             keys = json.loads((self.folder / Path(file).name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         key = keys.get(which)
         return str(key) if key else None
@@ -213,7 +213,7 @@ def load(name: str) -> Instance | None:
         record = InstanceRecord.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return Instance(name, folder, State.STOPPED, False, None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         warning = f"{path} cannot be read ({error}); taken as left over"
         return Instance(name, folder, State.FAILED, False, None, warning)
     running = record.supervisor is not None and record.supervisor.alive and record.state not in TERMINAL

@@ -115,7 +115,7 @@ class Journal:
         try:
             event = json.loads(line)
             return dict(event)
-        except (ValueError, TypeError) as exc:
+        except (ValueError, TypeError, RecursionError) as exc:
             raise self._bad(f"line {number}: {exc}") from exc
 
     def _check_header(self, header: Mapping[str, Any], identity: Mapping[str, Any] | None) -> None:

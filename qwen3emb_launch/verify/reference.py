@@ -166,7 +166,7 @@ def load(path: Path) -> ReferenceSet:
         raise InvalidInputError(
             "bad_reference", f"cannot read {path}: {exc.strerror}", "`qwen3emb verify --save-reference FILE` makes one"
         ) from exc
-    except (ValueError, KeyError, TypeError) as exc:
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise InvalidInputError(
             "bad_reference", f"{path} is no reference set: {exc}", "`qwen3emb verify --save-reference FILE` makes one"
         ) from exc
