@@ -3,7 +3,7 @@
     python transformers_endpoint.py MODEL_FOLDER     prints its port; the mode is the first part of the path
 
 Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
-left_unmasked_128, bidirectional, no_final_norm, second_last_layer, half (float16, right otherwise), fp8 (weights and
+left_unmasked_128, bidirectional, second_last_layer, half (float16, right otherwise), fp8 (weights and
 activations as engines quantise them).
 """
 
@@ -55,11 +55,9 @@ class Model:
             return self.states([*whole, self.eos])[-1]
         if mode == "half":
             return self.states(whole, model=self.half)[-1]
-        if mode in ("bidirectional", "no_final_norm", "second_last_layer"):
+        if mode in ("bidirectional", "second_last_layer"):
             runner = Runner(torch, self.model, "cpu", self.eos, self.tokenizer)
-            if mode == "bidirectional":
-                return runner.hidden(whole, causal=False)[-1]
-            return runner.layers(whole)[-1 if mode == "no_final_norm" else -2][-1]
+            return runner.hidden(whole, causal=False)[-1] if mode == "bidirectional" else runner.layers(whole)[-2][-1]
         if mode == "fp8":
             return self.states(whole, model=self.fp8)[-1]
         if mode.startswith(("right_padding", "left")):

@@ -262,7 +262,6 @@ def _kept(python, folder, texts, *, dtypes, device, alternatives):
         ("right_padding_128", "demo_reference", "padding on the wrong side"),
         ("left_unmasked_128", "demo_reference", "not masked"),
         ("bidirectional", "demo_reference", "not causal"),
-        ("no_final_norm", "demo_reference", "final norm"),
         ("second_last_layer", "demo_reference", "layer before the last"),
     ],
 )
