@@ -363,11 +363,14 @@ def test_browsers_get_cors_headers_only_when_asked_for() -> None:
                 other = await gw.post({"model": "null", "input": "x"}, origin="https://b.example")
                 assert ours.headers["access-control-allow-origin"] == "https://a.example"
                 assert "access-control-allow-origin" not in other.headers
-                preflight = await gw.request("OPTIONS", "/v1/embeddings", origin="https://a.example")
-                assert (preflight.status, preflight.headers["access-control-allow-origin"]) == (
-                    204,
-                    "https://a.example",
-                )
+                for keys in ({}, {"good": Client("g")}):
+                    gw.service.app.keys = Keyring(keys)
+                    preflight = await gw.request("OPTIONS", "/v1/embeddings", origin="https://a.example")
+                    assert preflight.status == 204
+                    assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+                stranger = await gw.post({"model": "null", "input": "x"}, origin="https://a.example")
+                assert stranger.status == 401  # which the page can read
+                assert stranger.headers["access-control-allow-origin"] == "https://a.example"
 
     run(main())
 

@@ -77,7 +77,7 @@ class App:
 
     def early(self, request: Request) -> None:
         """Before a body is read: strangers and other people's web pages get no further. Raises ApiError."""
-        embeds = request.path == "/v1/embeddings"
+        embeds = request.path == "/v1/embeddings" and request.method == "POST"  # a preflight brings no key
         try:
             if len(self.keys):
                 if embeds:

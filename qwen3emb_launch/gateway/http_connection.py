@@ -278,7 +278,8 @@ class HttpConnection(asyncio.Protocol):
     def _say_refused(self) -> None:
         if self._transport is None or self._refused is None or self._lingers:
             return
-        self._write(error_response(self._refused), keep_alive=False)
+        origin = self._headers.get("origin") if self._server.cors_origins else None
+        self._write(error_response(self._refused), keep_alive=False, origin=origin)
         if self._transport.can_write_eof():
             # Closed at once, a client still sending would get a reset and never see why.
             self._transport.write_eof()
