@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Sequence
+from functools import lru_cache
 
 from qwen3emb_launch.gateway.api_errors import ApiError
 from qwen3emb_launch.gateway.http_messages import Request
@@ -40,6 +41,7 @@ def _name(host: str) -> str:
     return (name if colon and port.isdigit() else host).strip("[]").lower()
 
 
+@lru_cache(maxsize=64)
 def _is_local(host: str) -> bool:
     name = _name(host)
     if name == "localhost" or name.endswith(".localhost"):
