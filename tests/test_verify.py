@@ -258,6 +258,26 @@ def test_a_checkpoint_tells_what_the_endpoint_does_not(url: str, tmp_path: Path)
     assert report_of(url, tmp_path, "norm", folder=tmp_path).precision == "float32 (the checkpoint's), 28 layers"
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_limit_of_ten_texts_is_no_fault(endpoint: SmallEndpoint, url: str, tmp_path: Path, status: int) -> None:
+    """As hosted APIs have it: the same texts are asked in parts, and the check says so. Of SGLang it is one."""
+    right = endpoint.embed
+
+    def limited(body: Any) -> tuple[int, Any]:
+        if isinstance(body, dict) and isinstance(body.get("input"), list) and len(body["input"]) > 10:
+            return status, {"error": {"message": "at most 10 texts"}}
+        return right(body)
+
+    endpoint.embed = limited  # type: ignore[method-assign]
+    report = report_of(url, tmp_path, options=Options("full"))
+    assert report.passed, [(c.title, c.cause) for c in report.failures]
+    by_id = {c.id: c for c in report.checks}
+    assert "requests of 10" in by_id["batch"].seen
+    assert by_id["large_batch"].verdict is Verdict.WARN
+    endpoint.model["owned_by"] = "sglang"
+    assert {c.id for c in report_of(url, tmp_path, "batch", "faithful").failures} == {"batch", "faithful"}
+
+
 def test_a_letter_of_many_tokens_is_warned_of(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
     """A prefix before every text shows in the count of the shortest one."""
     right = endpoint.embed

@@ -29,7 +29,7 @@ class Misanswer(CheckFailedError):  # noqa: N818 - what the endpoint did, not an
     def __init__(self, message: str, cause: str, refused: bool = False) -> None:
         super().__init__("misanswer", message)
         self.cause = cause
-        self.refused = refused  # with 400 or 413, as for a text that is too long
+        self.refused = refused  # with 400, 413 or 422, as for a text that is too long
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Contact:
             self._count(f"{exc.code}: {exc.message}")
             raise Misanswer(exc.message, _no_answer(exc)) from exc
         self.unanswered = 0
-        refused = reply.status in (400, 413)
+        refused = reply.status in (400, 413, 422)
         failed = reply.status != 200 and not (refused and may_refuse)
         self._count(f"{reply.status}: {reply.message}" if failed else None)
         if reply.status != 200:

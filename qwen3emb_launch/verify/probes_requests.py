@@ -224,7 +224,9 @@ def probe_large_batch(session: Session) -> Outcome:
     except Misanswer as exc:
         if not exc.refused:
             raise
-        return broken(expected, exc.message, "batches are limited: clients must know by how much", advisory=True)
+        return broken(
+            expected, exc.message, "batches are limited: clients must know by how much", advisory=not session.strict
+        )
     right = {t: v for t, v in zip(BASE, session.base, strict=True) if has_direction(v)}
     wrong = [t for t, v in zip(texts, vectors, strict=True) if t in right and distance(v, right[t]) > allowed]
     if wrong:

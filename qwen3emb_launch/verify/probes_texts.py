@@ -22,8 +22,8 @@ def probe_faithful(session: Session) -> Outcome:
     if one_for_all(session):
         return skipped(ONE_FOR_ALL)
     texts = [t for pair in PAIRS for t in (pair.a, pair.b)]
-    answer = session.contact.embed(texts)
-    alike = [pair for i, pair in enumerate(PAIRS) if distance(answer.vectors[2 * i], answer.vectors[2 * i + 1]) < SAME]
+    vectors = session.together(texts)
+    alike = [pair for i, pair in enumerate(PAIRS) if distance(vectors[2 * i], vectors[2 * i + 1]) < SAME]
     if not alike:
         return held(expected, f"{len(PAIRS)} pairs")
     first = alike[0]

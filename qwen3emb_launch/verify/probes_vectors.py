@@ -9,7 +9,7 @@ from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.vectors import distance, dot, finite, has_direction, largest_difference, norm, normalised, sliced
 from qwen3emb_launch.verify.contact import Misanswer
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
-from qwen3emb_launch.verify.session import Probe, Session, Vector
+from qwen3emb_launch.verify.session import FEW, Probe, Session, Vector
 from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, GOLDEN, INSTRUCTED, OVERFLOWING, QUERIES
 from qwen3emb_launch.verify.tolerance import GOLDEN_SCORE
 
@@ -202,17 +202,19 @@ def _matrix(scores: object) -> str:
 def probe_batch(session: Session) -> Outcome:
     allowed = session.precision.distance
     expected = f"a batch's vectors are those of its texts asked alone, 1 - cosine ≤ {allowed:.1e}"
-    answer = session.contact.embed(list(BATCH))
-    apart = [distance(a, b) for a, b in zip(answer.vectors, session.vectors(BATCH), strict=True)]
+    singles = session.vectors(BATCH)
+    vectors = session.together(BATCH)
+    apart = [distance(a, b) for a, b in zip(vectors, singles, strict=True)]
     if max(apart) <= allowed:
-        return held(expected, f"{len(BATCH)} texts, {max(apart):.1e} at most", worst=max(apart))
+        parts = f" in requests of {FEW}, more are refused" if session.few else ""
+        return held(expected, f"{len(BATCH)} texts{parts}, {max(apart):.1e} at most", worst=max(apart))
     if not all(map(has_direction, session.base)):
         return skipped(NO_DIRECTION)
     wrong = [i for i, d in enumerate(apart) if d > allowed]
     return broken(
         expected,
         f"{len(wrong)} of {len(BATCH)} differ, up to {max(apart):.2g}",
-        _batch_cause(session, answer.vectors, wrong),
+        _batch_cause(session, vectors, wrong),
         worst=max(apart),
         wrong=wrong,
     )

@@ -18,6 +18,7 @@ R = TypeVar("R")
 Vector = tuple[float, ...]
 
 SURELY_FITS = 400  # bytes: never more tokens than that, and no endpoint takes fewer
+FEW = 10  # texts; DashScope's limit, the smallest known
 DEFAULT_MAX_LATENCY = 100.0  # milliseconds, one short text, one client
 
 
@@ -45,6 +46,7 @@ class Session:
     options: Options
     singles: dict[str, Vector] = field(default_factory=dict)
     tokens: dict[str, int | None] = field(default_factory=dict)
+    few: bool = False  # more than FEW texts in a request were refused
 
     def vector(self, text: str) -> Vector:
         """The full vector of one text, asked alone, once."""
@@ -57,6 +59,24 @@ class Session:
     def vectors(self, texts: Sequence[str]) -> list[Vector]:
         """Full vectors, each asked alone, one after another: what load does to them is another check's business."""
         return [self.vector(text) for text in texts]
+
+    def together(self, texts: Sequence[str]) -> tuple[Vector, ...]:
+        """Full vectors of one request; of several, of FEW texts each, where a foreign endpoint takes no more at once.
+
+        Hosted APIs limit a request to 10 or 32 texts, which is no fault of their vectors.
+        """
+        foreign = self.identity.engine != "sglang" and not self.identity.gateway
+        if len(texts) <= FEW or not foreign:
+            return self.contact.embed(list(texts)).vectors
+        if not self.few:
+            try:
+                return self.contact.embed(list(texts), may_refuse=True).vectors
+            except Misanswer as exc:
+                if not exc.refused:
+                    raise
+                self.few = True
+        parts = [texts[i : i + FEW] for i in range(0, len(texts), FEW)]
+        return tuple(v for part in parts for v in self.contact.embed(list(part)).vectors)
 
     def fitting(self, texts: Sequence[str]) -> dict[str, Vector]:
         """Full vectors by text, without the long texts that this endpoint's context does not take."""
