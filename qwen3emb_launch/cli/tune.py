@@ -80,7 +80,7 @@ def tune(
     with shell("tune", json) as console, ExitStack() as stack:
         from qwen3emb_launch import planning
         from qwen3emb_launch.bench.target import Work
-        from qwen3emb_launch.cli.bench import with_corpus, seconds
+        from qwen3emb_launch.cli.bench import seconds, with_corpus
         from qwen3emb_launch.cli.tune_run import Job
         from qwen3emb_launch.cli.tune_trials import Engines
         from qwen3emb_launch.statistics import parse_slo
