@@ -21,10 +21,11 @@ from null_server import Behaviour, null_server
 
 from qwen3emb_launch.bench import html as html_report
 from qwen3emb_launch.bench import modes, report
+from qwen3emb_launch.bench.compare import compared
 from qwen3emb_launch.bench.corpus import convert
 from qwen3emb_launch.bench.figures import ClientLoad, Figures, Latency
 from qwen3emb_launch.bench.histogram import LatencyHistogram
-from qwen3emb_launch.bench.record import Record, Run, from_dict, load, merged, rows_of, save
+from qwen3emb_launch.bench.record import Record, Run, TargetInfo, from_dict, load, merged, rows_of, save
 from qwen3emb_launch.bench.seed import floor_seconds
 from qwen3emb_launch.bench.soak import Checkpoint, checkpoint_path, drifts_of, soak, thinned
 from qwen3emb_launch.bench.target import Target, Work, prepare
@@ -274,6 +275,24 @@ def test_a_record_can_be_shown_and_compared(capsys, tmp_path: Path) -> None:
     assert status == 0
     assert any("batch is 2, not 1" in d for d in envelope["result"]["differences"])
     assert {line["measure"] for line in envelope["result"]["lines"]} >= {"requests/s", "p95 ms"}
+
+
+def test_records_of_other_vectors_say_so_when_compared() -> None:
+    """A faster engine that answers other vectors is no faster engine: the fingerprints' difference is named."""
+    runs = (one(),)
+    before, after, unknown = (
+        Record(
+            mode="steady",
+            load={},
+            targets=(TargetInfo("a", "u", "m", fingerprint=fingerprint),),
+            runs=runs,
+            created="now",
+            seed=1,
+        )
+        for fingerprint in ({"id": "one"}, {"id": "two"}, {})
+    )
+    assert any("fingerprint is two, was one" in d for d in compared([("x", before), ("y", after)]).differences)
+    assert not compared([("x", before), ("y", unknown)]).differences
 
 
 # Bad input
