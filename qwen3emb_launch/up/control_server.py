@@ -24,6 +24,7 @@ from qwen3emb_launch.up.verdict import kept
 REQUEST_TIMEOUT = 5.0  # from a connection to its request
 CONFIRM_TIMEOUT = 900.0  # for the caller's own comparison of a candidate
 ALIVE_EVERY = 5.0
+SEND_TIMEOUT = 5.0  # for a caller that stopped reading
 MOST_CONNECTIONS = 8
 HOWS = ("auto", "beside", "in_place")
 
@@ -134,6 +135,8 @@ class _Talk:
             message = json.loads(line) if line.endswith(b"\n") else None
         except (OSError, ValueError):
             message = None
+        finally:
+            self._connection.settimeout(SEND_TIMEOUT)
         if not isinstance(message, dict):
             raise InvalidInputError(
                 "bad_request", f"no JSON object on one line of at most {LINE_LIMIT} bytes within {timeout:g} s", ""

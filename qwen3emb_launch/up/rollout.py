@@ -28,7 +28,7 @@ from qwen3emb_launch.up.runner import EngineRunner, EngineSpec, engine_spec
 from qwen3emb_launch.up.supervisor import Supervisor
 
 JOIN_TIMEOUT = 60.0  # from the smoke test to the first traffic: one embedding, behind what the engine has
-LAST_LOOK = 1.0  # between two looks at a state while nothing happens
+LAST_LOOK = 0.1  # between two looks at a state, where an event was missed
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,16 @@ class Rollout:
         supervisor.do(begin)
         deadlines = plan.deadlines
         patience = (deadlines.start + CHECK_TIMEOUT + deadlines.reap) * (plan.restart.limit + 1 if proven else 1)
-        self._await(lambda: new.unit.state is State.READY or new.ended, f"{name} to start", patience)
+        told = ""
+
+        def started() -> bool:
+            nonlocal told
+            if new.stage != told:
+                told = new.stage
+                self._say(f"{name}: {told}")
+            return new.unit.state is State.READY or new.ended
+
+        self._await(started, f"{name} to start", patience)
         if new.unit.state is State.READY:
             return new
         self._forget(new)
@@ -274,12 +283,10 @@ class Rollout:
         """Raises UnfitError `stopping` when the instance ends first, EngineFailedError `too_late`."""
         supervisor = self._supervisor
         end = time.monotonic() + timeout
-        with supervisor.changed:
-            while not condition():
-                if supervisor.ending:
-                    raise UnfitError(
-                        "stopping", f"{supervisor.plan.name} ends", f"qwen3emb logs {supervisor.plan.name}"
-                    )
-                if time.monotonic() > end:
-                    raise EngineFailedError("too_late", f"waited {timeout:g} s for {what}", "qwen3emb logs")
+        while not condition():
+            if supervisor.ending:
+                raise UnfitError("stopping", f"{supervisor.plan.name} ends", f"qwen3emb logs {supervisor.plan.name}")
+            if time.monotonic() > end:
+                raise EngineFailedError("too_late", f"waited {timeout:g} s for {what}", "qwen3emb logs")
+            with supervisor.changed:  # not held while a condition talks to somebody
                 supervisor.changed.wait(LAST_LOOK)

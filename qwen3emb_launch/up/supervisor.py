@@ -371,15 +371,16 @@ class Supervisor:
     # ---- what a long start waits for ------------------------------------------------------------------------------
 
     def _look_due(self) -> float | None:
-        return self._look_at if any(m.unit.state is State.STARTING for m in self.engines) else None
+        starting = any(m.is_engine and m.unit.state is State.STARTING for m in self.members)
+        return self._look_at if starting else None
 
     def _look_at_logs(self) -> None:
         now = self._clock()
         if self._look_due() is None or now < self._look_at:
             return
         self._look_at = now + LOOK_EVERY
-        for member in self.engines:
-            if member.unit.state is not State.STARTING:
+        for member in self.members:
+            if not member.is_engine or member.unit.state is not State.STARTING:
                 continue
             seen = [text for line in member.runner.new_lines() if (text := stage(line))]
             if seen and seen[-1] != member.stage:
