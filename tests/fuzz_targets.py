@@ -55,6 +55,7 @@ def instance(folder: Path, data: bytes) -> None:
     (place / "engine.yaml").write_bytes(data)
     for found in state.instances():
         found.engine_key()
+        found.engine_api_key()
     state.lock_holder(place)
     state.running("one")
 
@@ -166,7 +167,7 @@ def samples(name: str) -> list[bytes]:
     good = {
         "profile": shipped,
         "profile_text": shipped,
-        "instance": [json.dumps(plain(replace(record(), units=(unit,)))).encode()],
+        "instance": [json.dumps(plain(replace(record(), units=(unit,)))).encode(), b'{"admin-api-key": "k"}', b"1"],
         "plan": [json.dumps(plan_to_dict(made)).encode()],
         "gateway": [
             json.dumps(config.GatewayConfig(upstreams=(config.UpstreamConfig("http://a/v1"),)).to_dict()).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -39,7 +38,7 @@ class Comparison:
         self.verdict = ""
         self.cosine: float | None = None
         self._plan, self._accept_close, self._say = new, accept_close, say
-        self._before = vectors_at(record.engine_url, api_key(instance), record.served_model_name, old)
+        self._before = vectors_at(record.engine_url, instance.engine_api_key(), record.served_model_name, old)
 
     def __call__(self, candidate: Candidate) -> None:
         """Raises CheckFailedError `verify_failed` or `other_vectors`, NetworkError when it does not answer."""
@@ -99,15 +98,3 @@ def _request(url: str, key: str | None, model: str, plan: LaunchPlan, level: Lev
     options = Options(level, context=plan.context_length)
     known = from_plan(plan_to_dict(plan))
     return Request(url, options, paths().cache / "weights.json", model=model, api_key=key, known=known)
-
-
-def api_key(instance: Instance) -> str | None:
-    """The key that the instance's first engine asks of every request; None when it asks for none."""
-    record = instance.record
-    engines = [u for u in record.units if u.kind == "engine" and u.keys] if record else []
-    try:
-        keys = json.loads((instance.folder / str(engines[0].keys)).read_text(encoding="utf-8"))
-        key = keys.get("api-key")
-        return None if key is None else str(key)
-    except (OSError, ValueError, IndexError, AttributeError):
-        return None

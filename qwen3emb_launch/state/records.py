@@ -185,7 +185,7 @@ class Instance:
             keys = json.loads((self.folder / Path(file).name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        key = keys.get(which)
+        key = keys.get(which) if isinstance(keys, dict) else None
         return str(key) if key else None
 
 
