@@ -155,7 +155,7 @@ def crowd(port: int, pid: int, idle: int, active: int) -> dict[str, float]:
     try:
         got = wrk(port, miss(7, ', "dimensions": 256'), active, 3)
         body = b'{"model": "null", "input": "still there?"}'
-        head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        head = b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
         bad = 0
         for link in links:
             link.settimeout(10)
