@@ -27,6 +27,12 @@ LONG = (
 )  # fmt: skip
 
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # inherited by a run in the background: programs under test need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Say what must run in one worker under `-n`: the tests that share an engine, else those of one file."""
     item.add_marker(pytest.mark.xdist_group(_place(item)[1]))

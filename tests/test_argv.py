@@ -48,8 +48,8 @@ def test_a_setting_is_spelled(key: str, value: object, words: str) -> None:
 
 
 def test_every_setting_is_spelled_or_is_no_option() -> None:
-    """A new setting of the schema needs a spelling; only the plugin is said by the environment."""
-    assert set(Settings.model_fields) - set(argv.SPELLINGS) == {"plugin"}
+    """A new setting of the schema needs a spelling; the plugin is said by the environment, replicas by their number."""
+    assert set(Settings.model_fields) - set(argv.SPELLINGS) == {"plugin", "replicas"}
     assert set(argv.SPELLINGS) <= set(Settings.model_fields)
 
 

@@ -139,7 +139,9 @@ class _Talk:
             self._connection.settimeout(SEND_TIMEOUT)
         if not isinstance(message, dict):
             raise InvalidInputError(
-                "bad_request", f"no JSON object on one line of at most {LINE_LIMIT} bytes within {timeout:g} s", ""
+                "bad_request",
+                f"no JSON object on one line of at most {LINE_LIMIT} bytes within {timeout:g} s",
+                "qwen3emb restart",
             )
         return message
 
@@ -151,7 +153,7 @@ class _Talk:
             refusal = answer.get("error")
             if isinstance(refusal, dict) and "code" in refusal and "message" in refusal:
                 raise error_from(refusal)
-            raise CheckFailedError("refused", f"{candidate.unit} was refused", "")
+            raise CheckFailedError("refused", f"{candidate.unit} was refused", "qwen3emb verify")
 
     def keep_alive(self) -> None:
         """A line every few seconds from now on: the caller can tell a long step from a hang."""
