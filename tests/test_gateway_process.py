@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.server
 import json
 import os
 import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -249,6 +251,35 @@ def test_it_speaks_tls(tmp_path: Path) -> None:
         context = ssl.create_default_context(cafile=str(cert))
         status, _ = gw.call("/v1/embeddings", {"model": "null", "input": "x"}, tls=context)
         assert status == 200
+
+
+def test_spans_arrive_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--otel` with OpenTelemetry's own variables: OTLP over HTTP, the last spans sent before it ends."""
+    seen: list[tuple[str, bytes]] = []
+
+    class Collector(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with in_thread(NullEngine(64)) as served, gateway(tmp_path, "--upstream", served.url, "--otel") as gw:
+            gw.vector("a secret text")
+        collector.shutdown()
+    assert {path for path, _ in seen} == {"/v1/traces"}
+    sent = b"".join(body for _, body in seen)
+    assert b"qwen3emb-gateway" in sent
+    assert b"POST /v1/embeddings" in sent
+    assert b"embeddings null" in sent
+    assert b"secret" not in sent
 
 
 @pytest.mark.parametrize(

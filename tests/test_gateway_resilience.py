@@ -259,6 +259,24 @@ def test_an_engine_that_always_fails_ends_in_502_not_in_an_endless_loop() -> Non
     run(main())
 
 
+def test_a_defect_of_the_gateways_own_is_an_answer_not_a_wait_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong while an answer is read, its texts are tried again and then failed."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            model = gw.service.endpoint.model
+            assert model is not None
+            with monkeypatch.context() as patch:
+                patch.setattr(model.batcher, "_flags", lambda *_: 1 // 0)
+                answer = await gw.post({"model": "null", "input": "x"})
+                assert (answer.status, error(answer)["code"]) == (502, "engine_failed")
+            await checked(gw, engine, "x")
+            assert model.batcher.in_air == model.batcher.queued == 0
+
+    run(main())
+
+
 def test_an_overloaded_engine_is_asked_again_later() -> None:
     async def main() -> None:
         engine = NullEngine(64)
