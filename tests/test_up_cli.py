@@ -33,6 +33,15 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "inventory", lambda *_: [])
 
 
+@pytest.fixture(autouse=True)
+def default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `--port` is not given: the profile's 30000 may be served by whoever runs these tests."""
+    real, free = launching.Chosen.address, free_port()
+    monkeypatch.setattr(
+        launching.Chosen, "address", lambda self, options: (real(self, options)[0], options.port or free)
+    )
+
+
 def envelope(capsys: OUTER, *args: str) -> tuple[int, dict[str, Any]]:
     """Exit status and the one JSON envelope on stdout."""
     status = run([*args, "--json"])
