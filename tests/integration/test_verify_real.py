@@ -221,7 +221,7 @@ def computed(engine_python: Path, demo_model: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    watchdog = threading.Timer(120, process.kill)
+    watchdog = threading.Timer(300, process.kill)
     watchdog.start()
     assert process.stdout is not None
     port = process.stdout.readline().strip()
