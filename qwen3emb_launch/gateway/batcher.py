@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Hashable
 from time import monotonic
 from typing import Any
 
@@ -23,22 +22,19 @@ import orjson
 from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.api_errors import ApiError, from_engine
 from qwen3emb_launch.gateway.cache import VectorCache
-from qwen3emb_launch.gateway.fair_queue import FairQueue, share
 from qwen3emb_launch.gateway.http_client import Answer, EngineGoneError
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.tracing import Tracing
 from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
-from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Level, Wait
+from qwen3emb_launch.gateway.waiting_room import WaitingRoom
+from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Wait
 
 log = logging.getLogger(__name__)
 
 SWEEP = 0.1
 SMALL_BATCH = 4  # items that are not worth being divided among calls
-
-
-Lane = tuple[bool, bool]  # (long, token ids): a call cannot mix strings and ids
 
 
 class Batcher:
@@ -52,13 +48,10 @@ class Batcher:
         self.tracing: Tracing | None = None
         self.on_vector: Any = None  # called with (key, vector, flags) of each new vector: the disk cache
         pool.on_change = self.kick
-        self._lanes: dict[Lane, FairQueue[Item]] = {
-            (long, ids): FairQueue() for long in (False, True) for ids in (False, True)
-        }
+        self._room = WaitingRoom(limits)
         self._air: dict[bytes, Item] = {}
         self._waits: set[Wait] = set()
         self._flying = {False: 0, True: 0}  # items in calls, by kind
-        self._level = {False: Level(), True: Level()}
         self._usual = {False: 0.0, True: 0.0}  # seconds a call takes lately, by kind
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
@@ -69,7 +62,7 @@ class Batcher:
     @property
     def queued(self) -> int:
         """Items waiting for a call."""
-        return sum(map(len, self._lanes.values()))
+        return len(self._room)
 
     @property
     def waited_for(self) -> int:
@@ -85,19 +78,11 @@ class Batcher:
 
     def admit(self, client: str, count: int) -> None:
         """Raise ApiError 429 when the queue, or the client's share of it, has no room for `count` more."""
-        queued = self.queued
-        limit = self.limits.queue
-        if queued + count > limit:
-            raise self._busy(f"{queued} inputs are waiting, the queue takes {limit}", queued)
-        mine = sum(lane.waiting(client) for lane in self._lanes.values())
-        others = len({c for lane in self._lanes.values() for c in lane.client_names()} | {client})
-        fair = share(limit, others)
-        if mine and mine + count > fair:
-            raise self._busy(f"{mine} of your inputs are waiting already, your share of the queue is {fair}", mine)
-
-    def _busy(self, why: str, ahead: int) -> ApiError:
-        seconds = min(60.0, ahead / max(1.0, self.metrics.items_per_second))
-        return ApiError(429, "overloaded", f"too much at once: {why}", retry_after=seconds)
+        full = self._room.full_for(client, count)
+        if full is not None:
+            why, ahead = full
+            seconds = min(60.0, ahead / max(1.0, self.metrics.items_per_second))
+            raise ApiError(429, "overloaded", f"too much at once: {why}", retry_after=seconds)
 
     def submit(self, wait: Wait, index: int, key: bytes, prepared: Prepared) -> None:
         """Queue one input of a request, or join the equal one that is already on its way."""
@@ -112,13 +97,8 @@ class Batcher:
         item.waiters.append((wait, index))
         wait.items.append(item)
         self._air[key] = item
-        self._enqueue(item, wait)
+        self._room.push(item, wait)
         self.kick()
-
-    def _enqueue(self, item: Item, wait: Wait, front: bool = False) -> None:
-        lane = (item.prepared.tokens > self.limits.long_tokens, isinstance(item.prepared.payload, list))
-        group: Hashable = wait
-        self._lanes[lane].push(wait.client, group, item, front=front)
 
     def leave(self, wait: Wait) -> None:
         """The request is answered, failed or its client gone: what nobody else wants is dropped."""
@@ -127,12 +107,11 @@ class Batcher:
             return
         for item in wait.items:
             item.waiters = [(w, i) for w, i in item.waiters if w is not wait]
-        for lane in self._lanes.values():
-            for item in lane.drop(wait.client, wait):
-                if item.waiters:
-                    self._enqueue(item, item.waiters[0][0])
-                else:
-                    self._air.pop(item.key, None)
+        for item in self._room.drop(wait):
+            if item.waiters:
+                self._room.push(item, item.waiters[0][0])
+            else:
+                self._air.pop(item.key, None)
         for call in {item.call for item in wait.items if item.call is not None}:
             if call in self._calls and not any(item.waiters for item in self._calls[call][1]):
                 call.cancel()
@@ -152,31 +131,24 @@ class Batcher:
             self._dispatch_kind(long)
 
     def _dispatch_kind(self, long: bool) -> None:
-        lanes = [lane for lane in ((long, False), (long, True)) if self._lanes[lane]]
-        while lanes:
-            lane = lanes.pop(0)
-            queue = self._lanes[lane]
+        queues = self._room.queues(long)
+        while queues:
+            queue = queues.pop(0)
             head, now = queue.peek(), monotonic()
             due = (head.queued_at if head else 0.0) + max(self.limits.wait, self._usual[long]) - now
             upstream = self.pool.pick(long, extra=due <= 0)
-            part = self._part(long, now)
-            if upstream is None or (due > 0 and upstream.slots.calls(long) and len(queue) < part):
+            part = self._room.part(long, self._flying[long], self.pool.calls * len(self.pool.up), now)
+            if upstream is None or (due > 0 and upstream.slots.calls(long) and self._room.waiting(long) < part):
                 if due > 0:
                     self._look_again_in(due)
                 continue
-            batch = self._take(queue, max(part, SMALL_BATCH))
+            batch, unwanted = self._room.take(queue, max(part, SMALL_BATCH))
+            for item in unwanted:
+                self._air.pop(item.key, None)
             if batch:
                 self._send(upstream, batch, long)
             if queue:
-                lanes.append(lane)
-
-    def _part(self, long: bool, now: float) -> int:
-        """Items worth a call, so that all slots of all engines get equal calls: one big call with little beside it
-        leaves engines idle while its answers are read and the next texts come in."""
-        slots = max(1, self.pool.calls * len(self.pool.up))
-        waiting = len(self._lanes[long, False]) + len(self._lanes[long, True])
-        level = self._level[long].see(waiting + self._flying[long], now)
-        return min(self.limits.items, -(-level // slots))
+                queues.append(queue)
 
     def _look_again_in(self, seconds: float) -> None:
         """For the text that no ending call takes along before it has waited long enough."""
@@ -186,24 +158,6 @@ class Batcher:
     def _woken(self) -> None:
         self._timer = None
         self._dispatch()
-
-    def _take(self, queue: FairQueue[Item], size: int) -> list[Item]:
-        """A batch within the bounds, at least one item; items that nobody wants any more are let go."""
-        batch: list[Item] = []
-        tokens, company = 0, min(size, self.limits.items)
-        while queue and len(batch) < company:
-            head = queue.peek()
-            if head is None:
-                break
-            if not head.waiters:
-                self._air.pop(queue.pop().key, None)
-                continue
-            company = min(company, head.company)
-            if batch and (len(batch) >= company or tokens + head.prepared.tokens > self.limits.tokens):
-                break
-            batch.append(queue.pop())
-            tokens += head.prepared.tokens
-        return batch
 
     def _send(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
         slots = upstream.slots
@@ -352,7 +306,7 @@ class Batcher:
                 self._fail(item, ApiError(502, "engine_failed", message, source="engine", retry_after=1))
                 continue
             self.metrics.retries += 1
-            self._enqueue(item, item.waiters[0][0], front=True)
+            self._room.push(item, item.waiters[0][0], front=True)
 
     def _fail(self, item: Item, error: ApiError) -> None:
         self._air.pop(item.key, None)
@@ -374,7 +328,7 @@ class Batcher:
                 elif down_since is not None and now - max(down_since, wait.started) >= self.limits.hold:
                     wait.fail(self._nobody(down_since, now))
             self._stalled(now)
-            if any(self._lanes.values()):
+            if self.queued:
                 self.kick()
 
     def _late(self, waited: float) -> ApiError:
