@@ -383,10 +383,12 @@ def test_ports() -> None:
         assert check.status is FAIL
         assert f"{os.getpid()}" in check.says or number > 55535
         if number - 10000 > 1024:
-            second = machine.port(number - 10000, [])
+            second = machine.port(number - 10000, [], bare=True)
             assert second.status is FAIL
             assert "+ 10000" in second.says
-    assert machine.port(60000, []).status is FAIL
+            assert machine.port(number - 10000, []).status is OK  # behind the gateway the engine has ports of its own
+    assert machine.port(60000, [], bare=True).status is FAIL
+    assert machine.port(60000, []).status is OK
 
 
 def test_the_kernels_own_numbers_are_read() -> None:

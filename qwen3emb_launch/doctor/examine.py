@@ -25,7 +25,8 @@ def examine(profile: Profile | None, *, offline: bool = False, step: Callable[[s
     model = profile.model if profile else None
     number = profile.server.port if profile else PORT
     found: list[Check] = []
-    for name, look in _parts(flavour, model, number, offline=offline):
+    bare = profile is not None and profile.gateway.enabled is False
+    for name, look in _parts(flavour, model, number, bare=bare, offline=offline):
         step(name)
         try:
             found += look()
@@ -35,7 +36,7 @@ def examine(profile: Profile | None, *, offline: bool = False, step: Callable[[s
 
 
 def _parts(
-    flavour: Flavour, model: str | None, number: int, *, offline: bool
+    flavour: Flavour, model: str | None, number: int, *, bare: bool, offline: bool
 ) -> Iterator[tuple[str, Callable[[], list[Check]]]]:
     def cards() -> list[Check]:
         used = engine.usable("cuda")
@@ -47,6 +48,7 @@ def _parts(
             [one for one in state.instances() if one.running],
             engine_needed=0 if engine.usable(flavour) else releases.DISK[flavour],
             model_needed=_still_to_download(model),
+            bare=bare,
         )
 
     yield "gpu", cards

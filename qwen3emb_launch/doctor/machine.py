@@ -127,26 +127,28 @@ def clock(now: float, state: int | None) -> Check:
     return ok("clock", f"{shown}, synchronised")
 
 
-def port(number: int, running: Iterable[Instance], host: str = "127.0.0.1") -> Check:
-    """The port that users call, and SGLang's second one."""
+def port(number: int, running: Iterable[Instance], host: str = "127.0.0.1", *, bare: bool = False) -> Check:
+    """The port that users call. `bare`: the engine itself listens there, and SGLang wants a second one."""
     name = f"port {number}"
     for one in running:
         if one.running and one.record and f":{number}/" in one.record.base_url:
             return ok(name, f"serves instance {one.name}")
-    for wanted in (number, number + 10000) if number <= HIGHEST_ENGINE_PORT else (number,):
+    if bare and number > HIGHEST_ENGINE_PORT:
+        says = f"SGLang claims its port + 10000 too, so {HIGHEST_ENGINE_PORT} is the highest"
+        return fail(name, says, f"qwen3emb up --port {_other(host, 30000)}")
+    for wanted in (number, number + 10000) if bare else (number,):
         try:
             check_free(host, wanted)
         except LaunchError as error:
             second = "; SGLang claims its port + 10000 too" if wanted != number else ""
             return fail(name, f"{error.message}{second}", f"qwen3emb up --port {_other(host, number)}")
-    if number > HIGHEST_ENGINE_PORT:
-        says = f"SGLang claims its port + 10000 too, so {HIGHEST_ENGINE_PORT} is the highest"
-        return fail(name, says, f"qwen3emb up --port {_other(host, 30000)}")
     return ok(name, "free")
 
 
-def checks(number: int, running: list[Instance], *, engine_needed: int, model_needed: int) -> list[Check]:
-    """All of them. `engine_needed`, `model_needed`: bytes still to be installed and downloaded."""
+def checks(
+    number: int, running: list[Instance], *, engine_needed: int, model_needed: int, bare: bool = False
+) -> list[Check]:
+    """All of them. `engine_needed`, `model_needed`: bytes still to be installed and downloaded; `bare`: no gateway."""
     import psutil
 
     here = paths()
@@ -164,7 +166,7 @@ def checks(number: int, running: list[Instance], *, engine_needed: int, model_ne
         shared_memory(_total(SHARED)),
         huge_pages(*_huge_pages(), seen.total),
         clock(time.time(), _clock_state()),
-        port(number, running),
+        port(number, running, bare=bare),
     ]
 
 
