@@ -15,7 +15,7 @@ from pathlib import Path
 from faults import processes
 from faults.instance import Instance
 from faults.load import Reference
-from faults.strike import ROOM, Expectation, Row, strike
+from faults.strike import KILL_NOTICED, ROOM, Expectation, Row, strike
 
 GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
 LIMITS = ("memory.limit_in_bytes", "memory.max")
@@ -33,7 +33,9 @@ def signalled(instance: Instance, reference: Reference, role: str, number: signa
     pid = instance.pid(role)
     if pid is None:
         return None
-    seconds = instance.setup.hang_seconds if number == signal.SIGSTOP else 1.0
+    # Of its main process the supervisor knows the end at once; of a worker's, when the main process or a probe tells.
+    known = number == signal.SIGKILL and role in ("http", "guard")
+    seconds = KILL_NOTICED if known else instance.setup.hang_seconds
     expect = Expectation(noticed=seconds, failed=none_lost(instance))
     return strike(instance, reference, f"{number.name} {role}", lambda: processes.send(pid, number), expect)
 
