@@ -130,7 +130,8 @@ def _free_port() -> int:
 def _request(text: str) -> bytes:
     body = json.dumps({"model": "thin", "input": text}).encode()
     head = (
-        b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        b"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n"
     )
     return head % len(body) + body
 
