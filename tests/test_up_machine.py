@@ -23,6 +23,7 @@ from qwen3emb_launch.up.events import (
     Move,
     Probe,
     Probed,
+    Refused,
     Spawn,
     StopAsked,
     Terminate,
@@ -373,3 +374,38 @@ def test_nothing_happens_after_the_end() -> None:
     for event in (Tick(), StopAsked("x"), Probed(1, OK), EngineDied(1, "y"), EngineGone(1)):
         assert play.feed(event) == []
     assert play.unit.wake_at is None
+
+
+def test_a_proven_command_is_tried_again() -> None:
+    """Where the same command served before, a first start that fails is answered like a crash, up to the limit."""
+    play = Play()
+    play.unit = Unit(DEADLINES, RESTART, check=False, proven=True)
+    play.feed(Begin())
+    play.dies()
+    assert play.states == [State.RESTARTING]
+    play.wait(RESTART.first)
+    play.to_ready()
+    assert play.unit.restart_count == 1
+
+
+def test_nothing_to_drain_is_not_waited_for() -> None:
+    """An engine whose gateway has gone is killed at once: nobody waits for its answers."""
+    play = Play().start()
+    play.feed(StopAsked("SIGTERM", drain=False))
+    assert play.count(Terminate) == 0
+    assert play.count(Kill) == 1
+    play.feed(EngineGone(play.unit.start))
+    assert play.unit.state is State.STOPPED
+
+
+def test_a_refused_engine_is_of_no_use() -> None:
+    """What the gateway refuses is killed and started again while it serves, and not heeded while it starts."""
+    play = Play()
+    play.feed(Begin())
+    assert play.feed(Refused(play.unit.start, "another model's vectors")) == []
+    play.to_ready()
+    play.feed(Refused(play.unit.start, "another model's vectors"))
+    assert play.count(Kill) == 1
+    assert play.states[-1] is State.RESTARTING
+    assert play.unit.fault is not None
+    assert play.unit.fault.cause is Cause.ANSWERS
