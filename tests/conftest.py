@@ -17,19 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 
 # The files that take longest, longest first: a worker that comes to one of them last would leave the others idle.
 LONG = (
-    "test_systemd_real", "test_up_real", "test_gateway_real", "test_plugin_real", "test_bench", "test_engines_install",
-    "test_up_supervisor", "test_verify", "test_bench_load",
+    "test_systemd_real", "test_up_real", "test_upgrade_real", "test_gateway_real", "test_tune_real", "test_plugin_real",
+    "test_verify_real", "test_bench_real", "test_up_gateway", "test_bench", "test_engines_install", "test_up_supervisor",
+    "test_upgrade", "test_gateway_process", "test_bench_load", "test_verify",
 )  # fmt: skip
 
+# The time of one example says how busy the machine is, not what is wrong.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # inherited by a run in the background: programs under test need it
+# A shell that runs the tests in the background has SIGINT ignored; the programs under test are to be interrupted by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
