@@ -24,8 +24,8 @@ from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 # The files that take longest, longest first: a worker that comes to one of them last would leave the others idle.
 LONG = (
     "test_systemd_real", "test_up_real", "test_upgrade_real", "test_gateway_real", "test_tune_real", "test_plugin_real",
-    "test_verify_real", "test_bench_real", "test_up_gateway", "test_bench", "test_engines_install", "test_up_supervisor",
-    "test_upgrade", "test_gateway_process", "test_bench_load", "test_verify",
+    "test_verify_real", "test_bench_real", "test_up_gateway", "test_bench", "test_engines_install", "test_upgrade",
+    "test_up_supervisor", "test_gateway_process", "test_bench_load", "test_verify",
 )  # fmt: skip
 
 # The time of one example says how busy the machine is, not what is wrong.
