@@ -143,20 +143,27 @@ class Supervisor:
         self._inbox.put(lambda: self.say(text))
 
     def do(self, order: Callable[[], None]) -> None:
-        """Have the deciding thread do something, and wait until it did. Raises UnfitError `stopping` when it ends."""
+        """Have the deciding thread do something, and wait until it did; what it raises is raised here.
+
+        Raises UnfitError `stopping` when the instance ends before.
+        """
         done = threading.Event()
+        failed: list[Exception] = []
 
         def ordered() -> None:
             try:
                 if not self.ending:
                     order()
-            finally:
-                done.set()
+            except Exception as error:  # noqa: BLE001 - it belongs to the one who ordered, not to the supervisor
+                failed.append(error)
+            done.set()
 
         self._inbox.put(ordered)
         while not done.wait(0.1):
             if self.ending:
                 raise UnfitError("stopping", f"{self.plan.name} is being stopped", f"qwen3emb status {self.plan.name}")
+        if failed:
+            raise failed[0]
 
     @property
     def ending(self) -> bool:
