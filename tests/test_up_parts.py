@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from supervised import gateway_plan, until
 
+from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
 from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
-from qwen3emb_launch.errors import EngineFailedError, NetworkError
+from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
 from qwen3emb_launch.gateway import config
-from qwen3emb_launch.up.gateway_runner import GatewaySpec
+from qwen3emb_launch.up import gateway_runner
+from qwen3emb_launch.up.gateway_runner import GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.room import available_memory
 from qwen3emb_launch.up.runner import engine_spec, with_option
@@ -70,6 +72,30 @@ def test_the_names_that_supervisor_and_gateway_share() -> None:
     plan = gateway_plan()
     assert plan.gateway is not None
     assert config.from_dict({**plan.gateway, "upstreams": [{"url": "http://127.0.0.1:1/v1", "api_key": "k"}]})
+
+
+def test_a_full_disk_does_not_keep_the_gateway_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings can be written at the first start and not at the second: those of the first serve again."""
+    plan = gateway_plan()
+    spec = gateway_spec(plan)
+    assert spec is not None
+    claim = state.claim(plan.name)
+    runner = GatewayRunner(spec, claim, lambda _: None, set, lambda: {"http://127.0.0.1:1/v1": "k"})
+
+    def full(*_: object) -> None:
+        raise UnfitError("state_unwritable", "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(gateway_runner, "write_private", full)
+        with pytest.raises(UnfitError):
+            runner.command(claim.logs / "a.log")
+    first = runner.command(claim.logs / "a.log")
+    assert "k" in first.secrets
+    monkeypatch.setattr(gateway_runner, "write_private", full)
+    assert runner.command(claim.logs / "b.log").argv == first.argv
+    runner.close()
+    assert not runner.config.exists()
+    claim.release()
 
 
 class FakeGateway:

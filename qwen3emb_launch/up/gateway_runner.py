@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.log_tail import last_lines
-from qwen3emb_launch.errors import Exit, LaunchError
+from qwen3emb_launch.errors import Exit, LaunchError, UnfitError
 from qwen3emb_launch.facts import Deadlines, RestartPolicy
 from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.state import Claim, write_private
@@ -119,7 +119,12 @@ class GatewayRunner(ProcessRunner):
             "upstreams": [{"url": url, "api_key": key} for url, key in self._upstreams().items()],
             "admin_socket": SOCKET,
         }
-        write_private(self.config, json.dumps(settings))
+        try:
+            write_private(self.config, json.dumps(settings))
+        except UnfitError:
+            if not self.config.exists():
+                raise
+            # A full disk: the last start's settings serve once more, and the link mends which engines it has.
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
         keys = [self._own_key, *(key for key in self._upstreams().values())]
         if self._own_key:
