@@ -19,9 +19,9 @@ ON_THE_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 # The first that is found in a kernel's name; what none fits keeps its own name.
 KINDS = {
     "matrix product": ("nvjet", "gemm", "cutlass_3x", "splitKreduce", "cublas"),
-    "attention": ("flash",),
     "norm, rotation, gating (ours)": ("_norm_quantise", "_gate_quantise", "_norm_rotate"),
-    "norm": ("RMSNorm", "qknorm"),
+    "norm": ("RMSNorm", "qknorm"),  # before attention: flashinfer's
+    "attention": ("flash",),
     "rotation": ("rope",),
     "gating": ("act_and_mul",),
     "quantisation": ("quant",),

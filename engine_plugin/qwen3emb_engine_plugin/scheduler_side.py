@@ -99,5 +99,5 @@ PARTS = [
     ("snapshots", True, snapshots),
     ("full_graph", True, full_graph),
     ("attention", True, attention),
-    ("fp8_layer", True, fp8_layer),
+    ("fp8_layer", False, fp8_layer),
 ]

@@ -41,8 +41,9 @@ MODULES = (
 PR_SET_PDEATHSIG = 1
 # The loader reads this when a program begins: a worker that needs another one has to begin anew.
 READ_AT_EXEC = "LD_PRELOAD"
-# jemalloc's purging thread (pyarrow brings it): its fork handlers start it anew.
-HARMLESS = {"jemalloc_bg_thd"}
+# jemalloc's purging thread (pyarrow brings it), which its fork handlers start anew; and one that NVIDIA's libraries
+# start when they are loaded, seen on driver 580 before CUDA is initialised: workers served and verified without it.
+HARMLESS = ("jemalloc_bg_thd", "cuda0")
 
 
 def start(modules: Sequence[str] = MODULES) -> str | None:
@@ -55,7 +56,7 @@ def start(modules: Sequence[str] = MODULES) -> str | None:
             importlib.import_module(module)
     if not cuda_untouched():
         return "an import initialised CUDA"
-    threads = [name for name in _native_threads() if name not in HARMLESS]
+    threads = [name for name in _native_threads() if not name.startswith(HARMLESS)]
     if threads:
         return f"the imports left threads running: {', '.join(threads)}"
     if "prometheus_client" in sys.modules and "PROMETHEUS_MULTIPROC_DIR" not in os.environ:

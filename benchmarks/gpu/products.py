@@ -1,0 +1,84 @@
+"""Matrix products of one pass over the 4B's 36 layers, by number of tokens and by implementation: what bounds a batch.
+
+    PYTHONPATH=SITE python benchmarks/gpu/products.py [--tokens 48,528,16384]
+
+Each product is captured in a CUDA graph over 36 different weights: neither launches nor the L2 cache change it. Prints
+milliseconds a pass and TFLOP/s. Needs torch, sglang-kernel and a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+SHAPES = {"qkv": (2560, 6144), "o": (4096, 2560), "gate_up": (2560, 19456), "down": (9728, 2560)}  # in, out
+LAYERS = 36
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="16,48,132,528,2112,8192,16384")
+    args = parser.parse_args()
+    import torch
+    from sgl_kernel import fp8_scaled_mm
+
+    def random(*shape: int) -> Any:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16) * 0.02
+
+    weights = {n: [random(out, into) for _ in range(LAYERS)] for n, (into, out) in SHAPES.items()}
+    small = {n: [w.to(torch.float8_e4m3fn) for w in of] for n, of in weights.items()}
+    channel = {n: torch.rand(out, 1, device="cuda") * 0.01 + 0.01 for n, (_, out) in SHAPES.items()}
+    one = torch.ones((), device="cuda")
+
+    for tokens in map(int, args.tokens.split(",")):
+        rows = {n: random(tokens, into) for n, (into, _) in SHAPES.items()}
+        rows8 = {n: x.to(torch.float8_e4m3fn) for n, x in rows.items()}
+        scales = torch.rand(tokens, 1, device="cuda") * 0.01 + 0.01
+
+        def scaled(n: str, k: int, a: Any, b: Any, rows8: Any = rows8) -> Any:
+            return torch._scaled_mm(
+                rows8[n], small[n][k].t(), scale_a=a, scale_b=b, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+
+        ways: dict[str, Callable[[str, int], Any]] = {
+            "bfloat16": lambda n, k, rows=rows: torch.nn.functional.linear(rows[n], weights[n][k]),
+            "float8, sglang": lambda n, k, rows8=rows8, scales=scales: fp8_scaled_mm(
+                rows8[n], small[n][k].t(), scales, channel[n], torch.bfloat16, None
+            ),
+            "float8, torch by row": lambda n, k, scales=scales, scaled=scaled: scaled(n, k, scales, channel[n].t()),
+            "float8, torch by tensor": lambda n, k, scaled=scaled: scaled(n, k, one, one),
+        }
+        for name, product in ways.items():
+            passes = {shape: milliseconds(torch, product, [shape]) for shape in SHAPES}
+            whole = milliseconds(torch, product, list(SHAPES))
+            flops = 2 * tokens * LAYERS * sum(into * out for into, out in SHAPES.values())
+            each = "  ".join(f"{shape} {ms:.3f}" for shape, ms in passes.items())
+            print(f"{tokens:6} {name:24} {whole:8.3f} ms {flops / whole / 1e9:6.0f} TFLOP/s   {each}", flush=True)
+
+
+def milliseconds(torch: Any, product: Callable[[str, int], Any], shapes: list[str]) -> float:
+    """One pass over all layers, replayed for about a third of a second."""
+    for shape in shapes:
+        product(shape, 0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for layer in range(LAYERS):
+            for shape in shapes:
+                product(shape, layer)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def replayed(times: int) -> float:
+        begin.record()
+        for _ in range(times):
+            graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / times
+
+    return replayed(max(3, min(60, int(350 / max(replayed(1), 1e-3)))))
+
+
+if __name__ == "__main__":
+    main()
