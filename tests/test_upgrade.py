@@ -14,7 +14,6 @@ from test_up_gateway import behaving, load, pids
 
 from qwen3emb_launch import engines, planning
 from qwen3emb_launch.cli import upgrade as command
-from qwen3emb_launch.cli import upgrade_check
 from qwen3emb_launch.cli.app import run as run_words
 from qwen3emb_launch.cli.supervise import SMOKE
 from qwen3emb_launch.engines import EnvironmentStatus, Installed
@@ -63,7 +62,6 @@ def plan() -> LaunchPlan:
 
 @pytest.fixture
 def there(monkeypatch: pytest.MonkeyPatch, plan: LaunchPlan) -> Environments:
-    monkeypatch.setattr(upgrade_check, "LEVEL", "quick")  # the fake engine has no model to look at more closely
     return Environments(monkeypatch, plan)
 
 
@@ -74,7 +72,7 @@ def becomes(monkeypatch: pytest.MonkeyPatch, plan: LaunchPlan, **faults: Any) ->
 
 def upgraded(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any]]:
     capsys.readouterr()
-    status = run_words(["upgrade", "fake", "--python", "/envs/new", "--json", *words])
+    status = run_words(["upgrade", "fake", "--python", "/envs/new", "--level", "quick", "--json", *words])
     return status, json.loads(capsys.readouterr().out)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,13 @@ def register(app: typer.Typer) -> None:
         epilog="Examples: qwen3emb upgrade   |   qwen3emb upgrade h100 --version 0.5.23   |   "
         "qwen3emb upgrade demo --python /opt/sglang/bin/python --json"
     )(upgrade)
+
+
+class Depth(StrEnum):
+    """Levels of `qwen3emb verify`."""
+
+    QUICK = "quick"
+    FULL = "full"
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ def upgrade(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="Stop the old engine first; requests wait in the gateway.")
     ] = False,
+    level: Annotated[Depth, typer.Option("--level", help="How the new engine is verified.")] = Depth.FULL,
     accept_close: Annotated[
         bool, typer.Option("--accept-close", help="Allow vectors that are close to the old ones, not the same.")
     ] = False,
@@ -98,7 +107,7 @@ def upgrade(
         new_engine, brought = new_environment(old, version, python, engine, console)
         try:
             plan = plan_on(old, wanted, new_engine, console)
-            compare = Comparison(instance, record, (old, plan), accept_close, console.say)
+            compare = Comparison(instance, record, (old, plan), level.value, accept_close, console.say)
             how: How = "in_place" if in_place else "auto"
             replaced = replace(instance, plan=plan, how=how, confirm=compare, say=console.say)
         except (LaunchError, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""What a new engine has to show before an upgrade gives it traffic: the full checks, and the old one's vectors."""
+"""What a new engine has to show before an upgrade gives it traffic: `verify`'s checks, and the old one's vectors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
     from qwen3emb_launch.verify.tolerance import Precision
 
 Level = Literal["quick", "full"]
-LEVEL: Level = "full"
 
 
 class Comparison:
-    """Judges each candidate: the full checks, then its vectors beside those of the engine it is to replace.
+    """Judges each candidate: the checks of a level, then its vectors beside those of the engine it is to replace.
 
     The old vectors are asked for when this is made, while the old engine surely serves.
     """
@@ -31,13 +30,14 @@ class Comparison:
         instance: Instance,
         record: InstanceRecord,
         plans: tuple[LaunchPlan, LaunchPlan],
+        level: Level,
         accept_close: bool,
         say: Callable[[str], None],
     ) -> None:
         old, new = plans
         self.verdict = ""
         self.cosine: float | None = None
-        self._plan, self._accept_close, self._say = new, accept_close, say
+        self._plan, self._level, self._accept_close, self._say = new, level, accept_close, say
         self._before = vectors_at(record.engine_url, instance.engine_api_key(), record.served_model_name, old)
 
     def __call__(self, candidate: Candidate) -> None:
@@ -62,7 +62,9 @@ class Comparison:
         from qwen3emb_launch.errors import CheckFailedError
         from qwen3emb_launch.verify.runner import verify
 
-        report, _ = verify(_request(candidate.url, candidate.key, self._plan.served_model_name, self._plan, LEVEL))
+        report, _ = verify(
+            _request(candidate.url, candidate.key, self._plan.served_model_name, self._plan, self._level)
+        )
         if report.failures:
             faults = "; ".join(f"{c.title}: {c.seen}" for c in report.failures)
             error = CheckFailedError(
