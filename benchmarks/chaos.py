@@ -30,6 +30,7 @@ from faults.instance import Instance, LateError, Setup
 from faults.load import Reference
 from faults.report import markdown
 from faults.strike import Row
+from httpx import HTTPError
 
 from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.facts import RestartPolicy
@@ -65,6 +66,13 @@ class Runner:
         self.rows.append(Row(**{**asdict(row), "fault": name}))
         verdict = "; ".join(row.misses) or "ok"
         print(f"{time.monotonic() - begin:6.1f} s  {name}: {verdict}", file=sys.stderr, flush=True)
+
+    def part(self, name: str, work: Callable[[], None]) -> None:
+        """Several rows on an instance of their own. One that does not even start is a miss, and the rest goes on."""
+        try:
+            work()
+        except (LateError, AssertionError, HTTPError) as error:
+            self.rows.append(Row(name, misses=(f"could not be tried: {error}",)))
 
     @contextmanager
     def instance(self, gateway: bool, *, model: bool = False, **environ: str) -> Iterator[Instance]:
@@ -121,13 +129,14 @@ def supervisor_faults(run: Runner, instance: Instance, *, long: bool) -> None:
         run.row(f"SIGSTOP supervisor, {tail}", lambda: rows_service.supervisor_stopped(instance, reference))
 
 
-def model_faults(run: Runner, instance: Instance) -> None:
+def model_faults(run: Runner, gateway: bool) -> None:
     """The checkpoint, and the hub it came from."""
-    reference, tail = run.reference(), way(instance.setup.gateway)
-    run.row(f"hub gone and SIGKILL http, {tail}", lambda: rows_engine.signalled(instance, reference, "http", KILL))
-    run.row(f"model removed, {tail}", lambda: rows_engine.model_away(instance, reference))
-    run.row(f"model cut, {tail}", lambda: rows_engine.model_cut(instance, reference))
-    run.row(f"weights altered, {tail}", lambda: rows_engine.model_altered(instance, reference))
+    with run.instance(gateway, model=True, HF_ENDPOINT="http://127.0.0.1:9") as instance:
+        reference, tail = run.reference(), way(gateway)
+        run.row(f"hub gone and SIGKILL http, {tail}", lambda: rows_engine.signalled(instance, reference, "http", KILL))
+        run.row(f"model removed, {tail}", lambda: rows_engine.model_away(instance, reference))
+        run.row(f"model cut, {tail}", lambda: rows_engine.model_cut(instance, reference))
+        run.row(f"weights altered, {tail}", lambda: rows_engine.model_altered(instance, reference))
 
 
 def file_faults(run: Runner, *, long: bool) -> None:
@@ -141,22 +150,25 @@ def file_faults(run: Runner, *, long: bool) -> None:
 def everything(run: Runner, gateways: tuple[bool, ...], *, long: bool) -> None:
     """All of it, in the order of the table."""
     for gateway in gateways:
-        with run.instance(gateway) as instance:
-            engine_faults(run, instance, long=long)
-            run.row(
-                f"state files cut, {way(gateway)}", lambda i=instance: rows_files.cut_everywhere(i, 1 if long else 20)
-            )
-            supervisor_faults(run, instance, long=long)
+        run.part(f"processes, {way(gateway)}", lambda g=gateway: process_faults(run, g, long=long))
         if long and run.engine == "demo":
-            with run.instance(gateway, model=True, HF_ENDPOINT="http://127.0.0.1:9") as instance:
-                model_faults(run, instance)
-            clock_faults(run, gateway)
-        disk_faults(run, gateway)
+            run.part(f"model, {way(gateway)}", lambda g=gateway: model_faults(run, g))
+            run.part(f"clock, {way(gateway)}", lambda g=gateway: clock_faults(run, g))
+        run.part(f"disk, {way(gateway)}", lambda g=gateway: disk_faults(run, g))
     file_faults(run, long=long)
     count = 1000 if long else 20
     quick = RestartPolicy(first=0.01, factor=1.0, limit=100_000)
     fake = Setup("fake", False, run.folder / "restarts", run.rate, restart=quick, check=False)
     run.row(f"{count} restarts of the fake engine", lambda: rows_files.restarts(fake, count))
+
+
+def process_faults(run: Runner, gateway: bool, *, long: bool) -> None:
+    """Everything that can be done to the processes of one instance, and to its files."""
+    with run.instance(gateway) as instance:
+        engine_faults(run, instance, long=long)
+        step = 1 if long else 20
+        run.row(f"state files cut, {way(gateway)}", lambda: rows_files.cut_everywhere(instance, step))
+        supervisor_faults(run, instance, long=long)
 
 
 def clock_faults(run: Runner, gateway: bool) -> None:
@@ -212,6 +224,8 @@ def main() -> int:
     begin = time.monotonic()
     try:
         everything(runner, gateways, long=not options.short)
+    except (KeyboardInterrupt, SystemExit):
+        runner.rows.append(Row("the rest", misses=("interrupted",)))  # what is known so far is shown
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     misses = [f"{row.fault}: {miss}" for row in runner.rows for miss in row.misses]
