@@ -137,6 +137,19 @@ def test_a_token_is_handed_over_as_a_file(capsys: pytest.CaptureFixture[str]) ->
         assert (status, answer["error"]["code"]) == (2, "bad_credential")
 
 
+def test_memory_grows_with_what_the_gateway_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    """MemoryMax leaves room for the gateway's workers and twice its cache, beside the engines."""
+
+    def limit(*settings: str) -> int:
+        (value,) = values(shown(capsys, "-p", "demo", "--system", *settings), "MemoryMax")
+        return int(value)
+
+    small = limit("--set", "gateway.cache_mb=0")
+    assert limit("--set", "gateway.cache_mb=1000") == small + 2 * (1000 << 20)
+    assert limit("--set", "gateway.cache_mb=0", "--set", "gateway.workers=2") == small + (256 << 20)
+    assert limit("--set", "gateway.enabled=false") == small - (256 << 20)
+
+
 def test_api_keys_are_handed_over_as_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """--credential api_keys=FILE opens the address for others: the gateway gets the place, the unit names no key, and
     a file that holds none is refused now."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 from faults.instance import Instance, LateError
 from faults.load import Load, Reference
@@ -148,6 +149,8 @@ def leftovers(instance: Instance, engine: dict[ProcessId, str]) -> list[str]:
 
 def story(instance: Instance, wall: float, reasons: tuple[str, ...]) -> str:
     """What `status` and the clients said, in one line."""
-    states = [f"{e['after']} ({e['reason']})" for e in instance.events_since(wall)]
-    said = " -> ".join(states) or "nothing: it stayed ready"
+    mine = [e for e in instance.events_since(wall) if not e.get("unit") and e["after"] != State.STARTING]
+    runs = [(text, len(list(same))) for text, same in groupby(f"{e['after']}: {e['reason']}" for e in mine)]
+    said = " -> ".join(f"{text} ({count} times)" if count > 1 else text for text, count in runs)
+    said = said or "nothing: it stayed ready"
     return f"{said}; clients: {', '.join(reasons)}" if reasons else said

@@ -20,6 +20,7 @@ WRITTEN_BY = "Written by `qwen3emb systemd install`"
 ROOM = 60.0  # seconds of a start before and after the engine's own: reading, planning, the last kill
 STOP_ROOM = 20.0
 MEMORY_FACTOR = 2
+GATEWAY_BYTES = 256 << 20  # a worker of the gateway without its cache, some thousand requests in the air
 GPU_HOST_BYTES = 16 << 30  # libraries and pinned buffers of a CUDA engine, beside its weights on their way to the card
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -120,9 +121,13 @@ def stop_seconds(deadlines: Deadlines) -> float:
 def memory_bytes(plan: LaunchPlan) -> int:
     """The host memory that the service may take before it is a leak."""
     if plan.engine.flavour == "cuda":
-        return MEMORY_FACTOR * plan.model.weight_bytes + GPU_HOST_BYTES
-    needed = plan.memory.needed_bytes if plan.memory else 2 * plan.model.weight_bytes + GPU_HOST_BYTES // 2
-    return MEMORY_FACTOR * needed
+        engines = plan.replicas * (MEMORY_FACTOR * plan.model.weight_bytes + GPU_HOST_BYTES)
+    else:  # the plan's estimate is for all replicas
+        needed = plan.memory.needed_bytes if plan.memory else 2 * plan.model.weight_bytes + GPU_HOST_BYTES // 2
+        engines = MEMORY_FACTOR * needed
+    before = plan.gateway or {}
+    workers, cache = int(before.get("workers", 0)), int(before.get("cache_bytes", 0))
+    return engines + MEMORY_FACTOR * cache + workers * GATEWAY_BYTES
 
 
 def environment(wanted: Wanted, environ: Mapping[str, str]) -> dict[str, str]:
