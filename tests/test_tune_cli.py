@@ -168,6 +168,18 @@ def test_ctrl_c_keeps_what_is_known_and_resume_goes_on(trials: Trials, capsys) -
     assert () not in trials.started[:1]
 
 
+def test_a_resumed_run_writes_its_own_profile_again(trials: Trials, capsys) -> None:
+    """More budget, more trials, the same file; somebody else's profile of that name stays."""
+    assert tune(capsys, "--goal", "latency", "--rounds", "0")[0] == 0
+    trials.delays["sleep_on_idle=false"] = 0.01
+    assert tune(capsys, "--goal", "latency", "--rounds", "3")[0] == 2
+    status, envelope = tune(capsys, "--goal", "latency", "--rounds", "3", "--resume")
+    assert status == 0, envelope
+    Path("mine.yaml").write_text("schema: 1\nname: mine\n")
+    status, envelope = tune(capsys, "--goal", "latency", "--rounds", "3", "--resume")
+    assert (status, envelope["error"]["code"]) == (2, "profile_exists")
+
+
 def test_an_engine_that_died_under_load_has_no_figures(trials: Trials, capsys) -> None:
     """A restart during the measurement is a failed trial, however good the rest looked."""
     trials.dies.add("sleep_on_idle=false")

@@ -105,7 +105,7 @@ def tune(
                 console.warn(note)
         options = LaunchOptions(model, profile, None, None, None, engine, tuple(settings or ()), offline)
         chosen = choose(options, console)
-        target = _target(out, chosen.profile.name) if not dry_run else Path("tuned.yaml")
+        target = _target(out, chosen.profile.name, resume) if not dry_run else Path("tuned.yaml")
         plan = make_plan(options, chosen, console)
         fixed = planning.read_overrides(list(options.settings))
         clients = float(concurrency or (1 if wanted is Goal.LATENCY else 16))
@@ -179,13 +179,13 @@ def _costs(
     return costs
 
 
-def _target(out: Path | None, profile: str) -> Path:
+def _target(out: Path | None, profile: str, resume: bool) -> Path:
     """Where the profile goes: as told, or among the user's own. Refused before anything is started."""
     from qwen3emb_launch.paths import paths
     from qwen3emb_launch.tune.winner import check_target
 
     path = (out or paths().profiles / f"{profile.replace(':', '-')}-tuned.yaml").absolute()
-    check_target(path)
+    check_target(path, resume=resume)
     return path
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.facts import EngineFlag
     from qwen3emb_launch.profile import Profile
 
+SIGNATURE = "# Written by `qwen3emb tune`"
 SWITCHED_OFF = ("false", "no", "0", "off", "null", "")
 
 
@@ -35,8 +36,11 @@ class Measured:
     over_baseline: float | None = None
 
 
-def check_target(path: Path) -> str:
-    """The name that a profile in this file has. Raises InvalidInputError `bad_profile_name`, `profile_exists`."""
+def check_target(path: Path, *, resume: bool = False) -> str:
+    """The name that a profile in this file has. On --resume, one that `tune` wrote may be written again.
+
+    Raises InvalidInputError `bad_profile_name`, `profile_exists`.
+    """
     import re
 
     from qwen3emb_launch.profile import NAME
@@ -47,7 +51,7 @@ def check_target(path: Path) -> str:
             f"{path.name!r} cannot name a profile: small letters, digits, dots, dashes and underscores, then .yaml",
             "--out my-h100.yaml",
         )
-    if path.exists():
+    if path.exists() and not (resume and path.read_bytes().startswith(SIGNATURE.encode())):
         raise InvalidInputError("profile_exists", f"{path} is there already", f"another --out, or: rm {path}")
     return path.stem
 
@@ -76,7 +80,7 @@ def profile_text(
     for key, text in settings.items():
         _set(data, key, text, flags)
     data["evidence"] = evidence(measured)
-    text = f"# Written by `qwen3emb tune`: {measured.load}; {measured.day}.\n"
+    text = f"{SIGNATURE}: {measured.load}; {measured.day}.\n"
     text += yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
     parse_profile(text, name)
     return text
