@@ -74,8 +74,9 @@ def test_upgrade_between_environments(serving: dict[str, Any], engine_python: Pa
         answers[text] = vector
         return len(vector) == serving["max_dims"]
 
-    with Load(serving["base_url"], keep, clients=1) as load:
-        load.model = "demo"
+    load = Load(serving["base_url"], keep, clients=1)
+    load.model = "demo"
+    with load:
         load.goes_on()
         answer = cli("upgrade", "demo", "--level", "quick", "--python", str(broken))
         assert answer["error"]["code"].startswith("engine_"), answer
