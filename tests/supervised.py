@@ -32,7 +32,7 @@ QUICK = Deadlines(start=20, probe=0.3, probe_every=0.1, probe_failures=2, drain=
 EAGER = RestartPolicy(first=0.05, factor=1.0, longest=0.1, limit=3, window=600)
 
 
-def until(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
     """The condition's first true value; an assertion error after `timeout` seconds without one."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -133,7 +133,7 @@ class Supervised:
         self.wait()
         self.claim.release()
 
-    def wait(self, timeout: float = 30) -> Outcome:
+    def wait(self, timeout: float = 90) -> Outcome:
         self._thread.join(timeout)
         assert self.outcome is not None, "the supervisor did not end"
         return self.outcome

@@ -79,7 +79,7 @@ def gateway(tmp_path: Path, *argv: str) -> Iterator[Running]:
         running.process.wait(30)
 
 
-def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+def until(condition: Callable[[], bool], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
