@@ -127,8 +127,7 @@ class Job:
     def _measured(self, figures: Measurement, over_baseline: float | None) -> winner.Measured:
         facts, load, slo = facts_of(self.engines.plan_now), self.load, self.setup.objective.slo
         texts = load["corpus"] or f"texts of {load['tokens']} tokens"
-        unit = "requests/s" if self.setup.open else "clients"
-        what = f"{texts}, {load['batch']} a request, {figures.level:g} {unit}"
+        what = f"{texts}, {load['batch']} a request, {report.load_words(figures.level, self.setup.open)}"
         return winner.Measured(
             figures=figures,
             load=what + (f", within {slo}" if slo else ""),

@@ -119,7 +119,6 @@ def rows(trials: Sequence[Trial], objective: Objective, open_loop: bool) -> list
     marked = front(trials, objective)
     base = next((t for t in trials if not t.moves), None)
     scale = objective.best(base) if base else None
-    unit = "/s" if open_loop else " clients"
     found = []
     for trial in trials:
         best = objective.best(trial)
@@ -132,7 +131,7 @@ def rows(trials: Sequence[Trial], objective: Objective, open_loop: bool) -> list
             (
                 "*" if trial.number in marked else "",
                 trial.label,
-                f"{shown.level:g}{unit}" if shown else "-",
+                load_words(shown.level, open_loop) if shown else "-",
                 number(shown.texts_per_s if shown else None),
                 number(shown.p95 if shown else None),
                 number(shown.memory_bytes / 2**30 if shown and shown.memory_bytes else None),
@@ -159,7 +158,7 @@ def final_rows(outcome: Outcome, objective: Objective) -> list[tuple[str, ...]]:
     return [
         (
             label(f.moves),
-            *(() if objective.goal is Goal.THROUGHPUT else (number(objective.value(f.typical)),)),
+            *(() if _shown_anyway(objective) else (number(objective.value(f.typical)),)),
             number(f.typical.texts_per_s),
             number(f.typical.p95),
             words(f.ratio) if f.ratio else "-",
@@ -169,10 +168,20 @@ def final_rows(outcome: Outcome, objective: Objective) -> list[tuple[str, ...]]:
     ]
 
 
+def _shown_anyway(objective: Objective) -> bool:
+    """Whether the goal's figure is a column that every table has."""
+    return objective.goal is Goal.THROUGHPUT or (objective.goal is Goal.LATENCY and objective.percentile == 95)
+
+
 def final_columns(objective: Objective) -> tuple[str, ...]:
     """Of the final's table."""
-    own = () if objective.goal is Goal.THROUGHPUT else (objective.unit,)
+    own = () if _shown_anyway(objective) else (objective.unit,)
     return ("final", *own, "texts/s", "p95 ms", "score over the baseline", "meets")
+
+
+def load_words(level: float, open_loop: bool) -> str:
+    """`16 clients`, `1 client`, or `120 requests/s`."""
+    return f"{level:g} " + ("requests/s" if open_loop else "client" if level == 1 else "clients")
 
 
 def number(value: float | None) -> str:
