@@ -217,10 +217,13 @@ def test_tasks_choose_instruction_and_dims() -> None:
 
 
 def test_the_context_length_is_the_engines_own_unless_told(tmp_path: Path) -> None:
-    """An engine started with less than its model could take: the gateway holds to that, not to the model's config."""
+    """An engine started with less than its model could take: the gateway holds to that, not to the model's config, and
+    names no length before it knows."""
     folder = make_demo_model(tmp_path / "demo")
 
     async def main() -> None:
+        async with gateway(model_path=str(folder), models=("demo",), wait=False) as gw:
+            assert b"max_input_tokens" not in (await gw.request("GET", "/v1/models")).body
         async with Served(NullEngine(64, max_model_len=100)) as served:
             for told, longest in ((None, 99), (50, 49)):
                 async with gateway(served, model_path=str(folder), context_length=told) as gw:

@@ -233,8 +233,8 @@ class App:
         if self.endpoint.model is not None:
             task = self.endpoint.tasks.choose(name).task
             row["dimensions"] = task.dims if task is not None and task.dims else self.endpoint.model.width
-        if self.endpoint.rules.max_tokens is not None:
-            row["max_input_tokens"] = self.endpoint.rules.max_tokens
+            if self.endpoint.rules.max_tokens is not None:  # the engine's own, which may be less than the model's
+                row["max_input_tokens"] = self.endpoint.rules.max_tokens
         return row
 
     def _openapi(self, _: Request) -> Response:

@@ -18,7 +18,7 @@ import pytest
 from qwen3emb_launch.client import Client
 from qwen3emb_launch.errors import InvalidInputError
 from tests.conftest import Endpoint, start_engine
-from tests.test_gateway_process import Running, gateway
+from tests.test_gateway_process import Running, gateway, until
 
 pytestmark = pytest.mark.engine
 
@@ -28,6 +28,7 @@ def before(endpoint: Endpoint, tmp_path: Path, *argv: str) -> Iterator[Running]:
     with gateway(
         tmp_path, "--upstream", endpoint.base_url, "--model-path", str(endpoint.model), "--model", "demo", *argv,
     ) as running:  # fmt: skip
+        until(lambda: running.call("/ready")[0] == 200, 60)
         yield running
 
 
@@ -37,7 +38,9 @@ def test_verify_level_full_passes_through_it_cold_and_warm(demo_endpoint: Endpoi
             argv = [sys.executable, "-m", "qwen3emb_launch", "verify", "--base-url", gw.base, "--level", "full",
                     "--no-transformers", "--max-latency", "10000", "--json"]  # fmt: skip
             ran = subprocess.run(argv, capture_output=True, text=True, timeout=400, check=False)
-            assert ran.returncode == 0, ran.stdout[-3000:]
+            failed = [c for c in json.loads(ran.stdout)["result"]["checks"] if c["verdict"] == "fail"]
+            assert not failed, failed
+            assert ran.returncode == 0
         metrics = gw.call("/metrics")[1].decode()
         assert 'cache_hits_total{level="memory"} 0' not in metrics
 
