@@ -6,11 +6,10 @@ Colour and live displays follow the terminal: none in a pipe, none with NO_COLOR
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from qwen3emb_launch import results
 from qwen3emb_launch.errors import CheckFailedError, LaunchError
@@ -72,9 +71,9 @@ class Console:
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
         except BrokenPipeError:
-            _abandon_stdout()
+            _abandon(sys.stdout)
         except OSError as error:
-            _abandon_stdout()
+            _abandon(sys.stdout)
             self.json = False  # stdout is lost: the failure is told on stderr
             raise CheckFailedError(
                 "stdout_unwritable", f"stdout cannot be written: {error.strerror}", "free space where it goes"
@@ -96,9 +95,11 @@ class Console:
         printer of styles takes 20 ms, of the 100 that a short command has.
         """
         if self._err is None and not (style and sys.stderr.isatty()):
-            with contextlib.suppress(OSError):
+            try:
                 sys.stderr.write(text + "\n")
                 sys.stderr.flush()
+            except OSError:
+                _abandon(sys.stderr)
         else:
             self.err.print(text, style=style, markup=False)
 
@@ -215,8 +216,8 @@ def _rich(*, stderr: bool) -> RichConsole:
     return RichConsole(stderr=stderr, highlight=False, soft_wrap=not (sys.stderr if stderr else sys.stdout).isatty())
 
 
-def _abandon_stdout() -> None:
+def _abandon(stream: TextIO) -> None:
     """`qwen3emb … | head` closed the pipe: go on quietly, and let the interpreter's last flush succeed."""
     import os
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

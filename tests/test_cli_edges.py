@@ -40,6 +40,12 @@ def test_full_stdout_is_told_on_stderr(arguments: str) -> None:
     assert done.stderr.startswith("error: stdout cannot be written: No space left on device")
 
 
+@pytest.mark.parametrize(("arguments", "status"), [("status", 0), ("status --json", 0), ("logs nosuch", 2)])
+def test_talk_that_cannot_be_written_changes_nothing(arguments: str, status: int) -> None:
+    """A stderr on a full disk costs the talk, not the command or its exit status."""
+    assert shell(f"{PROGRAM} {arguments} 2> /dev/full").returncode == status
+
+
 def test_text_survives_a_locale_without_its_letters() -> None:
     """Under LC_ALL=C the bytes of the command line are taken as the UTF-8 that they are; the refusal shows them."""
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
