@@ -36,10 +36,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def default_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where `--port` is not given: the profile's 30000 may be served by whoever runs these tests."""
-    real, free = launching.Chosen.address, free_port()
-    monkeypatch.setattr(
-        launching.Chosen, "address", lambda self, options: (real(self, options)[0], options.port or free)
-    )
+    monkeypatch.setenv("QWEN3EMB_SET_SERVER__PORT", str(free_port()))
 
 
 def envelope(capsys: OUTER, *args: str) -> tuple[int, dict[str, Any]]:
@@ -191,6 +188,35 @@ def test_bad_input_starts_nothing(capsys: OUTER, args: tuple[str, ...], status: 
     assert (seen, body["error"]["code"]) == (status, code)
     assert body["error"]["hint"]
     assert not any(i.running for i in state.instances())
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "code"),
+    [
+        (("--host", "0.0.0.0"), 3, "no_api_keys"),
+        (("--api-keys", "/nowhere/keys"), 2, "bad_keys"),
+        (("--set", "gateway.tasks=/etc/passwd"), 2, "bad_tasks"),
+        (("--set", "server.port=70000"), 2, "bad_setting"),
+        (("--replicas", "0"), 2, "usage"),
+        (("--no-gateway", "--set", "gateway.enabled=true"), 2, "bad_setting"),
+    ],
+)
+def test_a_front_that_cannot_be_is_refused_first(
+    capsys: OUTER, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], status: int, code: str
+) -> None:
+    """What is wrong with address, keys or gateway is said before an engine is installed or a model fetched."""
+    monkeypatch.setattr("qwen3emb_launch.cli.launching._engine", lambda *_: pytest.fail("too late"))
+    seen, body = envelope(capsys, "up", "--profile", "demo", *args)
+    assert (seen, body["error"]["code"]) == (status, code)
+
+
+def test_a_port_given_as_a_setting_is_the_one_that_is_looked_at(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--set server.port` and QWEN3EMB_SET_SERVER__PORT name the port whose holder is told."""
+    monkeypatch.setattr("qwen3emb_launch.cli.up.make_plan", lambda *_: pytest.fail("too late"))
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        _, body = envelope(capsys, "up", "--profile", "demo", "--set", f"server.port={port}")
+    assert (body["error"]["code"], body["error"]["details"]["port"]) == ("port_in_use", port)
 
 
 def test_port_in_use_names_its_holder(capsys: OUTER) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import UnfitError
@@ -39,9 +40,27 @@ class Chosen:
 
     def address(self, options: LaunchOptions) -> tuple[str, int]:
         """Host and port that will be listened on, as far as they are known before planning."""
-        server = self.profile.server
-        host = server.host if options.host is None else options.host
-        return host, server.port if options.port is None else options.port
+        host = self.said("server.host", options) if options.host is None else options.host
+        port = self.said("server.port", options) if options.port is None else options.port
+        return str(host), int(port)
+
+    def said(self, key: str, options: LaunchOptions) -> Any:
+        """What flag, environment or profile say of a key such as `server.port`: planning will decide the same.
+
+        Raises InvalidInputError `bad_setting`.
+        """
+        from qwen3emb_launch import planning
+        from qwen3emb_launch.planning.ledger import ENV_PREFIX, read_setting
+
+        part, name = key.split(".")
+        own = getattr(self.profile, part)
+        variable = ENV_PREFIX + key.upper().replace(".", "__")
+        given = planning.read_overrides(list(options.settings))
+        for text, source in ((given.get(key), f"--set {key}={given.get(key)}"), (os.environ.get(variable), variable)):
+            if text is not None:
+                value = read_setting(key, text, source)
+                return getattr(type(own)(), name) if value is None else value
+        return getattr(own, name)
 
 
 def choose(options: LaunchOptions, console: Console) -> Chosen:
@@ -119,18 +138,40 @@ def with_gateway(plan: LaunchPlan) -> LaunchPlan:
     """
     if plan.gateway is None:
         return plan
-    from qwen3emb_launch.gateway import config, keys, tasks
-
     settings = dict(plan.gateway)
     for name in ("tasks_file", "keys_file", "disk_cache", "access_log"):
         if settings.get(name) and not (name == "access_log" and settings[name] == "-"):
             settings[name] = str(Path(settings[name]).expanduser().absolute())
     if settings.get("disk_cache"):
         settings["fingerprint"] = _vectors_of(plan)
-    checked = config.from_dict(settings)
-    keys.load(Path(checked.keys_file) if checked.keys_file else None)
-    tasks.load(Path(checked.tasks_file) if checked.tasks_file else None)
+    _check_gateway(settings)
     return replace(plan, gateway=settings)
+
+
+def check_front(options: LaunchOptions, chosen: Chosen) -> None:
+    """What would keep the address from being served, as far as it is known before planning: it is in use, the gateway
+    has no keys for other machines, or a file of its settings is wrong. Nothing is fetched for what cannot be started.
+
+    Raises what `ports.check_free` and `with_gateway` raise.
+    """
+    from qwen3emb_launch.engine_process.ports import check_free
+
+    host, port = chosen.address(options)
+    check_free(host, port)  # the supervisor looks again before each start
+    if chosen.said("gateway.enabled", options) is False:
+        return
+    names = {"api_keys": "keys_file", "tasks": "tasks_file", "insecure": "insecure"}
+    said = {name: chosen.said(f"gateway.{key}", options) for key, name in names.items()}
+    _check_gateway({"host": host, "port": port} | {name: value for name, value in said.items() if value is not None})
+
+
+def _check_gateway(settings: Mapping[str, Any]) -> None:
+    """As the gateway itself would."""
+    from qwen3emb_launch.gateway import config, keys, tasks
+
+    checked = config.from_dict(settings)
+    keys.load(Path(checked.keys_file).expanduser() if checked.keys_file else None)
+    tasks.load(Path(checked.tasks_file).expanduser() if checked.tasks_file else None)
 
 
 def _vectors_of(plan: LaunchPlan) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen3emb_launch.cli.launching import LaunchOptions, choose, make_plan
+from qwen3emb_launch.cli.launching import LaunchOptions, check_front, choose, make_plan
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -88,12 +88,11 @@ def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
     import json
 
     from qwen3emb_launch import state
-    from qwen3emb_launch.engine_process.ports import check_free
     from qwen3emb_launch.planning import plan_to_dict
 
     chosen = choose(options, console)
     claim = state.claim(chosen.name)
-    check_free(*chosen.address(options))  # before the long part; the supervisor looks again before each start
+    check_front(options, chosen)  # before the long part
     plan = make_plan(options, chosen, console)
     state.write_private(claim.plan, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
     return claim
