@@ -94,7 +94,10 @@ class Runner:
         """The right answers, asked once a run: the model is the same in every instance."""
         if self._reference is None:
             assert instance is not None
-            self._reference = Reference(instance.base_url, instance.model, TEXTS)
+            found = instance.found
+            assert found is not None
+            url, key = instance.record.engine_url, found.engine_api_key()
+            self._reference = Reference(url, key, instance.model, TEXTS)
         return self._reference
 
 

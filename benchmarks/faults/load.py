@@ -51,12 +51,16 @@ def texts(count: int) -> list[str]:
 
 
 class Reference:
-    """What the engine answers to each text while nothing is wrong with it."""
+    """What the engine answers to each text while nothing is wrong with it.
 
-    def __init__(self, base_url: str, model: str, count: int) -> None:
+    Asked of the engine itself: the gateway would keep what it was asked, and answer the load from its cache.
+    """
+
+    def __init__(self, base_url: str, key: str | None, model: str, count: int) -> None:
         self.texts = texts(count)
         self.vectors: list[list[float]] = []
-        with httpx.Client(trust_env=False, timeout=TIMEOUT) as client:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        with httpx.Client(trust_env=False, timeout=TIMEOUT, headers=headers) as client:
             for begin in range(0, count, 64):
                 body = {"model": model, "input": self.texts[begin : begin + 64], "dimensions": WIDTH}
                 answer = client.post(f"{base_url}/embeddings", json=body)
