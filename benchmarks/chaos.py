@@ -36,7 +36,7 @@ from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.facts import RestartPolicy
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
-TEXTS = 1500  # each is used once an instance, so that no cache helps
+TEXTS = 1500  # different ones, in turn
 
 
 class Runner:

@@ -109,7 +109,8 @@ class Instance:
             "restart.factor": PATIENT.factor,
         }
         argv = [sys.executable, "-m", "qwen3emb_launch", "up", "--profile", "demo", "--name", NAME, "--json"]
-        argv += ["--port", str(self.port), "--offline", *([] if self.setup.gateway else ["--no-gateway"])]
+        front = ["--set", "gateway.cache_mb=0"] if self.setup.gateway else ["--no-gateway"]  # a cache hides outages
+        argv += ["--port", str(self.port), "--offline", *front]
         if self.model_folder.is_dir():
             argv += ["--model", str(self.model_folder)]
         return argv + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]

@@ -1,7 +1,7 @@
 """Steady load: one request every 1/rate seconds whatever happened to the ones before, each answer compared.
 
-Every text is used once, so that no cache can hide an outage. A request is asked once and never repeated: what a client
-library would hide by its own retries is counted here.
+Before the real engine the gateway's cache is off, and a short run asks no text twice: a cache would hide an outage. A
+request is asked once and never repeated: what a client library would hide by its own retries is counted here.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def texts(count: int) -> list[str]:
 class Reference:
     """What the engine answers to each text while nothing is wrong with it.
 
-    Asked of the engine itself: the gateway would keep what it was asked, and answer the load from its cache.
+    Asked of the engine itself: no gateway between, no copy of its own answer to compare with.
     """
 
     def __init__(self, base_url: str, key: str | None, model: str, count: int) -> None:
