@@ -4,7 +4,8 @@
     python benchmarks/startup.py --no-engine     command latency alone
     python benchmarks/startup.py --json
 
-Bare engine and `up` start the same command, in turns; times are medians over the rounds.
+In turns: SGLang as anybody starts it, the very command that `up` starts (the plugin's, which imports once), and `up`;
+times are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch import state
+from qwen3emb_launch.argv import PLUGIN_MODULE, STOCK_MODULE
 from qwen3emb_launch.engine_process.guard import parents
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.probe import Target, embed_once
@@ -53,13 +55,15 @@ def free_port() -> int:
             return port
 
 
-def bare(plan: dict[str, Any], port: int) -> float:
-    """Seconds from the start of plain SGLang to its first good embedding."""
+def bare(plan: dict[str, Any], port: int, *, stock: bool = False) -> float:
+    """Seconds from the start of the engine alone to its first good embedding; `stock` without the plugin."""
     argv = [str(port) if before == "--port" else word for before, word in pairwise(["", *plan["argv"]])]
+    if stock:
+        argv = [STOCK_MODULE if word == PLUGIN_MODULE else word for word in argv]
     begin = time.perf_counter()
     engine = subprocess.Popen(
         argv,
-        env={**os.environ, **plan["env"]},
+        env={**os.environ, **plan["env"], **({"QWEN3EMB_PLUGIN": "0"} if stock else {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -122,15 +126,18 @@ def measure(rounds: int, runs: int, *, engine: bool) -> dict[str, Any]:
         return figures
     dry = subprocess.run([*QWEN3EMB, "up", "--profile", "demo", "--dry-run", "--json"], capture_output=True, check=True)
     plan = json.loads(dry.stdout)["result"]
-    alone, ours = [], []
+    stock, alone, ours = [], [], []
     for _ in range(rounds):
+        stock.append(bare(plan, free_port(), stock=True))
         alone.append(bare(plan, free_port()))
         ours.append(supervised(free_port()))
+    figures["stock_ready_s"] = statistics.median(stock)
     figures["bare_ready_s"] = statistics.median(alone)
     for name in ("ready_s", "command_s", "rss_mb", "gateway_rss_mb", "notice_s"):
         figures[name] = statistics.median(one[name] for one in ours)
     figures["added_s"] = figures["command_s"] - figures["bare_ready_s"]
-    figures["rounds"] = {"bare_s": alone, "up_s": [one["command_s"] for one in ours]}
+    figures["added_to_stock_s"] = figures["command_s"] - figures["stock_ready_s"]
+    figures["rounds"] = {"stock_s": stock, "bare_s": alone, "up_s": [one["command_s"] for one in ours]}
     return figures
 
 
