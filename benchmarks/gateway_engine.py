@@ -18,16 +18,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import plugin_cpu
-from plugin_cpu import THIN, Engine, engine_environment, serving, versions
-
-from qwen3emb_launch.demo_model import make_demo_model
-from qwen3emb_launch.engines.plugin_wheel import build_plugin_wheel
+from plugin_cpu import Engine, engine_environment, serving, thin_model_and_plugin, versions
 
 
 class Fronted(Engine):
@@ -73,6 +69,7 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines of a run that is ended end with it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-python", type=Path)
     parser.add_argument("--clients", type=int, default=64)
@@ -85,13 +82,9 @@ def main() -> None:
     python = options.engine_python or engine_environment()
     with tempfile.TemporaryDirectory(prefix="gateway-engine-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        model = make_demo_model(folder / "thin", THIN)
-        with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
-            wheel.extractall(folder / "site")
+        model, site = thin_model_and_plugin(folder)
         found: dict[str, Engine] = {
-            name: stack.enter_context(
-                serving(name, python, model, folder / "site", options.flag, folder / f"{name}.log")
-            )
+            name: stack.enter_context(serving(name, python, model, site, options.flag, folder / f"{name}.log"))
             for name in ("stock", "plugin")
         }
         found["gateway"] = stack.enter_context(fronting(found["plugin"], model, options.gateway_flag))

@@ -267,7 +267,15 @@ def engine_environment() -> Path:
     return engines.find("cpu").python
 
 
+def thin_model_and_plugin(folder: Path) -> tuple[Path, Path]:
+    """The checkpoint that is served here, and the plugin laid out for PYTHONPATH."""
+    with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
+        wheel.extractall(folder / "site")
+    return make_demo_model(folder / "thin", THIN), folder / "site"
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # engines of a run that is ended end with it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine-python", type=Path, help="python of a CPU engine (default: the installed one)")
     parser.add_argument("--clients", type=int, default=16)
@@ -280,11 +288,9 @@ def main() -> None:
     python = options.engine_python or engine_environment()
     with tempfile.TemporaryDirectory(prefix="plugin-cpu-") as scratch, ExitStack() as stack:
         folder = Path(scratch)
-        model = make_demo_model(folder / "thin", THIN)
-        with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
-            wheel.extractall(folder / "site")
+        model, site = thin_model_and_plugin(folder)
         names = ("stock", "plugin")
-        starts = [serving(n, python, model, folder / "site", options.flag, folder / f"{n}.log") for n in names]
+        starts = [serving(n, python, model, site, options.flag, folder / f"{n}.log") for n in names]
         with ThreadPoolExecutor(len(starts)) as pool:
             found = dict(zip(names, pool.map(stack.enter_context, starts), strict=True))
         for engine in found.values():

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -179,21 +180,26 @@ def test_requests_on_one_connection_are_answered_in_order() -> None:
     run(main())
 
 
+async def sent_and_never_read(gw: Any, sent: bytes) -> None:
+    """A client that asks and reads no answer; returns when the gateway has let it go."""
+    _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1)
+    writer.transport.pause_reading()
+    writer.write(sent)
+    async with asyncio.timeout(20):
+        while not gw.service.server.connections:
+            await asyncio.sleep(0.01)
+        while gw.service.server.connections:
+            await asyncio.sleep(0.05)
+    writer.close()
+
+
 def test_a_client_that_does_not_read_is_let_go_and_holds_no_memory() -> None:
     async def main() -> None:
         limits = HttpLimits(write_timeout=0.5, pipelined=8)
         async with Served(NullEngine(2560)) as served, gateway(served) as gw:
             gw.service.server.limits = limits
             body = orjson.dumps({"model": "null", "input": [f"t{i}" for i in range(300)]})
-            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1)
-            writer.transport.pause_reading()
-            writer.write((HEAD + b"content-length: %d\r\n\r\n" % len(body) + body) * 5)
-            async with asyncio.timeout(20):
-                while not gw.service.server.connections:
-                    await asyncio.sleep(0.01)
-                while gw.service.server.connections:
-                    await asyncio.sleep(0.05)
-            writer.close()
+            await sent_and_never_read(gw, (HEAD + b"content-length: %d\r\n\r\n" % len(body) + body) * 5)
 
     run(main())
 
@@ -283,15 +289,7 @@ def test_answers_that_are_not_fetched_are_bounded_over_all_connections() -> None
             server = gw.service.server
             server.limits = replace(server.limits, memory=1_000_000)
             body = orjson.dumps({"model": "null", "input": [f"t{i}" for i in range(400)]})
-            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1)
-            writer.transport.pause_reading()
-            writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
-            async with asyncio.timeout(20):
-                while not server.connections:
-                    await asyncio.sleep(0.01)
-                while server.connections:
-                    await asyncio.sleep(0.05)
-            writer.close()
+            await sent_and_never_read(gw, HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
 
     run(main())
 

@@ -74,9 +74,13 @@ def become_subreaper() -> None:
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """The kernel sends this process the signal when its parent ends, also after exec. Raises OSError."""
+def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> bool:
+    """The kernel sends this process the signal when its parent ends, also after exec. Raises OSError.
+
+    False where `parent`, the pid it had when this process was made, has ended already: no signal will come.
+    """
     _prctl(PR_SET_PDEATHSIG, number)
+    return parent is None or os.getppid() == parent
 
 
 def _prctl(option: int, value: int) -> None:

@@ -5,7 +5,6 @@ The child gets SIGTERM from the kernel when this process dies, whatever way, and
 
 from __future__ import annotations
 
-import ctypes
 import os
 import selectors
 import signal
@@ -14,9 +13,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import UnfitError
 
-_PR_SET_PDEATHSIG = 1
 _IDLE = 2.0  # seconds without a line
 _STOP = 10.0  # seconds from SIGTERM to SIGKILL
 
@@ -43,12 +42,10 @@ def run(
     `engine_timeout` when the deadline passes, `engine_python` when the command cannot be started. On Ctrl-C the child
     is stopped before KeyboardInterrupt goes on.
     """
-    libc = ctypes.CDLL(None)
     parent = os.getpid()
 
-    def die_with_parent() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
+    def follow_parent() -> None:
+        if not die_with_parent(signal.SIGTERM, parent):
             os._exit(1)
 
     try:
@@ -60,7 +57,7 @@ def run(
             stderr=subprocess.STDOUT,
             pass_fds=hold,
             start_new_session=True,  # Ctrl-C reaches it through us, once
-            preexec_fn=die_with_parent,
+            preexec_fn=follow_parent,
         )
     except OSError as exc:
         raise UnfitError(

@@ -8,7 +8,6 @@ over what the others were told; the parent's death ends them all.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 import logging
@@ -24,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import EngineFailedError, LaunchError
 from qwen3emb_launch.gateway.config import GatewayConfig
 from qwen3emb_launch.gateway.peers import Peers
@@ -31,7 +31,6 @@ from qwen3emb_launch.gateway.service import Service
 
 log = logging.getLogger(__name__)
 
-PR_SET_PDEATHSIG = 1
 RESTART_PAUSE = 0.5
 MAX_DEATHS = 10  # of workers within a minute
 START_TIMEOUT = 30.0
@@ -151,8 +150,7 @@ class Workers:
 
 def _worker(config: GatewayConfig, number: int, writer: Any, parent: int) -> None:
     """One child. Dies with its parent, whatever way that dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:
+    if not die_with_parent(signal.SIGTERM, parent):
         return
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=f"%(levelname)s worker {number}: %(message)s")
     own = dataclasses.replace(config, admin_socket=worker_socket(config.admin_socket, number))
