@@ -21,12 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch import state
-from qwen3emb_launch.argv import PLUGIN_MODULE, STOCK_MODULE
+from qwen3emb_launch.argv import PLUGIN_MODULE, STOCK_MODULE, with_option
 from qwen3emb_launch.engine_process.guard import parents
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.probe import Target, embed_once
@@ -57,9 +56,9 @@ def free_port() -> int:
 
 def bare(plan: dict[str, Any], port: int, *, stock: bool = False) -> float:
     """Seconds from the start of the engine alone to its first good embedding; `stock` without the plugin."""
-    argv = [str(port) if before == "--port" else word for before, word in pairwise(["", *plan["argv"]])]
+    argv = with_option(plan["argv"], "--port", str(port))
     if stock:
-        argv = [STOCK_MODULE if word == PLUGIN_MODULE else word for word in argv]
+        argv = tuple(STOCK_MODULE if word == PLUGIN_MODULE else word for word in argv)
     begin = time.perf_counter()
     engine = subprocess.Popen(
         argv,

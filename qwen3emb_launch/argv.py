@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, nearest
@@ -236,3 +237,8 @@ def build(
     for one in options:
         words += one.words()
     return tuple(words)
+
+
+def with_option(argv: Sequence[str], option: str, value: str) -> tuple[str, ...]:
+    """The command with another value behind one of its options."""
+    return tuple(value if before == option else word for before, word in pairwise(["", *argv]))

@@ -15,6 +15,7 @@ from typing import Any
 from conftest import free_port
 
 from qwen3emb_launch import state
+from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.catalog import ModelShape
 from qwen3emb_launch.cli.supervise import gateway_spec
 from qwen3emb_launch.engine_process.ports import private_port
@@ -23,7 +24,6 @@ from qwen3emb_launch.lifecycle import State, Transition
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.control_server import ControlServer
-from qwen3emb_launch.up.runner import with_option
 from qwen3emb_launch.up.supervisor import Outcome, Supervisor
 
 FAKE = Path(__file__).with_name("fake_engine.py")

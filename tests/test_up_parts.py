@@ -13,6 +13,7 @@ import pytest
 from supervised import gateway_plan, until
 
 from qwen3emb_launch import state
+from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
 from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
 from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
@@ -21,7 +22,7 @@ from qwen3emb_launch.up import gateway_runner
 from qwen3emb_launch.up.gateway_runner import GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.room import available_memory
-from qwen3emb_launch.up.runner import engine_spec, with_option
+from qwen3emb_launch.up.runner import engine_spec
 from qwen3emb_launch.up.sockets import short_path
 
 

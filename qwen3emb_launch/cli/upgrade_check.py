@@ -59,7 +59,6 @@ class Comparison:
         self.cosine = cosine if self.cosine is None or cosine is None else min(self.cosine, cosine)
 
     def _verify(self, candidate: Candidate) -> None:
-        from qwen3emb_launch.errors import CheckFailedError
         from qwen3emb_launch.verify.runner import verify
 
         report, _ = verify(

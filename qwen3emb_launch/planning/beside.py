@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
+from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.planning.memory import CUDA_CONTEXT, gigabytes
 from qwen3emb_launch.planning.sizing import LARGEST_SHARE
@@ -34,5 +34,4 @@ def one_more(plan: LaunchPlan, free_bytes: int | None) -> tuple[tuple[str, ...] 
     needed = math.ceil(100 * static / max(1, free_bytes - CUDA_CONTEXT)) / 100
     if needed > LARGEST_SHARE:
         return None, f"{there}; the engine counts its tokens' memory besides, {gigabytes(static)} in all"
-    words = pairwise(["", *plan.argv])
-    return tuple(f"{needed:g}" if before == FRACTION else word for before, word in words), there
+    return with_option(plan.argv, FRACTION, f"{needed:g}"), there

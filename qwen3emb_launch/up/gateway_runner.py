@@ -114,9 +114,10 @@ class GatewayRunner(ProcessRunner):
 
     def command(self, log: Path) -> EngineCommand:
         """Its settings with the engines of this moment. The admin socket's path is relative: it may be too long."""
+        upstreams = self._upstreams()
         settings = {
             **self.spec.settings,
-            "upstreams": [{"url": url, "api_key": key} for url, key in self._upstreams().items()],
+            "upstreams": [{"url": url, "api_key": key} for url, key in upstreams.items()],
             "admin_socket": SOCKET,
         }
         try:
@@ -126,7 +127,7 @@ class GatewayRunner(ProcessRunner):
                 raise
             # A full disk: the last start's settings serve once more, and the link mends which engines it has.
         env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        keys = [self._own_key, *(key for key in self._upstreams().values())]
+        keys = [self._own_key, *upstreams.values()]
         if self._own_key:
             given = env.get(self.spec.keys_variable, "")
             env[self.spec.keys_variable] = ",".join(filter(None, (given, self._own_key)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.lifecycle import State
@@ -23,7 +23,7 @@ class Member:
     stage: str = ""
     error: LaunchError | None = None
     held_back: bool = False  # no traffic, whatever its state: being replaced, or not yet approved
-    checked_through_gateway: bool = field(default=False)
+    checked_through_gateway: bool = False
 
     @property
     def is_engine(self) -> bool:

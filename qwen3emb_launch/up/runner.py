@@ -6,9 +6,9 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
+from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.ports import check_free, private_port
 from qwen3emb_launch.errors import UnfitError
@@ -69,11 +69,6 @@ def engine_spec(plan: LaunchPlan) -> EngineSpec:
         context_length=plan.context_length,
         private=(plan.engine_host, plan.engine_port) != (plan.host, plan.port),
     )
-
-
-def with_option(argv: Sequence[str], option: str, value: str) -> tuple[str, ...]:
-    """The command with another value behind one of its options."""
-    return tuple(value if before == option else word for before, word in pairwise(["", *argv]))
 
 
 @dataclass(frozen=True)
