@@ -96,7 +96,9 @@ class Machine:
         self._outer = subprocess.Popen(
             ["bash", "-c", enter],
             env={
-                **{k: v for k, v in os.environ.items() if k in ("PATH", "LANG")},
+                "LANG": os.environ.get("LANG", "C.UTF-8"),
+                # pivot_root lies where not everybody's PATH leads.
+                "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin",
                 "INNER": INNER,
                 "SCRATCH": str(self._scratch),
                 "SHARE": " ".join(f"{here}:{there}" for here, there in self._share),
