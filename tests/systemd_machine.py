@@ -19,6 +19,8 @@ from pathlib import Path
 
 CGROUPS = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
 SYSTEMD = Path("/lib/systemd/systemd")
+# With pivot_root and ldconfig, which lie where not everybody's PATH leads.
+PATH = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
 
 INNER = """
 set -e
@@ -97,8 +99,7 @@ class Machine:
             ["bash", "-c", enter],
             env={
                 "LANG": os.environ.get("LANG", "C.UTF-8"),
-                # pivot_root lies where not everybody's PATH leads.
-                "PATH": os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin",
+                "PATH": PATH,
                 "INNER": INNER,
                 "SCRATCH": str(self._scratch),
                 "SHARE": " ".join(f"{here}:{there}" for here, there in self._share),
@@ -133,7 +134,7 @@ class Machine:
             self.pid = self._child()
             if not self.pid:
                 return subprocess.CompletedProcess(words, 1, "", "not booted yet")
-        clean = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **(env or {})}
+        clean = {"PATH": PATH, "LANG": "C.UTF-8", **(env or {})}
         inside = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "env", "-i", "--chdir=/"]
         inside += [f"{k}={v}" for k, v in clean.items()]
         return subprocess.run(
