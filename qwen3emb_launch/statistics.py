@@ -168,3 +168,12 @@ def parse_slo(text: str) -> Slo:
                 "for example --slo p95=100ms, or p50=20ms,p99=1s,errors=0.1%",
             )
     return Slo(limits, errors)
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, whole from a thousand on; `-` for unknown."""
+    if value is None:
+        return "-"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

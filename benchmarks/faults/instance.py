@@ -49,7 +49,6 @@ class Setup:
     folder: Path
     rate: float
     environ: Mapping[str, str] = field(default_factory=dict)
-    deadlines: Deadlines | None = None
     restart: RestartPolicy = PATIENT
     check: bool = True  # the smoke test before ready, of the fake engine
     judge_times: bool = True  # a machine that has other things to do is slow without being at fault
@@ -57,7 +56,7 @@ class Setup:
     @property
     def times(self) -> Deadlines:
         """The deadlines in force."""
-        return self.deadlines or QUICK[self.engine]
+        return QUICK[self.engine]
 
     @property
     def hang_seconds(self) -> float:

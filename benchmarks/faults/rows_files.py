@@ -176,7 +176,6 @@ def restarts(setup: Setup, count: int) -> Row:
 
 def _crash(instance: Instance, number: int) -> None:
     """Kill the engine and wait until its successor serves."""
-    engines = instance.record.engines
     instance.until(lambda: instance.record.engines and instance.state == "ready", "an engine to kill", 60)
     engines = instance.record.engines
     processes.send(engines[0].pid, signal.SIGKILL)

@@ -20,23 +20,19 @@ from typing import Self
 
 LOOK_EVERY = 0.05
 ABORT_PATIENCE = 1.0
+RESTART_PAUSE = 0.2
 
 
 class Service:
     """`with Service(...) as service:` runs it; leaving ends it and waits. `log` gets what it says on stderr."""
 
     def __init__(
-        self, argv: Sequence[str], environ: Mapping[str, str], log: Path, *, watchdog: float | None = None,
-        again: bool = True, restart_pause: float = 0.2,
-    ) -> None:  # fmt: skip
+        self, argv: Sequence[str], environ: Mapping[str, str], log: Path, *, watchdog: float | None = None
+    ) -> None:
         self.argv, self.log = list(argv), log
         self.watchdog = watchdog
-        self.starts: list[float] = []
         self.barked: list[float] = []  # when the watchdog had enough
-        self.status = ""
-        self.exits: list[int] = []
         self._environ = dict(environ)
-        self._again, self._pause = again, restart_pause
         self._ready = False
         self._alive_at = 0.0
         self._stopping = threading.Event()
@@ -82,7 +78,6 @@ class Service:
             self.process = subprocess.Popen(
                 self.argv, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
             )  # fmt: skip
-        self.starts.append(time.monotonic())
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -96,10 +91,9 @@ class Service:
                 self.process.kill()
                 self.process.wait()
             if self.process.poll() is not None:
-                self.exits.append(self.process.returncode)
-                if not self._again or self.process.returncode in (0, 2):
+                if self.process.returncode in (0, 2):
                     return
-                self._stopping.wait(self._pause)
+                self._stopping.wait(RESTART_PAUSE)
                 if not self._stopping.is_set():
                     self._start()
 
@@ -116,4 +110,3 @@ class Service:
             self._alive_at = time.monotonic()
         if fields.get("WATCHDOG_USEC", "").isdigit() and self.watchdog:
             self.watchdog = int(fields["WATCHDOG_USEC"]) / 1e6
-        self.status = fields.get("STATUS", self.status)

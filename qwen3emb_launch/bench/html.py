@@ -16,6 +16,7 @@ from typing import Any
 from qwen3emb_launch.bench import report
 from qwen3emb_launch.bench.histogram import LatencyHistogram
 from qwen3emb_launch.bench.record import Record, Row, rows_of
+from qwen3emb_launch.statistics import number
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -166,7 +167,7 @@ class Axis:
 
     place: Callable[[float], float]
     marks: Sequence[float]
-    text: Callable[[float], str] = report.number
+    text: Callable[[float], str] = number
 
     def labels(self) -> list[dict[str, Any]]:
         """The marks as pygal takes them."""
@@ -222,7 +223,7 @@ def _xy(
         "height": 320 + (26 * math.ceil(len(series) / 2) if named else 0),
         "width": 620,
         "margin_bottom": 44 if named else 20,
-        "value_formatter": report.number,
+        "value_formatter": number,
         "x_value_formatter": lambda x: f"{x:g}",
     }
     if y_axis:

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3emb_launch.bench.compare import Compared
 from qwen3emb_launch.bench.record import Comparison, Drift, Record, Row, rows_of
-from qwen3emb_launch.statistics import Ratio
+from qwen3emb_launch.statistics import Ratio, number
 
 LATENCIES = ("p50", "p90", "p95", "p99", "max")
 
@@ -69,15 +69,6 @@ def errors_of(row: Row) -> str:
         return "0"
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(failed.items(), key=lambda i: -i[1]))
     return f"{row.figures.error_rate:.2%} ({kinds})"
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, whole from a thousand on; `-` for unknown."""
-    if value is None:
-        return "-"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def headline(record: Record) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from qwen3emb_launch.bench.load import Batch
 from qwen3emb_launch.bench.modes import Listener
 from qwen3emb_launch.bench.record import Record, Run, rows_of
 from qwen3emb_launch.console import Console
-from qwen3emb_launch.statistics import percentile
+from qwen3emb_launch.statistics import number, percentile
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -72,8 +72,8 @@ class Shown(Listener):
         self._close()
         figures = run.figures
         self._console.say(
-            f"bench: {self._title}, {run.phase}: {report.number(figures.requests_per_s)} requests/s, "
-            f"p50 {report.number(figures.latency.p50)} ms, p95 {report.number(figures.latency.p95)} ms"
+            f"bench: {self._title}, {run.phase}: {number(figures.requests_per_s)} requests/s, "
+            f"p50 {number(figures.latency.p50)} ms, p95 {number(figures.latency.p95)} ms"
             + (f", {sum(figures.failed.values())} failed" if figures.failed else "")
         )
 

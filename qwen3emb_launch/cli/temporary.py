@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qwen3emb_launch.engine_process.guard import die_with_parent
+from qwen3emb_launch.engine_process.guard import following
 from qwen3emb_launch.errors import EngineFailedError, Exit, InvalidInputError, LaunchError, NetworkError, UnfitError
 
 END_WITHIN = 60.0  # seconds; the supervisor's own deadlines are shorter
@@ -45,7 +45,7 @@ def serving(
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         env={**os.environ, **(environ or {})},
-        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+        preexec_fn=following(signal.SIGTERM),
     )
     try:
         yield _answer(process, words, within)

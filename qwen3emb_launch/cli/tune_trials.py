@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.errors import EngineFailedError
-from qwen3emb_launch.tune.objective import Objective
+from qwen3emb_launch.tune.objective import WRONG, Objective
 from qwen3emb_launch.tune.trials import Measurement, Moves, Proof
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ MEMORY_BACK_WITHIN = 15.0  # seconds from an engine's end until the driver has g
 MEMORY_NOISE = 256 << 20
 SHORTEST = 3.0  # seconds that an answer is awaited, however little is left
 ANSWERED = 0.9  # share of the arrivals of an open loop that must be answered while it lasts
-WRONG = 0.01  # share of failures that no load may have
 
 
 @dataclass

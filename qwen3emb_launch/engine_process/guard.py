@@ -29,6 +29,7 @@ import select
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
@@ -81,6 +82,17 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
     """
     _prctl(PR_SET_PDEATHSIG, number)
     return parent is None or os.getppid() == parent
+
+
+def following(number: int) -> Callable[[], None]:
+    """For `preexec_fn`: the child gets the signal when this process ends, and none begins after it has."""
+    parent = os.getpid()
+
+    def follow() -> None:
+        if not die_with_parent(number, parent):
+            os._exit(1)
+
+    return follow
 
 
 def _prctl(option: int, value: int) -> None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qwen3emb_launch.engine_process.guard import die_with_parent
+from qwen3emb_launch.engine_process.guard import following
 from qwen3emb_launch.errors import UnfitError
 
 _IDLE = 2.0  # seconds without a line
@@ -42,12 +42,6 @@ def run(
     `engine_timeout` when the deadline passes, `engine_python` when the command cannot be started. On Ctrl-C the child
     is stopped before KeyboardInterrupt goes on.
     """
-    parent = os.getpid()
-
-    def follow_parent() -> None:
-        if not die_with_parent(signal.SIGTERM, parent):
-            os._exit(1)
-
     try:
         process = subprocess.Popen(
             [str(word) for word in argv],
@@ -57,7 +51,7 @@ def run(
             stderr=subprocess.STDOUT,
             pass_fds=hold,
             start_new_session=True,  # Ctrl-C reaches it through us, once
-            preexec_fn=follow_parent,
+            preexec_fn=following(signal.SIGTERM),
         )
     except OSError as exc:
         raise UnfitError(

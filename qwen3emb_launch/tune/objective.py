@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qwen3emb_launch.cost import Costs, Load, cost
@@ -11,6 +11,8 @@ from qwen3emb_launch.statistics import Slo
 from qwen3emb_launch.tune.trials import Measurement, Trial
 
 DEFAULT_PERCENTILE = 95.0
+
+WRONG = 0.01  # share of failures that no load may have
 
 
 class Goal(StrEnum):
@@ -79,14 +81,7 @@ class Objective:
         """Cost of a million tokens when busy all day, None without prices or a token count."""
         if not self.costs or not measured.tokens_per_s or not measured.requests_per_s:
             return None
-        costs = Costs(
-            currency=self.costs.currency,
-            hardware_price=self.costs.hardware_price,
-            years=self.costs.years,
-            gpu_hour=self.costs.gpu_hour,
-            electricity=self.costs.electricity,
-            watts=measured.watts,
-        )
+        costs = replace(self.costs, watts=measured.watts)
         load = Load(
             capacity=measured.requests_per_s,
             utilisation=1.0,
@@ -110,5 +105,5 @@ class Objective:
         limit = self.slo.strictest if self.slo else None
         seen = measured.objective_ms
         over = seen / 1000 / limit if limit and seen is not None else 1.0
-        wrong = measured.error_rate > (self.slo.errors if self.slo and self.slo.errors is not None else 0.01)
+        wrong = measured.error_rate > (self.slo.errors if self.slo and self.slo.errors is not None else WRONG)
         return over + (1e6 if wrong or not measured.requests_per_s else 0.0)

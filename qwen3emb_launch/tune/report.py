@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3emb_launch.results import plain
-from qwen3emb_launch.statistics import Ratio
+from qwen3emb_launch.statistics import Ratio, number
 from qwen3emb_launch.tune.contest import Verdict, words
 from qwen3emb_launch.tune.objective import Goal, Objective
 from qwen3emb_launch.tune.trials import Measurement, Moves, Status, Trial, label
@@ -182,10 +182,3 @@ def final_columns(objective: Objective) -> tuple[str, ...]:
 def load_words(level: float, open_loop: bool) -> str:
     """`16 clients`, `1 client`, or `120 requests/s`."""
     return f"{level:g} " + ("requests/s" if open_loop else "client" if level == 1 else "clients")
-
-
-def number(value: float | None) -> str:
-    """Three significant digits, whole from a thousand on; `-` for unknown."""
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -19,7 +19,7 @@ FINALISTS = 2  # beside the baseline
 COMBINATIONS = 3
 HARMLESS = 0.95  # a setting that by itself scored less is not added to the best
 # Share of the measured time (`--duration`) that one load of a stage gets.
-SHARE = {Stage.BASELINE: 0.25, Stage.MOVE: 0.25, Stage.COMBINATION: 0.5, Stage.REFINEMENT: 0.5, Stage.FINAL: 1.0}
+SHARE = {Stage.BASELINE: 0.25, Stage.MOVE: 0.25, Stage.COMBINATION: 0.5, Stage.REFINEMENT: 0.5}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ class Stage(StrEnum):
     MOVE = "move"  # one setting changed
     COMBINATION = "combination"  # several that each were better alone
     REFINEMENT = "refinement"  # one setting more or less than the best
-    FINAL = "final"  # in turns with the baseline
 
 
 class Status(StrEnum):

@@ -36,8 +36,8 @@ class Measured:
     over_baseline: float | None = None
 
 
-def check_target(path: Path, *, resume: bool = False) -> str:
-    """The name that a profile in this file has. On --resume, one that `tune` wrote may be written again.
+def check_target(path: Path, *, resume: bool = False) -> None:
+    """Refuse a file that cannot hold a new profile. On --resume, one that `tune` wrote may be written again.
 
     Raises InvalidInputError `bad_profile_name`, `profile_exists`.
     """
@@ -53,7 +53,6 @@ def check_target(path: Path, *, resume: bool = False) -> str:
         )
     if path.exists() and not (resume and path.read_bytes().startswith(SIGNATURE.encode())):
         raise InvalidInputError("profile_exists", f"{path} is there already", f"another --out, or: rm {path}")
-    return path.stem
 
 
 def profile_text(
