@@ -82,7 +82,19 @@ def free_port() -> int:
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def environment_as_it_was() -> Iterator[None]:
+    """A command that runs in this process may set variables (`systemd install --system` does); the next test sees none."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def own_folders(
+    environment_as_it_was: None, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """No test sees the user's state, config, tokens or proxies. The data folder (engine environments) is shared."""
     home = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("QWEN3EMB_STATE_DIR", str(home / "state"))

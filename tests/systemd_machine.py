@@ -48,6 +48,8 @@ for UNIT in networkd.service networkd.socket network-generator.service journald-
 done
 mount -t tmpfs tmpfs "$R/lib/systemd/system-generators"
 rm -rf "$R"/etc/systemd/system/*.wants
+# An earlier installation on this machine is not the test's.
+rm -rf "$R/var/lib/qwen3emb" "$R/var/cache/qwen3emb"
 echo uninitialized > "$R/etc/machine-id"
 printf '[Unit]\\nRequires=basic.target\\nAfter=basic.target\\nWants=systemd-journald.service\\nAllowIsolate=yes\\n' \\
     > "$R/etc/systemd/system/test.target"

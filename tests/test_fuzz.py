@@ -13,6 +13,12 @@ DEEP = b"[" * 100_000
 MUTATION = st.tuples(st.integers(0, 1 << 16), st.integers(0, 64), st.binary(max_size=12))
 
 
+@pytest.fixture(autouse=True)
+def no_engine_of_the_users(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One target writes an engine environment's record, which lies in the data folder that tests share."""
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(own_folders / "data"))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=200), mutations=st.lists(MUTATION, max_size=6), which=st.integers(0, 3))
