@@ -83,7 +83,7 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """A command that runs in this process may set variables (`systemd install --system` does); the next test sees none."""
+    """A command run in this process may set variables (`systemd install --system` does); the next test sees none."""
     before = dict(os.environ)
     yield
     for name in os.environ.keys() - before.keys():
