@@ -80,8 +80,10 @@ def _post(connection: http.client.HTTPConnection, target: Target, text: str, dea
     if target.key:
         headers["authorization"] = f"Bearer {target.key}"
     body = json.dumps({"model": target.model, "input": text, "encoding_format": "float"})
-    connection.request("POST", "/v1/embeddings", body, headers)
+    connection.connect()
     sock = connection.sock
+    sock.settimeout(max(0.001, deadline - time.monotonic()))
+    connection.request("POST", "/v1/embeddings", body, headers)
     response = connection.getresponse()
     parts, size = [], 0
     while size < ANSWER_LIMIT:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from qwen3emb_launch.engine_process.strain import Strain
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.probe import Answer
 
@@ -54,11 +55,13 @@ class EngineStuck:
 
 @dataclass(frozen=True)
 class Probed:
-    """A probe's answer. `progress`: the engine worked on other requests meanwhile (its log shows batches)."""
+    """A probe's answer. `progress`: the engine worked on other requests meanwhile (its log shows batches); `strain` is
+    what the machine kept from it, where there was no answer."""
 
     start: int
     answer: Answer
     progress: bool = False
+    strain: Strain | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ A first start that fails ends the instance: nothing about it would be better the
 An engine that was ready once is started again, with growing pauses, until the restart policy's limit.
 
 Liveness is one real embedding. Slow is not dead: behind a long queue the probe waits like everyone else. It counts as a
-failure only when the engine's log shows no batch and no answer since the probe was sent. An answer that is wrong, or
+failure only when the engine's log shows no batch and no answer since the probe was sent, and when the engine had the
+machine's time and memory (`starvation`; at most EXCUSES such probes in a row are excused). An answer that is wrong, or
 a connection refused, counts always. `probe_failures` in a row are death.
 """
 
@@ -46,6 +47,7 @@ from qwen3emb_launch.up.events import (
     Terminate,
     Tick,
 )
+from qwen3emb_launch.up.starvation import EXCUSES, starved
 
 READY_PROBE_EVERY = 0.05  # seconds between two questions to an engine that does not listen yet
 READY_PROBE_TIMEOUT = 30.0  # the first embeddings may compile kernels
@@ -87,6 +89,7 @@ class Unit:
         self.fault: Fault | None = None
         self.restarts: list[float] = []  # when, as far back as the policy's window
         self.restart_count = 0
+        self.alive = False  # whether the last probe spoke for it: an answer, work seen, or an excuse
         self._deadlines = deadlines
         self._restart = restart
         self._check = check
@@ -94,6 +97,7 @@ class Unit:
         self._was_ready = proven
         self._stopping = False
         self._failures = 0
+        self._excused = 0  # probes in a row that the machine kept from being answered
         self._probing = False
         self._due: float | None = None  # when the phase's next own step is due
         self._deadline: float | None = None  # when the phase has lasted too long
@@ -138,7 +142,8 @@ class Unit:
     def _spawn(self, now: float) -> list[Action]:
         self.start += 1
         self.pid = None
-        self._failures = 0
+        self.alive = False
+        self._failures = self._excused = 0
         self._probing = False
         self._last_answer = ""
         self.fault = None
@@ -167,6 +172,7 @@ class Unit:
         if not self._probing:
             return []
         self._probing = False
+        self.alive = event.answer.ok
         if self.phase is Phase.WAITING:
             return self._probed_while_starting(event, now)
         if self.phase is Phase.SERVING:
@@ -210,19 +216,32 @@ class Unit:
         answer = event.answer
         self._due = now + self._deadlines.probe_every
         if answer.ok:
-            self._failures = 0
+            self._failures = self._excused = 0
             if self.state is State.DEGRADED:
                 return [self._move(State.READY, f"{self._proof} again")]
             return []
         if answer.verdict is Verdict.SLOW and event.progress:
+            self.alive = True
             return [Note(f"busy: {answer.detail} to a probe, but the engine works on")]
+        why = starved(event.strain) if answer.verdict is Verdict.SLOW else ""
+        if why and self._excused < EXCUSES:
+            return self._excuse(f"{answer.detail}, and none counted: {why}")
         self._failures += 1
         if self._failures >= self._deadlines.probe_failures:
-            return self._give_up(Fault(Cause.LIVENESS, f"{self._failures} probes failed: {answer.detail}"), now)
+            excused = f" ({self._excused} excused before)" if self._excused else ""
+            reason = f"{self._failures} probes failed{excused}: {answer.detail}"
+            return self._give_up(Fault(Cause.LIVENESS, reason), now)
         self._due = now + min(RETRY_PROBE_AFTER, self._deadlines.probe_every)
         if self.state is State.READY:
             return [self._move(State.DEGRADED, answer.detail)]
         return []
+
+    def _excuse(self, reason: str) -> list[Action]:
+        """No answer, and the machine is why: not the engine's fault, and still nothing that users would call ready."""
+        self._excused += 1
+        self.alive = True
+        text = f"the machine is starved ({self._excused} of {EXCUSES}): {reason}"
+        return [self._move(State.DEGRADED, text)] if self.state is State.READY else [Note(text)]
 
     # ---- dying ----------------------------------------------------------------------------------------------------
 

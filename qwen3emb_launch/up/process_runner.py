@@ -20,8 +20,9 @@ from qwen3emb_launch.engine_process import (
 )
 from qwen3emb_launch.engine_process.log_tail import LogTail
 from qwen3emb_launch.engine_process.process import sweep
+from qwen3emb_launch.engine_process.strain import Watch
 from qwen3emb_launch.errors import LaunchError
-from qwen3emb_launch.probe import Answer
+from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.state import Claim
 from qwen3emb_launch.up.diagnosis import ending
 from qwen3emb_launch.up.events import (
@@ -152,11 +153,14 @@ class ProcessRunner:
     def _probe(self, action: Probe) -> None:
         question = self.ask(action.timeout)
         log = self.log
+        root = self._process.guard_pid if self._process else None
 
         def ask() -> None:
             tail = LogTail(log, from_end=True) if log else None
+            watch = Watch(root, action.timeout) if root else None
             answer = question()
+            strain = watch.end(slow=answer.verdict is Verdict.SLOW) if watch else None
             progress = tail is not None and not answer.ok and any(map(works, tail.poll()))
-            self._tell(Probed(action.start, answer, progress))
+            self._tell(Probed(action.start, answer, progress, strain))
 
         threading.Thread(target=ask, name="probe", daemon=True).start()

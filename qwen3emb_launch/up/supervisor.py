@@ -194,11 +194,11 @@ class Supervisor:
         return Outcome(self.record.state, self.record.ready_at is not None, stopped_by, self._error)
 
     def _shows_life(self, message: Message | None) -> bool:
-        """Whether an engine embedded, or worked on other requests while a probe waited, with a gateway before it."""
+        """Whether a probe spoke for an engine (see `Unit.alive`), with a gateway before it."""
         if not isinstance(message, tuple) or message[0] not in self.engines:
             return False
         member, event = message
-        alive = isinstance(event, Probed) and event.start == member.unit.start and (event.answer.ok or event.progress)
+        alive = isinstance(event, Probed) and event.start == member.unit.start and member.unit.alive
         return alive and (self.gateway is None or self.gateway.unit.state in SERVING)
 
     def _next_message(self) -> Message | None:
