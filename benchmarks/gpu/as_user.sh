@@ -20,10 +20,10 @@ status=0
 
 # run FILE LINES COMMAND...: the output into OUT_DIR/FILE, its last lines and its time shown, a failure remembered.
 run() {
-  local file=$1 lines=$2 start=$EPOCHREALTIME code=0
+  local file=$1 lines=$2 start=${EPOCHREALTIME/[.,]/} code=0
   shift 2
   "${emb[@]}" "$@" >"$out/$file" 2>&1 || code=$?
-  printf -- '-- exit %s after %.1f s: %s\n' "$code" "$(bc <<<"$EPOCHREALTIME - $start")" "qwen3emb $*" | tee -a "$out/times.txt"
+  printf -- '-- exit %s after %s ms: %s\n' "$code" $(((${EPOCHREALTIME/[.,]/} - start) / 1000)) "qwen3emb $*" | tee -a "$out/times.txt"
   tail -n "$lines" "$out/$file"
   ((code == 0)) || status=1
 }
