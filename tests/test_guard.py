@@ -176,6 +176,23 @@ def test_signals_to_the_guard_change_nothing(tmp_path: Path) -> None:
     assert all(map(gone, pids))
 
 
+def test_descriptors_are_handed_down(tmp_path: Path) -> None:
+    """A descriptor that the engine is to have is open there under its number, and the guard itself keeps none: what it
+    stands for ends when its users do."""
+    ours, theirs = os.pipe()
+    pipe = Path(f"/proc/self/fd/{theirs}").readlink()
+    script = f"import os, time; os.write({theirs}, b'x'); time.sleep(60)"
+    engine = Engine(tmp_path, sys.executable, "-c", script, fds=(theirs,))
+    os.close(theirs)
+    assert os.read(ours, 1) == b"x"
+    held = Path(f"/proc/{engine.process.guard_pid}/fd")
+    assert pipe not in [fd.readlink() for fd in held.iterdir()]
+    engine.process.kill()
+    engine.end()
+    assert os.read(ours, 1) == b""
+    os.close(ours)
+
+
 def test_missing_executable_is_reported(tmp_path: Path) -> None:
     """An engine that cannot even be executed says why, and the guard ends."""
     engine = Engine(tmp_path, "/no/such/python")

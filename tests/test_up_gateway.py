@@ -109,7 +109,8 @@ def test_engine_killed_under_load_costs_no_request() -> None:
 
 
 def test_hung_gateway_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGSTOP to the gateway: noticed by its silence, killed and started again, the engine untouched."""
+    """SIGSTOP to the gateway: noticed by its silence, killed and started again, the engine untouched. Who connects
+    meanwhile waits for the next one: the address is the supervisor's."""
     monkeypatch.setattr(gateway_runner, "PROBE", 0.3)
     monkeypatch.setattr(gateway_runner, "PROBE_EVERY", 0.1)
     plan = gateway_plan()
@@ -117,10 +118,30 @@ def test_hung_gateway_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         run.reach(State.READY)
         engine, gateway = run.engine_pid, run.gateway_pid
         os.kill(gateway, signal.SIGSTOP)
-        until(lambda: gone(gateway), "the end of the hung gateway")
-        run.reach(State.READY, 2)
-        assert load(plan).ask("again")
+        with load(plan) as clients:
+            until(lambda: gone(gateway), "the end of the hung gateway")
+            run.reach(State.READY, 2)
+            clients.goes_on()
+        assert (clients.failed, clients.wrong) == (0, 0), clients.last_error
         assert run.engine_pid == engine
+
+
+def test_address_of_a_killed_gateway_stays_open() -> None:
+    """While the gateway is down connections are taken, and answered by its successor; after the end they are
+    refused."""
+    plan = gateway_plan()
+    with Supervised(plan) as run:
+        run.reach(State.READY)
+        gateway = run.gateway_pid
+        os.kill(gateway, signal.SIGSTOP)  # it accepts nothing between here and its death
+        with socket.create_connection(("127.0.0.1", plan.port), timeout=60) as early:
+            early.sendall(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+            os.kill(gateway, signal.SIGKILL)
+            until(lambda: gone(gateway), "the end of the gateway")
+            with socket.create_connection(("127.0.0.1", plan.port), timeout=60):
+                assert early.recv(12) == b"HTTP/1.1 200"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", plan.port), timeout=5)
 
 
 def test_several_workers_all_know_the_engines() -> None:

@@ -13,7 +13,8 @@ ROTATE_KEEP = 2  # older pieces kept beside the current one: 96 MiB a start at m
 
 @dataclass(frozen=True)
 class EngineCommand:
-    """One engine start. `argv[0]` is a path; `env` is the whole environment; `secrets` never reach the log."""
+    """One engine start. `argv[0]` is a path; `env` is the whole environment; `secrets` never reach the log; `fds` are
+    descriptors of this process that the engine gets under the same numbers."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -22,6 +23,7 @@ class EngineCommand:
     secrets: tuple[str, ...] = ()
     rotate_bytes: int = ROTATE_BYTES
     rotate_keep: int = ROTATE_KEEP
+    fds: tuple[int, ...] = ()
 
     def order(self) -> dict[str, Any]:
         """The guard's first line of input."""
@@ -33,4 +35,5 @@ class EngineCommand:
             "secrets": list(self.secrets),
             "rotate_bytes": self.rotate_bytes,
             "rotate_keep": self.rotate_keep,
+            "fds": list(self.fds),
         }

@@ -4,7 +4,8 @@ Run as `python -I -S guard.py`, standard library only (under 12 MB). It starts t
 adopts every descendant that loses its parent (PR_SET_CHILD_SUBREAPER), copies the engine's output into a rotated log
 file with secrets blanked, and obeys its standard input:
 
-    first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets
+    first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, fds (it has them open,
+                       and the engine gets them)
     {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
@@ -237,8 +238,8 @@ class Guard:
         self.engine = os.fork()
         if self.engine == 0:
             _become_engine(order, me, engine_end, failing)
-        os.close(engine_end)
-        os.close(failing)
+        for fd in (engine_end, failing, *order["fds"]):
+            os.close(fd)
         os.set_blocking(output, False)
         self.output = output
         error = os.read(failed, 4096)

@@ -37,6 +37,7 @@ class EngineProcess:
                 start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
                 cwd="/",
                 env={},
+                pass_fds=command.fds,
             )
         except OSError as error:
             raise UnfitError(

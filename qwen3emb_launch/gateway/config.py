@@ -34,6 +34,8 @@ class GatewayConfig:
     `models` are the names clients may use (aliases are built on them); `upstream_model` is the engine's own name for
     it, asked from the engine when empty. `fingerprint` says what made the vectors: a cache on disk that was written
     under another one is dropped. `context_length` as the engine has it: the longest input is one token less.
+    `listen_fds` are descriptors that it was started with, sockets that listen on `host` and `port` already, as many for
+    each worker: whoever holds them too can start it again without a refused connection.
     """
 
     upstreams: tuple[UpstreamConfig, ...] = ()
@@ -72,6 +74,7 @@ class GatewayConfig:
     max_items: int = 2_048
     max_body: int = 32 << 20
     connections: int = 4_096
+    listen_fds: tuple[int, ...] = ()
     admin_socket: str = ""
     admin_port: int | None = None
     access_log: str = ""
@@ -111,6 +114,8 @@ def from_dict(data: Mapping[str, Any]) -> GatewayConfig:
             raise _bad(f"unknown setting {key!r}" + (f", did you mean {guess!r}?" if guess else ""))
         if key == "upstreams":
             values[key] = tuple(_upstream(u) for u in _list(key, value))
+        elif key == "listen_fds":
+            values[key] = tuple(_typed(key, v, int) for v in _list(key, value))
         elif key in ("models", "cors_origins", "allow_hosts"):
             values[key] = tuple(_typed(key, v, str) for v in _list(key, value))
         else:
@@ -176,6 +181,8 @@ def check(config: GatewayConfig) -> None:
     for model in config.models:
         if ":" in model or not model.strip():
             raise _bad(f"model name {model!r}: a colon separates the task from it, so it cannot hold one")
+    if len(config.listen_fds) % config.workers:
+        raise _bad(f"{len(config.listen_fds)} sockets cannot be dealt out evenly to {config.workers} workers")
     if config.workers > 1 and config.port == 0:
         raise _bad("several workers share a port by its number: give one")
     has_keys = bool(config.keys_file or os.environ.get(KEYS_VARIABLE))

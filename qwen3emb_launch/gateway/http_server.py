@@ -8,7 +8,7 @@ headers and body, time-outs for slow senders and slow readers, bounds on connect
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 
 from qwen3emb_launch.gateway.http_connection import HttpConnection
 from qwen3emb_launch.gateway.http_messages import Handler, HttpLimits, Request
+from qwen3emb_launch.listening import BACKLOG
 
 if TYPE_CHECKING:
+    from socket import socket
     from ssl import SSLContext
 
 TLS_TIMEOUT = 10.0  # seconds a client may take for its handshake
@@ -41,22 +43,24 @@ class HttpServer:
     _servers: list[asyncio.Server] = field(default_factory=list)
     _sweeper: asyncio.Task[None] | None = None
 
-    async def listen(
-        self, host: str, port: int, *, tls: SSLContext | None = None, reuse_port: bool = False, backlog: int = 2048
-    ) -> int:
+    async def listen(self, host: str, port: int, *, tls: SSLContext | None = None) -> int:
         """Listen on a TCP address; the port, which the system chose if 0 was given. Raises OSError."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(
-            lambda: HttpConnection(self),
-            host,
-            port,
-            ssl=tls,
-            reuse_port=reuse_port or None,
-            backlog=backlog,
-            ssl_handshake_timeout=TLS_TIMEOUT if tls else None,
+        handshake = TLS_TIMEOUT if tls else None
+        server = await asyncio.get_running_loop().create_server(
+            lambda: HttpConnection(self), host, port, ssl=tls, backlog=BACKLOG, ssl_handshake_timeout=handshake
         )
         self._started(server)
         return int(server.sockets[0].getsockname()[1])
+
+    async def listen_on(self, sockets: Sequence[socket], *, tls: SSLContext | None = None) -> int:
+        """Accept from sockets that somebody made; their port. Raises OSError."""
+        handshake = TLS_TIMEOUT if tls else None
+        for one in sockets:
+            server = await asyncio.get_running_loop().create_server(
+                lambda: HttpConnection(self), sock=one, ssl=tls, backlog=BACKLOG, ssl_handshake_timeout=handshake
+            )
+            self._started(server)
+        return int(sockets[0].getsockname()[1])
 
     async def listen_unix(self, path: str) -> None:
         """Listen on a Unix socket; its folder decides who may call."""

@@ -1,9 +1,10 @@
 """The gateway as a process: one worker in this process, or several beside each other on one port.
 
-Several workers listen on the same port (SO_REUSEPORT, the kernel deals connections out). Each has its own batcher and
-its share of the memory; what they share is the cache on disk. Through their admin sockets they gather each other's
-numbers for /metrics and /ui, and pass on what is changed in one of them. A worker that dies is started again and takes
-over what the others were told; the parent's death ends them all.
+Several workers listen on the same port (SO_REUSEPORT, the kernel deals connections out), each on a socket that the
+parent holds as well: connections to a worker that died wait for its successor. Each has its own batcher and its share
+of the memory; what they share is the cache on disk. Through their admin sockets they gather each other's numbers for
+/metrics and /ui, and pass on what is changed in one of them. A worker that dies is started again and takes over what
+the others were told; the parent's death ends them all.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
@@ -27,7 +29,8 @@ from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import EngineFailedError, LaunchError
 from qwen3emb_launch.gateway.config import GatewayConfig
 from qwen3emb_launch.gateway.peers import Peers
-from qwen3emb_launch.gateway.service import Service
+from qwen3emb_launch.gateway.service import Service, cannot_listen
+from qwen3emb_launch.listening import listen, part
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +44,18 @@ Listening = Callable[[Mapping[str, Any]], None]
 def run(config: GatewayConfig, listening: Listening = lambda _: None) -> None:
     """Serve until SIGTERM or SIGINT. `listening` is called once clients can connect, with host, port and pid."""
     if config.workers == 1:
-        _loop(Service(config), lambda service: listening(_where(config, service)))
+        service = Service(config, sockets=_given(config))
+        _loop(service, lambda service: listening(_where(config, service)))
     else:
         Workers(config, listening).run()
+
+
+def _given(config: GatewayConfig) -> list[socket.socket]:
+    """The sockets that this process was started with. Raises UnfitError for a descriptor that is none."""
+    try:
+        return [socket.socket(fileno=fd) for fd in config.listen_fds]
+    except OSError as error:
+        raise cannot_listen(config, error) from error
 
 
 def _where(config: GatewayConfig, service: Service) -> dict[str, Any]:
@@ -75,11 +87,12 @@ class Workers:
 
     def __init__(self, config: GatewayConfig, listening: Listening) -> None:
         self._folder = None if config.admin_socket else tempfile.TemporaryDirectory(prefix="qwen3emb-gateway-")
-        socket = config.admin_socket or str(Path(self._folder.name if self._folder else "") / "admin.sock")
-        self._config = dataclasses.replace(config, admin_socket=socket)
+        admin = config.admin_socket or str(Path(self._folder.name if self._folder else "") / "admin.sock")
+        self._config = dataclasses.replace(config, admin_socket=admin)
         self._listening = listening
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[int, SpawnProcess] = {}
+        self._sockets: list[socket.socket] = []
         self._stopping = False
 
     def run(self) -> None:
@@ -88,6 +101,7 @@ class Workers:
             signal.signal(name, self._stop)
         signal.signal(signal.SIGHUP, self._pass_on)
         Service(self._config)  # a configuration that cannot work is found here, once, not in every worker
+        self._sockets = _given(self._config) or self._listen()
         reader, writer = self._context.Pipe(duplex=False)
         try:
             for number in range(self._config.workers):
@@ -97,8 +111,16 @@ class Workers:
         finally:
             self._end()
 
+    def _listen(self) -> list[socket.socket]:
+        try:
+            return listen(self._config.host, self._config.port, self._config.workers)
+        except OSError as error:
+            raise cannot_listen(self._config, error) from error
+
     def _start(self, number: int, writer: Any) -> None:
-        process = self._context.Process(target=_worker, args=(self._config, number, writer, os.getpid()), daemon=False)
+        own = part(self._sockets, number, self._config.workers)
+        arguments = (self._config, number, writer, os.getpid(), own)
+        process = self._context.Process(target=_worker, args=arguments, daemon=False)
         process.start()
         self._processes[number] = process
 
@@ -137,6 +159,8 @@ class Workers:
                 os.kill(process.pid, number)
 
     def _end(self) -> None:
+        for one in self._sockets:
+            one.close()
         self._pass_on(signal.SIGTERM, None)
         deadline = time.monotonic() + self._config.drain + 5
         for process in self._processes.values():
@@ -148,7 +172,7 @@ class Workers:
             self._folder.cleanup()
 
 
-def _worker(config: GatewayConfig, number: int, writer: Any, parent: int) -> None:
+def _worker(config: GatewayConfig, number: int, writer: Any, parent: int, sockets: Sequence[socket.socket]) -> None:
     """One child. Dies with its parent, whatever way that dies."""
     if not die_with_parent(signal.SIGTERM, parent):
         return
@@ -156,7 +180,7 @@ def _worker(config: GatewayConfig, number: int, writer: Any, parent: int) -> Non
     own = dataclasses.replace(config, admin_socket=worker_socket(config.admin_socket, number))
     try:
         others = [worker_socket(config.admin_socket, n) for n in range(config.workers) if n != number]
-        service = Service(own, number, Peers(others))
+        service = Service(own, number, Peers(others), sockets=sockets)
         _loop(service, lambda s: writer.send(_where(config, s)))
     except LaunchError as error:
         writer.send(error)

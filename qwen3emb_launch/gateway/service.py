@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 import logging
 import os
 import signal
+import socket
 import ssl
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -40,13 +42,29 @@ WATCH_EVERY = 1.0  # seconds between looks at the tasks and keys files
 OWN_FDS = 256  # file descriptors beside the clients' connections
 
 
+def cannot_listen(config: GatewayConfig, error: OSError) -> UnfitError:
+    """The error for an address that cannot be had."""
+    return UnfitError(
+        "port_in_use" if error.errno == errno.EADDRINUSE else "cannot_listen",
+        f"cannot listen on {config.host}:{config.port}: {error.strerror or error}",
+        "another --port, or stop what holds it (ss -ltnp shows it)",
+    )
+
+
 class Service:
     """Everything of one worker process."""
 
     def __init__(
-        self, config: GatewayConfig, number: int = 0, peers: Peers | None = None, tracing: Tracing | None = None
+        self,
+        config: GatewayConfig,
+        number: int = 0,
+        peers: Peers | None = None,
+        tracing: Tracing | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
+        """`sockets` are to be served instead of the configured address: they listen there already."""
         self.config = config
+        self._sockets = sockets
         self.number = number
         self.peers = peers or Peers()
         self.metrics = Metrics()
@@ -110,15 +128,14 @@ class Service:
         config = self.config
         _raise_fd_limit(config.connections + OWN_FDS)
         try:
-            self.port = await self.server.listen(config.host, config.port, tls=self._tls, reuse_port=config.workers > 1)
+            if self._sockets:
+                self.port = await self.server.listen_on(self._sockets, tls=self._tls)
+            else:
+                self.port = await self.server.listen(config.host, config.port, tls=self._tls)
             if config.admin_port is not None and self.number == 0:
                 self.admin_port = await self.operators.listen("127.0.0.1", config.admin_port)
         except OSError as exc:
-            raise UnfitError(
-                "port_in_use" if exc.errno == 98 else "cannot_listen",
-                f"cannot listen on {config.host}:{config.port}: {exc.strerror or exc}",
-                "another --port, or stop what holds it (ss -ltnp shows it)",
-            ) from exc
+            raise cannot_listen(config, exc) from exc
         for upstream in config.upstreams:
             self.add_upstream(upstream)
         self._chain_on_change()

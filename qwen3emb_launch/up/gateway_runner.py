@@ -1,10 +1,15 @@
-"""The gateway's effects: its command with the engines of the moment, its probes over its admin socket."""
+"""The gateway's effects: its command with the engines of the moment, its probes over its admin socket.
+
+The socket that users connect to is the supervisor's, and handed down: while the gateway restarts, or hangs until it is
+replaced, connections wait in it, and the next gateway answers them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +18,14 @@ from typing import Any, Protocol
 
 from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.log_tail import last_lines
+from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import Exit, LaunchError, UnfitError
 from qwen3emb_launch.facts import Deadlines, RestartPolicy
+from qwen3emb_launch.listening import listen
 from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.detached import error_from
-from qwen3emb_launch.up.events import Event
+from qwen3emb_launch.up.events import Event, Kill, Probe, Spawn, Terminate
 from qwen3emb_launch.up.process_runner import ProcessRunner
 from qwen3emb_launch.up.runner import Door
 from qwen3emb_launch.up.sockets import short_path
@@ -89,6 +96,7 @@ class GatewayRunner(ProcessRunner):
         self.spec = spec
         self._upstreams = upstreams
         self.refused: dict[str, str] = {}  # engines that it gives no traffic, as it said last: URL -> reason
+        self._sockets: list[socket.socket] = []
         self._own_key = secrets.token_hex(24) if spec.secured else None
 
     @property
@@ -106,19 +114,44 @@ class GatewayRunner(ProcessRunner):
         """The 0600 file that it reads."""
         return self._claim.folder / CONFIG
 
+    def act(self, action: Spawn | Probe | Terminate | Kill) -> None:
+        """A gateway that is to drain takes nothing new, so nobody else may keep its address open."""
+        if isinstance(action, Terminate):
+            self._close_sockets()
+        super().act(action)
+
+    def _close_sockets(self) -> None:
+        for one in self._sockets:
+            one.close()
+        self._sockets = []
+
+    def _listen(self) -> list[socket.socket]:
+        """The address that users call, taken at the first start. Raises as `check_free`, UnfitError `cannot_listen`."""
+        host, port = str(self.spec.settings["host"]), int(self.spec.settings["port"])
+        check_free(host, port)
+        try:
+            return listen(host, port, self.spec.workers)
+        except OSError as error:
+            raise UnfitError(
+                "cannot_listen", f"cannot listen on {host}:{port}: {error.strerror or error}", "qwen3emb up --port N"
+            ) from error
+
     def close(self) -> None:
         """No key and no socket stays."""
+        self._close_sockets()
         self.config.unlink(missing_ok=True)
         for name in self.spec.sockets:
             (self._claim.folder / name).unlink(missing_ok=True)
 
     def command(self, log: Path) -> EngineCommand:
         """Its settings with the engines of this moment. The admin socket's path is relative: it may be too long."""
+        self._sockets = self._sockets or self._listen()
         upstreams = self._upstreams()
         settings = {
             **self.spec.settings,
             "upstreams": [{"url": url, "api_key": key} for url, key in upstreams.items()],
             "admin_socket": SOCKET,
+            "listen_fds": [one.fileno() for one in self._sockets],
         }
         try:
             write_private(self.config, json.dumps(settings))
@@ -137,6 +170,7 @@ class GatewayRunner(ProcessRunner):
             log=log,
             cwd=self._claim.folder,
             secrets=tuple(filter(None, keys)),
+            fds=tuple(one.fileno() for one in self._sockets),
         )
 
     def ask(self, timeout: float) -> Callable[[], Answer]:
