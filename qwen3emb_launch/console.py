@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 Human = Callable[["Console"], None]
 
+# How a cell that is one of these words looks. Colour repeats what the word says, and says nothing by itself.
+STYLES = {
+    **dict.fromkeys(("PASS", "ok", "ready"), "green"),
+    **dict.fromkeys(("FAIL", "fail", "failed"), "bold red"),
+    **dict.fromkeys(("WARN", "warn", "degraded", "starting", "restarting", "stopping"), "yellow"),
+    **dict.fromkeys(("SKIP", "-"), "dim"),
+}
+
 
 class Console:
     """Prints for one command. `json` is the user's `--json`."""
@@ -117,7 +125,7 @@ class Console:
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
-            table.add_row(*(Text(_cell(c)) for c in row))
+            table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in map(_cell, row)))
         self.out.print(table)
 
     def fields(self, pairs: Iterable[tuple[str, Any]]) -> None:
