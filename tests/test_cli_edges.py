@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import typer
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.app import COMMANDS, build, run
 from qwen3emb_launch.cli.program_help import first_sentence
+from qwen3emb_launch.console import Console
 
 PROGRAM = f"{sys.executable} -m qwen3emb_launch"
 
@@ -155,3 +157,25 @@ def test_ctrl_c_between_up_and_its_supervisor_waits() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (130, "interrupted"), done.stderr
+
+
+def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict's cell has its colour beside its word, other cells none; NO_COLOR leaves the word."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown() -> str:
+        monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+        Console("verify").table(["verdict", "seen"], [["PASS", "PASS 3"], ["FAIL", "nothing"]])
+        return terminal.getvalue()
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32mPASS" in shown()
+    assert "\x1b[1;31mFAIL" in shown()
+    assert shown().count("\x1b[32m") == 1
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[3" not in shown()
+    assert "PASS 3" in shown()
