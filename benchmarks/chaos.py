@@ -3,7 +3,9 @@
     python benchmarks/chaos.py                     every fault on the real CPU engine, without and with the gateway
     python benchmarks/chaos.py --short             a selection on a fake engine, under a minute (the tests run this)
     python benchmarks/chaos.py --only SIGKILL      rows whose name holds the word
-    python benchmarks/chaos.py --json
+    python benchmarks/chaos.py --part model        one part of it; with --gateway with|without one way of running it
+    python benchmarks/chaos.py --json              the rows as data
+    python benchmarks/chaos.py --show A.json ...   the table of runs kept so, nothing is run
 
 Prints the table of docs/reliability.md; exit status 1 when a row has a miss: a wrong vector, a process left over, a
 recovery longer than the engine's own start and two seconds, a hang noticed later than its period, a request lost
@@ -37,13 +39,14 @@ from qwen3emb_launch.facts import RestartPolicy
 
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 TEXTS = 1500  # different ones, in turn
+PARTS = ("processes", "supervisor", "workers", "model", "clock", "disk", "files", "restarts")
 
 
 class Runner:
     """Runs what is wanted, one instance after the other, and keeps the rows."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
-        self.only, self.folder = options.only, folder
+        self.only, self.parts, self.folder = options.only, options.part, folder
         self.engine = options.engine
         self.rate = options.rate
         self.judge_times = not options.any_speed
@@ -67,19 +70,22 @@ class Runner:
         verdict = "; ".join(row.misses) or "ok"
         print(f"{time.monotonic() - begin:6.1f} s  {name}: {verdict}", file=sys.stderr, flush=True)
 
-    def part(self, name: str, work: Callable[[], None]) -> None:
+    def part(self, name: str, work: Callable[[], None], gateway: bool | None = None) -> None:
         """Several rows on an instance of their own. One that does not even start is a miss, and the rest goes on."""
+        if self.parts and name not in self.parts:
+            return
         try:
             work()
         except (LateError, AssertionError, HTTPError) as error:
-            self.rows.append(Row(name, misses=(f"could not be tried: {error}",)))
+            where = "" if gateway is None else f", {way(gateway)}"
+            self.rows.append(Row(f"{name}{where}", misses=(f"could not be tried: {error}",)))
 
     @contextmanager
-    def instance(self, gateway: bool, *, model: bool = False, **environ: str) -> Iterator[Instance]:
+    def instance(self, gateway: bool, *, model: bool = False, workers: int = 1, **environ: str) -> Iterator[Instance]:
         """A fresh instance and, at its end, the proof that nothing is left of it."""
         self._number += 1
         folder = self.folder / f"{self._number}"
-        setup = Setup(self.engine, gateway, folder, self.rate, environ, judge_times=self.judge_times)
+        setup = Setup(self.engine, gateway, folder, self.rate, environ, workers=workers, judge_times=self.judge_times)
         if model:
             make_demo_model(setup.folder / "model")
         with Instance(setup) as instance:
@@ -117,19 +123,34 @@ def engine_faults(run: Runner, instance: Instance, *, long: bool) -> None:
     run.row(f"SIGSTOP guard and SIGKILL http, {tail}", lambda: rows_engine.stopped_guard(instance, reference))
     run.row(f"killed for memory, {tail}", lambda: rows_engine.out_of_memory(instance, reference))
     run.row(f"port stolen, {tail}", lambda: rows_engine.port_stolen(instance, reference))
+    if long:
+        run.row(f"machine starved, {tail}", lambda: rows_engine.starved(instance, reference))
     for number in (KILL, STOP) if long else (KILL,):
         run.row(
             f"{number.name} gateway, {tail}", lambda n=number: rows_service.gateway_signalled(instance, reference, n)
         )
 
 
-def supervisor_faults(run: Runner, instance: Instance, *, long: bool) -> None:
-    """The launcher's own process, and a second one of its name."""
-    reference, tail = run.reference(), way(instance.setup.gateway)
-    run.row(f"a second `up`, {tail}", lambda: rows_service.second_up(instance, reference))
-    run.row(f"SIGKILL supervisor, {tail}", lambda: rows_service.supervisor_killed(instance, reference))
-    if long:
-        run.row(f"SIGSTOP supervisor, {tail}", lambda: rows_service.supervisor_stopped(instance, reference))
+def supervisor_faults(run: Runner, gateway: bool, *, long: bool) -> None:
+    """The launcher's own process, its files, and a second one of its name."""
+    with run.instance(gateway) as instance:
+        reference, tail = run.reference(), way(gateway)
+        step = 1 if long else 20
+        run.row(f"state files cut, {tail}", lambda: rows_files.cut_everywhere(instance, step))
+        run.row(f"a second `up`, {tail}", lambda: rows_service.second_up(instance, reference))
+        run.row(f"SIGKILL supervisor, {tail}", lambda: rows_service.supervisor_killed(instance, reference))
+        if long:
+            run.row(f"SIGSTOP supervisor, {tail}", lambda: rows_service.supervisor_stopped(instance, reference))
+
+
+def worker_faults(run: Runner) -> None:
+    """One of two gateway workers."""
+    with run.instance(True, workers=2) as instance:
+        for number in (KILL, STOP):
+            run.row(
+                f"{number.name} gateway worker, {way(True)}",
+                lambda n=number: rows_service.worker_signalled(instance, run.reference(), n),
+            )
 
 
 def model_faults(run: Runner, gateway: bool) -> None:
@@ -153,25 +174,26 @@ def file_faults(run: Runner, *, long: bool) -> None:
 def everything(run: Runner, gateways: tuple[bool, ...], *, long: bool) -> None:
     """All of it, in the order of the table."""
     for gateway in gateways:
-        run.part(f"processes, {way(gateway)}", lambda g=gateway: process_faults(run, g, long=long))
+        run.part("processes", lambda g=gateway: process_faults(run, g, long=long), gateway)
+        run.part("supervisor", lambda g=gateway: supervisor_faults(run, g, long=long), gateway)
+        if long and gateway:
+            run.part("workers", lambda: worker_faults(run), gateway)
         if long and run.engine == "demo":
-            run.part(f"model, {way(gateway)}", lambda g=gateway: model_faults(run, g))
-            run.part(f"clock, {way(gateway)}", lambda g=gateway: clock_faults(run, g))
-        run.part(f"disk, {way(gateway)}", lambda g=gateway: disk_faults(run, g))
-    file_faults(run, long=long)
+            run.part("model", lambda g=gateway: model_faults(run, g), gateway)
+            run.part("clock", lambda g=gateway: clock_faults(run, g), gateway)
+        run.part("disk", lambda g=gateway: disk_faults(run, g), gateway)
+    run.part("files", lambda: file_faults(run, long=long))
     count = 1000 if long else 20
     quick = RestartPolicy(first=0.01, factor=1.0, limit=100_000)
     fake = Setup("fake", False, run.folder / "restarts", run.rate, restart=quick, check=False)
-    run.row(f"{count} restarts of the fake engine", lambda: rows_files.restarts(fake, count))
+    restarts = f"{count} restarts of the fake engine"
+    run.part("restarts", lambda: run.row(restarts, lambda: rows_files.restarts(fake, count)))
 
 
 def process_faults(run: Runner, gateway: bool, *, long: bool) -> None:
-    """Everything that can be done to the processes of one instance, and to its files."""
+    """Everything that can be done to the processes of one instance."""
     with run.instance(gateway) as instance:
         engine_faults(run, instance, long=long)
-        step = 1 if long else 20
-        run.row(f"state files cut, {way(gateway)}", lambda: rows_files.cut_everywhere(instance, step))
-        supervisor_faults(run, instance, long=long)
 
 
 def clock_faults(run: Runner, gateway: bool) -> None:
@@ -215,9 +237,15 @@ def main() -> int:
     parser.add_argument("--gateway", choices=("with", "without", "both"), default="both")
     parser.add_argument("--rate", type=float, default=10.0, help="requests a second")
     parser.add_argument("--only", action="append", help="rows whose name holds this; may be repeated")
+    parser.add_argument("--part", action="append", choices=PARTS, help="this part alone; may be repeated")
+    parser.add_argument("--show", nargs="+", type=Path, metavar="FILE", help="the table of earlier runs' --json")
     parser.add_argument("--any-speed", action="store_true", help="do not judge times: for machines that are busy")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.show:
+        kept = [Row(**row) for file in options.show for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        print(markdown(kept))
+        return 1 if any(row.misses for row in kept) else 0
     options.engine = options.engine or ("fake" if options.short else "demo")
     gateways = {"with": (True,), "without": (False,), "both": (False, True)}[options.gateway]
     folder = Path(tempfile.mkdtemp(prefix="qwen3emb-chaos-"))

@@ -71,7 +71,7 @@ def test_starved_engine_is_degraded_and_lives(play: Starving) -> None:
     """An engine without processor time is degraded, with the reason in its state; ready again when it embeds."""
     first, *_ = play.unanswered(STARVED)
     assert isinstance(first, Move)
-    assert "9.5 s of 10 s for a processor" in first.reason
+    assert "9.5 s of 10.0 s for a processor" in first.reason
     for _ in range(EXCUSES - 1):
         assert all(isinstance(action, Note) for action in play.unanswered(STARVED))
         assert play.unit.alive
@@ -133,10 +133,12 @@ def longest(before: Sample, after: Sample) -> tuple[float, float]:
 def test_the_longest_waiter_tells() -> None:
     """Of many threads the one that waited longest counts; a wait that has not ended is counted from its state."""
     before = Sample(0.0, {1: Thread(1, 1, False), 2: Thread(5, 5, False), 3: Thread(2, 2, True)})
-    after = Sample(4.0, {1: Thread(1.5, 1.2, False), 2: Thread(5.1, 8.0, False), 4: Thread(0, 9, True)})
+    after = Sample(4.0, {1: Thread(1.5, 1.2, False), 2: Thread(5.1, 8.0, False), 4: Thread(0.5, 1.5, True)})
     assert longest(before, after) == (3.0, 0.1)
     stuck = Sample(4.0, {3: Thread(2, 2, True)})
     assert longest(before, stuck) == (4.0, 0.0)
+    unborn = Sample(4.0, {1: Thread(1, 1, False), 5: Thread(0, 0, True)})
+    assert longest(before, unborn) == (4.0, 0.0)  # it was made, and never ran
     asleep = Sample(4.0, {3: Thread(2, 2, False)})
     assert longest(before, asleep) == (0.0, 0.0)
 
@@ -191,7 +193,7 @@ def test_a_real_waiter_and_a_real_hang(rivals: list[subprocess.Popen[str]]) -> N
     busy the machine is."""
     pid = rivals[0].pid
     begin = sample(pid)
-    if pid not in begin.threads:
+    if not begin.threads[pid].ran:
         pytest.skip("this kernel counts no waits (CONFIG_SCHED_INFO)")
     while starved(between(begin, now := sample(pid), 0.0)) == "" and now.at - begin.at < 20:
         time.sleep(0.05)

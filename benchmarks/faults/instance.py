@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -51,6 +51,7 @@ class Setup:
     environ: Mapping[str, str] = field(default_factory=dict)
     restart: RestartPolicy = PATIENT
     check: bool = True  # the smoke test before ready, of the fake engine
+    workers: int = 1  # of the gateway
     judge_times: bool = True  # a machine that has other things to do is slow without being at fault
 
     @property
@@ -109,6 +110,7 @@ class Instance:
         }
         argv = [sys.executable, "-m", "qwen3emb_launch", "up", "--profile", "demo", "--name", NAME, "--json"]
         front = ["--set", "gateway.cache_mb=0"] if self.setup.gateway else ["--no-gateway"]  # a cache hides outages
+        front += ["--set", f"gateway.workers={self.setup.workers}"] if self.setup.workers > 1 else []
         argv += ["--port", str(self.port), "--offline", *front]
         if self.model_folder.is_dir():
             argv += ["--model", str(self.model_folder)]
@@ -118,6 +120,8 @@ class Instance:
         """The supervisor as `up` would start it, on a plan for the fake engine. A restart plans nothing anew."""
         make = gateway_plan if self.setup.gateway else fake_plan
         plan = make(name=NAME, deadlines=self.setup.times, restart=self.setup.restart)
+        if plan.gateway:
+            plan = replace(plan, gateway={**plan.gateway, "workers": self.setup.workers})
         self.port, self.base_url = plan.port, plan.base_url
         (self.setup.folder / "plan.json").write_text(json.dumps(plan_to_dict(plan)), encoding="utf-8")
         script = Path(__file__).with_name("fake_service.py")

@@ -34,7 +34,8 @@ def words(pid: int) -> str:
 
 
 def roles(supervisor: int) -> dict[str, int]:
-    """Who is who below a supervisor: guard, http, scheduler, detokenizer, template, gateway; pids, where they are.
+    """Who is who below a supervisor: guard, http, scheduler, detokenizer, template, gateway, worker (the last of the
+    gateway's, where it has several); pids, where they are.
 
     Engine and gateway are what a guard has started. Of an engine's workers the one that holds the most memory is the
     scheduler: titles like `sglang::scheduler` are not set in every way of starting them.
@@ -46,6 +47,8 @@ def roles(supervisor: int) -> dict[str, int]:
             continue
         if "qwen3emb_launch gateway" in words(pid):
             found["gateway"] = pid
+            mine = gateway_workers(pid, above)
+            found |= {"worker": max(mine)} if mine else {}
         elif "http" not in found:
             found |= {"http": pid, "guard": above[pid]}
     workers = [p for p in descendants(found.get("http", 0)) if "resource_tracker" not in words(p) and identify(p)]
@@ -53,6 +56,15 @@ def roles(supervisor: int) -> dict[str, int]:
     found |= dict(zip(("scheduler", "detokenizer"), leaves, strict=False))
     template = next((p for p in workers if p in above.values()), None)
     return found | ({"template": template} if template else {})
+
+
+def gateway_workers(gateway: int, above: dict[int, int] | None = None) -> list[int]:
+    """The processes that a gateway of several shares its port with."""
+    return [
+        child
+        for child, parent in (above or parents()).items()
+        if parent == gateway and "spawn_main" in words(child) and lives(child)
+    ]
 
 
 def marked(value: str) -> dict[ProcessId, str]:
@@ -75,6 +87,11 @@ def send(pid: int, number: signal.Signals) -> None:
     """Signal a process that may be gone already."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def lives(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    return identify(pid) is not None
 
 
 def resident(pid: int) -> int:

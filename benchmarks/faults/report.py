@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from faults.strike import Row
 
-HEAD = ("fault", "sent", "failed", "wrong", "longest gap", "noticed", "recovery", "start", "what was seen")
+HEAD = ("fault", "sent", "failed", "wrong", "longest gap", "noticed", "sure, of", "recovery", "start", "what was seen")
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -14,7 +14,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
     for row in rows:
         cells = [row.fault, *(str(n) if row.sent else "" for n in (row.sent, row.failed, row.wrong))]
-        cells += [seconds(row.gap), seconds(row.noticed), seconds(row.recovery), seconds(row.start)]
+        watchdog = f"{seconds(row.sure)} of {row.period:.0f}" if row.sure is not None and row.period else ""
+        cells += [seconds(row.gap), seconds(row.noticed), watchdog, seconds(row.recovery), seconds(row.start)]
         cells.append(row.seen + "".join(f" **MISS: {miss}**" for miss in row.misses))
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join(lines)

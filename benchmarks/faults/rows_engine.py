@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import struct
@@ -12,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from faults import processes
+from faults import groups, processes
 from faults.instance import Instance
 from faults.load import Reference
 from faults.strike import KILL_NOTICED, ROOM, Expectation, Row, strike
 
-GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))
-LIMITS = ("memory.limit_in_bytes", "memory.max")
+STARVED_SHARE = 0.001  # of one processor: an embedding takes tens of milliseconds of it
+STARVED_FOR = 1.5  # times as long as a hang takes to be sure
 PORT_HELD = 3.0
 MODEL_AWAY = 6.0
 
@@ -35,8 +34,8 @@ def signalled(instance: Instance, reference: Reference, role: str, number: signa
         return None
     # Of its main process the supervisor knows the end at once; of a worker's, when the main process or a probe tells.
     known = number == signal.SIGKILL and role in ("http", "guard")
-    seconds = KILL_NOTICED if known else instance.setup.hang_seconds
-    expect = Expectation(noticed=seconds, failed=none_lost(instance))
+    period = None if known else instance.setup.hang_seconds
+    expect = Expectation(noticed=period or KILL_NOTICED, period=period, failed=none_lost(instance))
     return strike(instance, reference, f"{number.name} {role}", lambda: processes.send(pid, number), expect)
 
 
@@ -58,37 +57,48 @@ def out_of_memory(instance: Instance, reference: Reference) -> Row | str:
     """The kernel kills the process that computes, for want of memory. A sentence where that cannot be tried."""
     pid = instance.pid("scheduler") or instance.pid("http")
     assert pid is not None
-    group = memory_group()
+    group = groups.make("memory")
     if group is None:
         return "no memory control group may be made here"
-    folder, limit = group
 
     def act() -> None:
-        limit.write_text("4096")  # what it has stays charged elsewhere; its next pages do not fit
-        (folder / "cgroup.procs").write_text(str(pid))
-
-    def undo() -> None:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        group.limit_memory(4096)
+        group.add([pid])
 
     # Nothing is killed before it asks for memory: the load makes it ask.
     expect = Expectation(noticed=instance.setup.hang_seconds, failed=none_lost(instance))
-    return strike(instance, reference, "killed for memory (control group)", act, expect, undo=undo)
+    return strike(instance, reference, "killed for memory (control group)", act, expect, undo=group.close)
 
 
-def memory_group() -> tuple[Path, Path] | None:
-    """A fresh memory control group and its limit's file, version 1 or 2; None where this user may not."""
-    for root in GROUPS:
-        folder = root / f"qwen3emb-chaos-{os.getpid()}-{time.monotonic_ns()}"
+def starved(instance: Instance, reference: Reference) -> Row | str:
+    """The engine gets next to no processor time, for longer than a hang takes to be sure: it is not the engine's fault,
+    and it lives. A sentence where that cannot be tried."""
+    group = groups.make("cpu")
+    if group is None:
+        return "no processor control group may be made here"
+    seconds = STARVED_FOR * instance.setup.hang_seconds
+    before = instance.record
+    wall = time.time()
+
+    def act() -> None:
+        group.limit_processor(STARVED_SHARE)
+        group.add(who.pid for who in instance.engine_processes())
+        end = time.monotonic() + seconds
         try:
-            folder.mkdir()
-        except OSError:
-            continue
-        limit = next((folder / name for name in LIMITS if (folder / name).exists()), None)
-        if limit:
-            return folder, limit
-        folder.rmdir()
-    return None
+            passed = lambda: time.monotonic() > end or instance.record.restarts != before.restarts  # noqa: E731
+            instance.until(passed, "the time to pass", seconds + 5)
+        finally:
+            group.close()
+        instance.until(lambda: instance.state == "ready", "ready again", 30)
+
+    expect = Expectation(noticed=None, failed=none_lost(instance), replaces=False)
+    row = strike(instance, reference, f"no processor time for {seconds:.0f} s", act, expect)
+    misses = list(row.misses)
+    if (instance.record.engines, instance.record.restarts) != (before.engines, before.restarts):
+        misses.append("a healthy engine was replaced")
+    if not any("starved" in event["reason"] for event in instance.events_since(wall)):
+        misses.append("nobody said that it was starved")
+    return Row(**{**vars(row), "misses": tuple(misses)})
 
 
 def port_stolen(instance: Instance, reference: Reference) -> Row:

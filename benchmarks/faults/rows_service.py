@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from faults import processes
 from faults.instance import Instance, LateError
 from faults.load import Reference
 from faults.rows_engine import none_lost
-from faults.strike import Expectation, Row, strike
+from faults.strike import ROOM, Expectation, Row, strike
 from qwen3emb_launch.up.gateway_runner import PROBE, PROBE_EVERY
 
 PROBE_FAILURES = 3  # of the gateway, which has deadlines of its own
-GATEWAY_BACK = 3.0  # seconds: an interpreter's start, the libraries, the port
+GATEWAY_BACK = 3.0  # seconds: an interpreter's start, the libraries
+IN_THE_AIR = 3  # requests that a killed gateway had accepted: nobody else can answer on their connections
 
 
 def supervisor_killed(instance: Instance, reference: Reference) -> Row:
@@ -36,34 +38,76 @@ def supervisor_stopped(instance: Instance, reference: Reference) -> Row:
     period = instance.service.watchdog
     assert period is not None
     barks = len(instance.service.barked)
+    begin = 0.0
+
+    def act() -> None:
+        nonlocal begin
+        begin = time.monotonic()
+        processes.send(instance.service.pid, signal.SIGSTOP)
+
     row = strike(
         instance, reference, f"SIGSTOP supervisor (watchdog {period:.0f} s)",
-        lambda: processes.send(instance.service.pid, signal.SIGSTOP), Expectation(noticed=period + 2),
+        act, Expectation(noticed=period + ROOM),
     )  # fmt: skip
-    fired = len(instance.service.barked) > barks
-    return row if fired else Row(**{**vars(row), "misses": (*row.misses, "the watchdog did not fire")})
+    if len(instance.service.barked) == barks:
+        return Row(**{**vars(row), "period": period, "misses": (*row.misses, "the watchdog did not fire")})
+    sure = instance.service.barked[barks] - begin
+    late = () if sure <= period + ROOM else (f"the watchdog fired after {sure:.1f} s, {period:.0f} at most",)
+    return Row(**{**vars(row), "sure": sure, "period": period, "misses": (*row.misses, *late)})
 
 
 def gateway_signalled(instance: Instance, reference: Reference, number: signal.Signals) -> Row | None:
-    """The gateway killed or stopped: it comes back alone, the engine keeps running. None without a gateway."""
+    """The gateway killed or stopped: it comes back alone, the engine keeps running, and nobody is refused meanwhile.
+    None without a gateway."""
     pid = instance.pid("gateway")
     if pid is None:
         return None
+    period = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else None
+    return _gateway_process(instance, reference, f"{number.name} gateway", pid, number, period)
+
+
+def worker_signalled(instance: Instance, reference: Reference, number: signal.Signals) -> Row | None:
+    """One of several gateway workers killed or stopped. A killed one comes back alone; a stopped one takes the whole
+    gateway along, since its parent does not ask it for signs of life. None where there is one only."""
+    pid = instance.pid("worker")
+    if pid is None:
+        return None
+    period = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else None
+    return _gateway_process(instance, reference, f"{number.name} gateway worker", pid, number, period)
+
+
+def _gateway_process(
+    instance: Instance, reference: Reference, fault: str, pid: int, number: signal.Signals, period: float | None
+) -> Row:
     engine = instance.pid("http")
-    sure = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else 0.0
+    count = instance.setup.workers if instance.setup.workers > 1 else 0
+    sure: list[float] = []
+
+    def back() -> bool:
+        gateway = instance.pid("gateway")
+        return gateway not in (pid, None) and len(processes.gateway_workers(gateway or 0)) == count
 
     def act() -> None:
+        begin = time.monotonic()
         processes.send(pid, number)
-        instance.until(lambda: instance.pid("gateway") not in (pid, None), "another gateway", sure + 20)
+        instance.until(lambda: not processes.lives(pid), "its end", (period or 0.0) + 20)
+        sure.append(time.monotonic() - begin)
+        instance.until(back, "its successor", 20)
+        instance.until(lambda: instance.state == "ready", "ready again", 20)
 
-    expect = Expectation(noticed=None, replaces=False)
-    row = strike(instance, reference, f"{number.name} gateway", act, expect)
+    row = strike(instance, reference, fault, act, Expectation(noticed=None, failed=IN_THE_AIR, replaces=False))
     misses = list(row.misses)
     if instance.pid("http") != engine:
         misses.append("the engine was restarted with it")
-    if row.gap is not None and row.gap > sure + GATEWAY_BACK and instance.setup.judge_times:
-        misses.append(f"no answer for {row.gap:.1f} s, {sure + GATEWAY_BACK:.1f} at most")
-    return Row(**{**vars(row), "recovery": row.gap, "misses": tuple(misses)})
+    if any("ConnectError" in reason for reason in row.reasons):
+        misses.append("connections were refused")
+    if instance.setup.judge_times:
+        if period and sure and sure[0] > period:
+            misses.append(f"replaced after {sure[0]:.1f} s, {period:.1f} at most")
+        if row.gap is not None and row.gap > (period or 0.0) + GATEWAY_BACK:
+            misses.append(f"no answer for {row.gap:.1f} s, {(period or 0.0) + GATEWAY_BACK:.1f} at most")
+    hang = {"sure": sure[0], "period": period} if period and sure else {}
+    return Row(**{**vars(row), **hang, "recovery": row.gap, "misses": tuple(misses)})
 
 
 @contextlib.contextmanager

@@ -21,7 +21,11 @@ LEFTOVER_PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Seconds; None: does not apply. `misses` say what should have been otherwise."""
+    """One line of the table. Seconds; None: does not apply. `misses` say what should have been otherwise.
+
+    `sure` is when a hang was taken for one and ended, `period` how long that may take: the watchdog's. `reasons` are
+    why requests failed.
+    """
 
     fault: str
     sent: int = 0
@@ -31,7 +35,10 @@ class Row:
     noticed: float | None = None
     recovery: float | None = None
     start: float | None = None
+    sure: float | None = None
+    period: float | None = None
     seen: str = ""
+    reasons: tuple[str, ...] = ()
     misses: tuple[str, ...] = ()
 
 
@@ -39,10 +46,12 @@ class Row:
 class Expectation:
     """What a fault may cost at most, in seconds from the fault; `failed` requests, None for any number.
 
-    `recovery` None: what it takes to notice for sure, the engine's own start, and ROOM.
+    `recovery` None: what it takes to notice for sure, the engine's own start, and ROOM. `period`: how long a hang may
+    take to be acted upon, None for faults that the kernel tells.
     """
 
     noticed: float | None = KILL_NOTICED
+    period: float | None = None
     recovery: float | None = None
     failed: int | None = None
     replaces: bool = True  # whether the engine must have been replaced
@@ -100,6 +109,9 @@ def strike(
             misses.append(str(error))
         finally:
             undo()
+    sure = restarting(instance, hit.wall) if expect.period else None
+    if expect.period and instance.setup.judge_times and (sure is None or sure > expect.period):
+        misses.append(f"taken for a hang after {sure} s, {expect.period:.1f} at most")
     instance.text = load.next_text
     tally = load.tally(hit.begin)
     if expect.replaces:
@@ -118,9 +130,18 @@ def strike(
         noticed=noticed,
         recovery=recovery if expect.replaces else None,
         start=instance.start_seconds,
+        sure=sure,
+        period=expect.period,
+        reasons=tally.reasons,
         seen=story(instance, hit.wall, tally.reasons),
         misses=tuple(misses),
     )
+
+
+def restarting(instance: Instance, wall: float) -> float | None:
+    """Seconds from `wall` until the instance gave its engine up, as its events say."""
+    times = [e["at"] for e in instance.events_since(wall) if e["after"] == State.RESTARTING and not e.get("unit")]
+    return times[0] - wall if times else None
 
 
 def judge(expect: Expectation, noticed: float | None, recovery: float | None, instance: Instance) -> list[str]:

@@ -48,6 +48,9 @@ class Thread:
     runnable: bool
 
 
+UNBORN = Thread(0.0, 0.0, False)
+
+
 @dataclass(frozen=True)
 class Sample:
     """Counters at one moment (monotonic seconds). They only grow; a thread that ended is not in the later one."""
@@ -64,21 +67,20 @@ def between(before: Sample, after: Sample, late: float) -> Strain:
     """What two looks tell."""
     window = after.at - before.at
     longest = (0.0, 0.0)
+    counted = any(thread.ran or thread.waited for thread in after.threads.values())  # else this kernel does not
     for tid, now in after.threads.items():
-        then = before.threads.get(tid)
-        if then is None:
-            continue
+        then = before.threads.get(tid, UNBORN)
         waited, ran = now.waited - then.waited, now.ran - then.ran
         if now.runnable and waited == ran == 0:
             waited = window  # the kernel adds a wait to the sum when it ends
-        longest = max(longest, (waited, ran))
+        longest = max(longest, (min(waited, window), ran))
     stolen = _grown(before.stolen, after.stolen)
     known = [pid for pid in after.faults if pid in before.faults]
     return Strain(
         window=window,
         late=late,
-        waited=longest[0] if after.threads else None,
-        ran=longest[1] if after.threads else None,
+        waited=longest[0] if counted else None,
+        ran=longest[1] if counted else None,
         faults=sum(after.faults[pid] - before.faults[pid] for pid in known) if known else None,
         memory=_grown(before.memory, after.memory),
         stolen=stolen / after.processors / window if stolen is not None and window > 0 else None,
@@ -138,9 +140,7 @@ def sample(root: int, proc: Path = PROC, groups: Path = CGROUPS) -> Sample:
 
 def _thread(folder: Path) -> Thread | None:
     try:
-        ran, waited, turns = map(int, (folder / "schedstat").read_text().split())
-        if ran == waited == turns == 0:
-            return None  # a kernel that does not count, or a thread that never ran
+        ran, waited, _ = map(int, (folder / "schedstat").read_text().split())
         return Thread(ran / 1e9, waited / 1e9, _stat(folder)[0] == "R")
     except (OSError, ValueError, IndexError):
         return None

@@ -32,8 +32,9 @@ from qwen3emb_launch.up.sockets import short_path
 
 SOCKET = "gateway.sock"
 CONFIG = "gateway.json"
-# It starts within a second and answers within milliseconds: a gateway that is silent for 12 s serves nobody.
-PROBE = 3.0
+# It starts within a second and answers within milliseconds: a gateway that is silent for 8 s, on a machine that would
+# let it answer, serves nobody.
+PROBE = 1.5
 PROBE_EVERY = 1.0
 START = 60.0
 RESTART = RestartPolicy(first=0.05, factor=2.0, longest=5.0, limit=10, window=120.0)

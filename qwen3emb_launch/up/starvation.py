@@ -22,7 +22,7 @@ def starved(strain: Strain | None) -> str:
     """In what the machine fell short, in words; empty when the engine had what it needed, and did nothing."""
     if strain is None or strain.window <= 0:
         return ""
-    window = f"{strain.window:.0f} s"
+    window = f"{strain.window:.1f} s"
     if strain.late >= LATE:
         return f"the supervisor itself was kept from running, {strain.late:.1f} s too late"
     if strain.waited is not None and strain.ran is not None:
