@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from unittest import mock
 import numpy as np
 import torch
 from fastapi import HTTPException
-from qwen3emb_engine_plugin import asked, prefill_graph, serve, switches, template
+from qwen3emb_engine_plugin import asked, cpu_pass, prefill_graph, serve, switches, template
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
@@ -608,6 +609,96 @@ class FullGraph(unittest.TestCase):
         self.assertTrue(prefill_graph._can_run(lambda *_: True, self.runner, SimpleNamespace(batch_size=4)))
         prefill_graph._prepare(lambda *_: None, self.runner, self.batch, None, 16)
         self.assertEqual(self.backend.full_cg_prefill_metadata.cu_seqlens_q.tolist(), [0] * 5)
+
+
+class CpuPass(unittest.TestCase):
+    """A norm in blocks is the stock norm, bit by bit; anything unusual is left to it."""
+
+    def norm(self, width: int, **other: Any) -> Any:
+        from sglang.srt.layers.layernorm import RMSNorm
+
+        norm = RMSNorm(width, eps=1e-6)
+        norm.weight.data = torch.randn(width, generator=self.random).to(torch.bfloat16)
+        for name, value in other.items():
+            setattr(norm, name, value)
+        return norm
+
+    def setUp(self) -> None:
+        self.random = torch.Generator().manual_seed(5)
+        self.enterContext(torch.no_grad())
+
+    def rows(self, count: int, width: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return (3 * torch.randn((count, width), generator=self.random)).to(dtype)
+
+    def both(self, norm: Any, *tensors: Any) -> tuple[Any, Any]:
+        stock = type(norm).forward_native
+        with mock.patch.object(cpu_pass, "BLOCK", 4096):
+            return stock(norm, *tensors), cpu_pass._forward(lambda *given: stock(*given), norm, *tensors)
+
+    def test_it_gives_the_stock_s_bits(self) -> None:
+        """With a residual and without; whole blocks, a rest, a strided batch; either half type."""
+        for count, width, dtype in ((64, 1024, torch.bfloat16), (33, 2560, torch.bfloat16), (130, 256, torch.float16)):
+            norm, x, residual = self.norm(width), self.rows(count, width, dtype), self.rows(count, width, dtype)
+            stock, found = self.both(norm, x.clone(), residual.clone())
+            self.assertTrue(torch.equal(stock[0], found[0]))
+            self.assertTrue(torch.equal(stock[1], found[1]))
+            self.assertEqual((found[0].dtype, found[1].dtype), (dtype, dtype))
+            stock, found = self.both(norm, x)
+            self.assertTrue(torch.equal(stock, found))
+        wide = self.rows(64, 2048)[:, ::2]
+        stock, found = self.both(self.norm(1024), wide)
+        self.assertTrue(torch.equal(stock, found))
+
+    def test_what_was_given_stays_as_it_was(self) -> None:
+        """Inputs are read, never written."""
+        norm, x, residual = self.norm(1024), self.rows(64, 1024), self.rows(64, 1024)
+        before = x.clone(), residual.clone()
+        self.both(norm, x, residual)
+        self.assertTrue(torch.equal(x, before[0]) and torch.equal(residual, before[1]))
+
+    def test_not_a_number_stays_in_its_row(self) -> None:
+        """As in the stock norm."""
+        x = self.rows(64, 1024)
+        x[7, 3] = float("nan")
+        stock, found = self.both(self.norm(1024), x)
+        self.assertEqual(stock.isnan().any(dim=1).nonzero().tolist(), [[7]])
+        self.assertTrue(torch.equal(stock.nan_to_num(9), found.nan_to_num(9)))
+
+    def test_the_unusual_goes_to_the_stock_norm(self) -> None:
+        """A small batch, three dimensions, float32, another width, a further addend, another rounding."""
+        plain, x = self.norm(1024), self.rows(64, 1024)
+        cases = [
+            (plain, x[:4], None, None),
+            (plain, x.view(2, 32, 1024), None, None),
+            (plain, x.float(), None, None),
+            (plain, x, x, x),
+            (self.norm(512), x, None, None),
+            (self.norm(1024, fp32_residual=True), x, x, None),
+            (self.norm(1024, cast_x_before_out_mul=True), x, None, None),
+            (self.norm(1024, variance_size_override=512), x, None, None),
+            (self.norm(1024, override_orig_dtype=torch.float32), x, None, None),
+        ]
+        for norm, *tensors in cases:
+            with mock.patch.object(cpu_pass, "BLOCK", 4096):
+                found = cpu_pass._forward(lambda *_: "stock", norm, *tensors)
+            self.assertEqual(found, "stock")
+
+    def test_a_freed_tensor_is_not_faulted_in_again(self) -> None:
+        """The kernel is asked for its pages once, not for each tensor anew; a person's own setting stays."""
+
+        def faults() -> int:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(10):
+                _ = [torch.ones(4 << 20) for _ in range(3)]
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        with mock.patch.dict(os.environ, {"MALLOC_TRIM_THRESHOLD_": "131072"}):
+            self.assertEqual(cpu_pass.heap(), switches.NOT_NEEDED)
+        stock = faults()
+        self.assertGreater(stock, 20)
+        self.assertIsNone(cpu_pass.heap())
+        faults()
+        self.assertLess(faults(), stock / 2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.housekeeping import idle, snapshots
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
 from qwen3emb_engine_plugin.prefill_graph import full_graph
@@ -100,4 +101,6 @@ PARTS = [
     ("full_graph", True, full_graph),
     ("attention", True, attention),
     ("fp8_layer", False, fp8_layer),
+    ("heap", True, heap),
+    ("norms", True, norms),
 ]

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3emb_engine_plugin.card import answered_by_nvml, cuda_untouched
+from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
@@ -51,7 +52,7 @@ def start(modules: Sequence[str] = MODULES) -> str | None:
     problem = _misfit()
     if problem:
         return problem
-    with answered_by_nvml():
+    with answered_by_nvml(), compiled_when_called():
         for module in modules:
             importlib.import_module(module)
     if not cuda_untouched():
