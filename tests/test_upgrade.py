@@ -16,10 +16,14 @@ from qwen3emb_launch import engines, planning
 from qwen3emb_launch.cli import upgrade as command
 from qwen3emb_launch.cli.app import run as run_words
 from qwen3emb_launch.cli.supervise import SMOKE
+from qwen3emb_launch.cli.up_view import show_checks
+from qwen3emb_launch.console import Console
 from qwen3emb_launch.engines import EnvironmentStatus, Installed
-from qwen3emb_launch.errors import Exit, InvalidInputError, UnfitError
+from qwen3emb_launch.errors import CheckFailedError, Exit, InvalidInputError, UnfitError
 from qwen3emb_launch.facts import EngineFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.results import plain
+from qwen3emb_launch.verify.report import Check, Report, Verdict
 
 
 class Environments:
@@ -234,3 +238,17 @@ def test_the_plan_made_again_is_the_same(profile: str, overrides: dict[str, str]
     same = "argv env name host port gateway deadlines restart served_model_name replicas"
     for what in same.split():
         assert getattr(second, what) == getattr(first, what), what
+
+
+def test_the_table_of_a_failed_verification_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """For people the failed checks are a table, whether the report comes as it is (`upgrade`) or out of an instance's
+    record (`up --detach`)."""
+    check = Check("norm", "Vectors have length 1", True, Verdict.FAIL, "1 ± 0.005", "0.5")
+    report = Report("http://x/v1", "m", "quick", (check,), {}, 64, "bf16", 1.0, 1, "t", "2026-11-22T00:00:00Z")
+    for result in (report, plain(report)):
+        error = CheckFailedError("verify_failed", "the new engine does not verify")
+        error.result = result
+        show_checks(Console("upgrade"), error)
+        shown = "".join(capsys.readouterr())
+        assert "Vectors have length 1" in shown
+        assert "FAIL" in shown

@@ -106,6 +106,7 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
     """The launch plan; what is missing is installed and downloaded, unless `offline`."""
     from qwen3emb_launch import planning
     from qwen3emb_launch.engine_process.ports import private_port
+    from qwen3emb_launch.up.room import available_memory
 
     overrides = planning.read_overrides(list(options.settings))
     engine = _engine(options, chosen, console)
@@ -122,7 +123,7 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
             host=options.host,
             port=options.port,
             engine_port=private_port("127.0.0.1"),
-            ram_bytes=None if chosen.gpu else _free_memory(),
+            ram_bytes=None if chosen.gpu else available_memory(),
         )
     )
     for warning in plan.warnings:
@@ -204,9 +205,3 @@ def _model(options: LaunchOptions, chosen: Chosen, console: Console) -> ModelFac
     with console.progress("model") as progress:
         wanted = chosen.profile.model if options.model is None else options.model
         return hub.resolve(wanted, allow_download=not options.offline, progress=progress)
-
-
-def _free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -85,16 +85,14 @@ def up(
 
 def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
     """Everything that can be refused is refused here; the plan lies in the instance's folder afterwards."""
-    import json
-
     from qwen3emb_launch import state
-    from qwen3emb_launch.planning import plan_to_dict
+    from qwen3emb_launch.planning import plan_text
 
     chosen = choose(options, console)
     claim = state.claim(chosen.name)
     check_front(options, chosen)  # before the long part
     plan = make_plan(options, chosen, console)
-    state.write_private(claim.plan, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
+    state.write_private(claim.plan, plan_text(plan))
     return claim
 
 

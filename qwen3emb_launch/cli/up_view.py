@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.lifecycle import State, Transition
+from qwen3emb_launch.results import plain
 from qwen3emb_launch.state import InstanceRecord
 from qwen3emb_launch.up.serving import Serving, serving, snippet
 
@@ -112,8 +113,9 @@ def show_last_lines(console: Console, error: LaunchError) -> None:
 
 
 def show_checks(console: Console, error: LaunchError) -> None:
-    """The smoke test's table, where it is what failed. With `--json` the envelope carries it."""
-    checks = error.result.get("checks") if isinstance(error.result, dict) else None
+    """The table of a verification, where that is what failed. With `--json` the envelope carries it."""
+    report = plain(error.result)
+    checks = report.get("checks") if isinstance(report, dict) else None
     if checks and not console.json:
         rows = [(c["title"], c["verdict"].upper(), c["expected"] or None, c["seen"] or None) for c in checks]
         console.table(("check", "verdict", "expected", "seen"), rows)

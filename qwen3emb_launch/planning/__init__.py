@@ -12,7 +12,7 @@ from qwen3emb_launch.planning.again import again
 from qwen3emb_launch.planning.match import Match, generic_profile, match_profile, nominal_gpu
 from qwen3emb_launch.planning.planner import catalog_facts, plan
 from qwen3emb_launch.planning.request import PlanRequest, read_overrides
-from qwen3emb_launch.planning.serialise import plan_from_dict, plan_to_dict
+from qwen3emb_launch.planning.serialise import plan_from_dict, plan_text, plan_to_dict
 
 __all__ = [
     "Match",
@@ -24,6 +24,7 @@ __all__ = [
     "nominal_gpu",
     "plan",
     "plan_from_dict",
+    "plan_text",
     "plan_to_dict",
     "read_overrides",
 ]

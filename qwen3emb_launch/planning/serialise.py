@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,11 @@ def plan_to_dict(plan: LaunchPlan) -> dict[str, Any]:
     data: dict[str, Any] = plain(plan)
     data["engine"].pop("flags")
     return {"schema": SCHEMA, **data}
+
+
+def plan_text(plan: LaunchPlan) -> str:
+    """The text of plan.json."""
+    return json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1)
 
 
 def plan_from_dict(data: Mapping[str, Any]) -> LaunchPlan:

@@ -6,7 +6,6 @@ for a machine's state and ends when the instance does.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchE
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning.beside import one_more
-from qwen3emb_launch.planning.serialise import plan_to_dict
+from qwen3emb_launch.planning.serialise import plan_text
 from qwen3emb_launch.state import write_private
 from qwen3emb_launch.up.control import Candidate, How, Replaced
 from qwen3emb_launch.up.events import Begin, StopAsked
@@ -61,7 +60,7 @@ class Rollout:
         plan = self._order.plan or old_plan
         self._check(plan)
         if plan is not old_plan:
-            write_private(self._new_file, json.dumps(plan_to_dict(plan), ensure_ascii=False, indent=1))
+            write_private(self._new_file, plan_text(plan))
         done: list[Replaced] = []
         try:
             for slot in range(len(supervisor.engines)):
