@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from fake_engine import Behaviour, Engine
-from supervised import EAGER, Load, Supervised, fake_plan, gateway_plan, gone, until
+from supervised import EAGER, QUICK, Load, Supervised, fake_plan, gateway_plan, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
@@ -370,7 +370,7 @@ def test_engines_with_other_vectors_are_refused_and_the_first_is_taken_back() ->
 def test_engine_that_comes_back_with_other_vectors_is_given_up(tmp_path: Path) -> None:
     """Where a restarted engine embeds otherwise than before (its files were changed), the gateway refuses it: no wrong
     vector gets out, and after the limit of restarts the instance has failed, saying so."""
-    plan = gateway_plan(restart=replace(EAGER, limit=1))
+    plan = gateway_plan(restart=replace(EAGER, limit=1), deadlines=replace(QUICK, probe=5))
     with Supervised(plan) as run:
         run.reach(State.READY)
         engine = run.supervisor.engines[0]

@@ -32,6 +32,7 @@ from qwen3emb_launch.state import InstanceRecord, ProcessId
 
 NAME = "chaos"
 START_TIMEOUT = 300.0
+LOOK_EVERY = 0.03  # seconds; looking is work too, on the processors that an engine starts on
 QUICK = {  # a hang is noticed within probe_every + probe_failures * (probe + 1) = 29 s instead of 103
     "demo": Deadlines(probe=8.0, probe_every=2.0, probe_failures=3),
     "fake": Deadlines(start=30, probe=0.5, probe_every=0.3, probe_failures=2, drain=5, reap=5),
@@ -184,7 +185,7 @@ class Instance:
         while not condition():
             if time.monotonic() - begin > timeout:
                 raise LateError(f"{what}: not within {timeout:.0f} s")
-            time.sleep(0.01)
+            time.sleep(LOOK_EVERY)
         return time.monotonic() - begin
 
 

@@ -10,17 +10,18 @@ from qwen3emb_launch.up.runner import EngineRunner
 
 
 class Checks:
-    """Smoke tests on their way: through the gateway where the engine is the only one behind it, so that users' whole
-    way is proved; else to the engine itself, since the gateway would send the questions to any of them."""
+    """Smoke tests on their way: the first one through the gateway, so that users' whole way is proved; later ones to
+    the engine itself. Of several the gateway would ask any, and a restarted one would have to answer everything that
+    waited meanwhile, before it is proved and while its test waits in that queue."""
 
     def __init__(self, gateway: Member | None) -> None:
         self._gateway = gateway
         self._waiting: list[tuple[Member, Check]] = []  # for the gateway to listen
 
-    def begin(self, member: Member, action: Check, *, alone: bool) -> None:
-        """Test one engine now, or as soon as the gateway listens. `alone`: no other one has traffic."""
+    def begin(self, member: Member, action: Check, *, first: bool) -> None:
+        """Test one engine now, or as soon as the gateway listens. `first`: none has had traffic yet."""
         assert isinstance(member.runner, EngineRunner)  # noqa: S101 - a gateway's unit has no check
-        member.checked_through_gateway = self._gateway is not None and alone
+        member.checked_through_gateway = self._gateway is not None and first
         if member.checked_through_gateway:
             self._waiting.append((member, action))
             self.gateway_moved()

@@ -262,7 +262,8 @@ class Supervisor:
             self.say(self._named(member, action.text))
         elif isinstance(action, Check):
             rivals = any(other.wants_traffic for other in self.engines if other is not member)
-            self._checks.begin(member, action, alone=not member.held_back and not rivals)
+            first = self.record.ready_at is None and not member.held_back and not rivals
+            self._checks.begin(member, action, first=first)
         else:
             member.runner.act(action)
 
