@@ -18,11 +18,12 @@ CARD_CONTEXT = 32768  # the model cards' own limit; the 4B's and 8B's config.jso
 PREFILL_TOKENS = 16384  # of one batch on a GPU: beyond it a bigger batch is no faster
 CPU_PREFILL_TOKENS = 4096
 RUNNING = 512  # requests of one batch; the engine's own 2048 to 4096 cost up to 0.5 GB of table at 32K
-# Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there;
-# above 2048 the GPU's work outlasts the CPU's launching of kernels and a graph gains nothing.
-GRAPH_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+# Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there; above
+# some 2,000 the GPU's work outlasts the CPU's launching of kernels and a graph gains little. The steps are what 2 to 64
+# queries of 32 tokens and their end token come to, in multiples of four: clients that wait fill such batches.
+GRAPH_SIZES = (68, 132, 264, 396, 528, 792, 1056, 1584, 2112)
 # A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay.
-FULL_GRAPH_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+FULL_GRAPH_SIZES = (16, 36, 48, 68, 100, 132, 200, 264, 396, 528, 792, 1056, 1320, 1584, 1848, 2112)
 FULL_GRAPH_REQUESTS = 129  # 128 texts and the padding
 # Releases on which the plugin's `full` graphs were run on a GPU and their vectors compared (docs/benchmarks).
 FULL_GRAPHS_PROVEN = ("0.5.16",)
@@ -249,7 +250,11 @@ def serving(around: Surroundings, ledger: Ledger) -> None:
     """Tokenising, scheduling, logging, plugin."""
     _if_known(around, ledger, "batch_tokenize", "lists", "the texts of one request are tokenised by one call")
     ledger.decide("tokenizer_workers", 1, "more than one breaks embeddings before 0.5.23", origin="default")
-    ledger.decide("overlap_schedule", None, "the engine's own: on", origin="default")
+    if around.cuda:
+        ledger.decide("overlap_schedule", None, "the engine's own: on", origin="default")
+    else:
+        why = "a pass on a CPU is over before the next begins: with overlap, answers wait for the batch behind them"
+        _if_known(around, ledger, "overlap_schedule", False, why)
     _if_known(around, ledger, "sleep_on_idle", True, "an idle scheduler would spin on a whole CPU core")
     ledger.decide("trust_remote_code", False, "the models need none of a checkpoint's own Python")
     ledger.decide("log_level", None, "the engine's own: info", origin="default")
