@@ -10,10 +10,12 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 
 BACKLOG = 2048  # connections that wait; the kernel's net.core.somaxconn may say less
+FIRST_FD = 3  # of those that a service manager hands over, sd_listen_fds(3)
+VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 
 
 def listen(host: str, port: int, processes: int = 1) -> list[socket.socket]:
@@ -58,7 +60,46 @@ def _bound(family: int, address: object, shared: bool, unfinished: ExitStack) ->
     return made
 
 
+def fits(sockets: Sequence[socket.socket], host: str, port: int, processes: int = 1) -> bool:
+    """Whether these are what `listen` would make: they listen there, as many for each process."""
+    if not sockets or len(sockets) % processes:
+        return False
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        listens = all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in sockets)
+        return listens and {one.getsockname()[:2] for one in sockets} <= {address[:2] for *_, address in found}
+    except OSError:
+        return False
+
+
 def part(sockets: Sequence[socket.socket], number: int, processes: int) -> list[socket.socket]:
     """The set of one process, out of what `listen` made for all."""
     each = len(sockets) // processes
     return list(sockets[number * each : (number + 1) * each])
+
+
+def kept(environ: Mapping[str, str]) -> list[socket.socket]:
+    """Copies of the sockets that the service manager kept for this process."""
+    found = []
+    for fd in _handed_over(environ):
+        try:
+            found.append(socket.socket(fileno=os.dup(fd)))
+        except OSError:
+            continue  # no socket, so none of ours
+    return found
+
+
+def take_kept(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """As `kept`, and nothing of it is left open or in the environment for the processes that this one starts."""
+    found = kept(environ)
+    for fd in _handed_over(environ):
+        os.close(fd)
+    for name in VARIABLES:
+        environ.pop(name, None)
+    return found
+
+
+def _handed_over(environ: Mapping[str, str]) -> range:
+    count = environ.get("LISTEN_FDS", "")
+    meant = environ.get("LISTEN_PID") == str(os.getpid()) and count.isdigit()
+    return range(FIRST_FD, FIRST_FD + int(count)) if meant else range(0)

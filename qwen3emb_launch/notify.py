@@ -9,16 +9,21 @@ the supervisor and decides what to say when:
     restarting    WATCHDOG=1 while the supervisor's loop turns: it is at work, within deadlines of its own
     stopping      STOPPING=1, and EXTEND_TIMEOUT_USEC until the engine is gone
 
+It can also be given the sockets that users connect to (FDSTORE=1): it hands them to the next supervisor, if this one
+ends in whatever way, and connections wait in them meanwhile.
+
 A manager that does not listen costs nothing: sending never waits and never raises; what could not be sent is sent
 with the next message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 
 from qwen3emb_launch.facts import Deadlines
 from qwen3emb_launch.lifecycle import State, Transition
@@ -27,6 +32,7 @@ from qwen3emb_launch.state import InstanceRecord
 EXTEND_BY = 60.0  # seconds that one message adds, from its arrival
 REPEAT = 5.0  # seconds between two messages of one kind
 WATCHDOG_MARGIN = 15.0  # seconds beyond what the supervisor needs to notice a hang itself
+STORED = "address"  # the name of kept sockets
 VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
 
@@ -46,6 +52,17 @@ class NotifySocket:
         self._unsent: dict[str, str] = {}
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
+
+    def store(self, name: str, sockets: Sequence[socket.socket]) -> None:
+        """Give copies away, in the place of earlier ones of that name. A manager without a store, or with a full one,
+        drops them, which is no error: it is as if this had not been asked.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.sendto(f"FDSTOREREMOVE=1\nFDNAME={name}".encode(), self._address)
+            for one in sockets:
+                text = f"FDSTORE=1\nFDPOLL=0\nFDNAME={name}".encode()
+                copy = (socket.SOL_SOCKET, socket.SCM_RIGHTS, one.fileno().to_bytes(4, sys.byteorder))
+                self._socket.sendmsg([text], [copy], 0, self._address)  # socket.send_fds leaves the address out
 
     def send(self, **fields: str) -> bool:
         """Send the fields, older unsent ones with them. False when the manager does not take it now.
@@ -83,6 +100,10 @@ class ServiceManager:
         self._state = State.STARTING
         self._ready = False
         self._sent_at: float | None = None
+
+    def store(self, sockets: Sequence[socket.socket]) -> None:
+        """These are to outlive this process."""
+        self._out.store(STORED, sockets)
 
     def moved(self, transition: Transition, record: InstanceRecord) -> None:
         """A change of state: STATUS always; READY=1 at the first ready, STOPPING=1 at the end."""

@@ -161,6 +161,7 @@ class Service:
 
 RESTARTS = 5  # of the whole supervisor, within as much time as they take; its engine has a policy of its own
 RESTART_PAUSE = 10
+STORED_SOCKETS = 64  # one a gateway worker and address
 FILES = 65536  # open files: a socket a request, in the engine and in the gateway
 
 
@@ -228,6 +229,11 @@ def _process(spec: Service) -> list[Entry]:
         Entry("SuccessExitStatus", "130", stays),
         Entry("RestartSec", str(RESTART_PAUSE)),
         Entry("RestartPreventExitStatus", "2", again),
+        Entry(
+            "FileDescriptorStoreMax",
+            str(STORED_SOCKETS),
+            "the address stays open while the service is restarted: who connects then waits, and is not refused",
+        ),
         Entry("OOMPolicy", "continue", "an engine killed for memory is restarted by its supervisor"),
         Entry("StandardInput", "null"),
         Entry("StandardOutput", "journal", "the supervisor's talk; the engine's own output is in the state folder"),

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import free_port
@@ -67,3 +71,47 @@ def test_connections_wait_for_whoever_accepts() -> None:
         later, _ = made[0].accept()
         with later:
             assert later.recv(5) == b"hello"
+
+
+def test_what_fits_is_served_again() -> None:
+    """Sockets of an earlier run serve if they listen where they should, a set for each process; else they do not."""
+    port = free_port()
+    made = listening.listen("127.0.0.1", port, 2)
+    with closing(made):
+        assert listening.fits(made, "127.0.0.1", port, 2)
+        assert listening.fits(made[:1], "127.0.0.1", port)
+        for host, other, processes in (("127.0.0.1", port + 1, 2), ("127.0.0.2", port, 2), ("127.0.0.1", port, 3)):
+            assert not listening.fits(made, host, other, processes)
+        assert not listening.fits([], "127.0.0.1", port)
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))
+            assert not listening.fits([deaf], "127.0.0.1", deaf.getsockname()[1])
+
+
+HANDED = """
+import os, sys
+sys.path.insert(0, {root!r})
+from qwen3emb_launch import listening
+environ = dict(LISTEN_PID=str(os.getpid() + {other}), LISTEN_FDS="2", LISTEN_FDNAMES="a:a")
+copies = listening.kept(environ)
+found = listening.take_kept(environ)
+print(len(copies), len(found), environ, [one.getsockname()[1] for one in found], os.path.exists("/proc/self/fd/3"))
+"""
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_sockets_of_the_service_manager(other: int) -> None:
+    """Descriptors from 3 on are taken when they are meant for this process: sockets, and nothing else; the variables
+    are gone afterwards, and so are the descriptors."""
+    port = free_port()
+    made = listening.listen("127.0.0.1", port)
+    root = str(Path(__file__).resolve().parents[1])
+    with closing(made), Path(os.devnull).open() as file:
+        script = f'exec 3<&{made[0].fileno()} 4<&{file.fileno()}; exec {sys.executable} -c "$CODE"'
+        code = HANDED.format(root=root, other=other)
+        done = subprocess.run(
+            ["bash", "-c", script], env={**os.environ, "CODE": code}, pass_fds=[made[0].fileno(), file.fileno()],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+    expected = "0 0 {} [] True\n" if other else f"1 1 {{}} [{port}] False\n"
+    assert done.stdout == expected

@@ -31,13 +31,15 @@ class Manager:
         self._socket.bind(f"\0{address[1:]}" if address.startswith("@") else address)
         self._socket.setblocking(False)
         self.messages: list[dict[str, str]] = []
+        self.stored: list[int] = []
 
     def read(self) -> list[dict[str, str]]:
         while True:
             try:
-                data = self._socket.recv(65536)
+                data, fds, _, _ = socket.recv_fds(self._socket, 65536, 4)
             except BlockingIOError:
                 return self.messages
+            self.stored += fds
             self.messages.append(dict(line.split("=", 1) for line in data.decode().splitlines()))
 
     def close(self) -> None:
@@ -150,6 +152,19 @@ def test_line_ends_in_a_reason_do_not_forge_fields(manager: Manager) -> None:
     move(to, State.READY, State.RESTARTING, "died\nREADY=1\rSTOPPING=1")
     (message,) = manager.read()
     assert set(message) == {"STATUS"}
+
+
+def test_sockets_are_given_to_be_kept(manager: Manager) -> None:
+    """Each socket goes in a message of its own, in the place of those that were given before."""
+    to, _ = listener(manager)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        to.store([one, two])
+        assert [m.get("FDSTORE", "removed") for m in manager.read()] == ["removed", "1", "1"]
+        assert {m["FDNAME"] for m in manager.messages} == {"address"}
+        kept = [socket.socket(fileno=fd) for fd in manager.stored]
+        assert [s.getsockname() for s in kept] == [one.getsockname(), two.getsockname()]
+        for copy in kept:
+            copy.close()
 
 
 def test_nobody_listening_costs_nothing_and_news_is_kept(tmp_path: Path) -> None:

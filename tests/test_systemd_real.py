@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -43,13 +44,16 @@ def write(machine: Machine, path: str, text: str) -> None:
 class Endpoint:
     """A unit of ours around the fake engine, run as an account of its own with everything locked."""
 
-    def __init__(self, machine: Machine, name: str, watchdog: float | None = None, **behaviour: object) -> None:
+    def __init__(
+        self, machine: Machine, name: str, watchdog: float | None = None, gateway: bool = False, **behaviour: object
+    ) -> None:
         self.machine, self.name, self.unit, self.port = machine, name, f"qwen3emb-{name}.service", free_port()
         machine.must("bash", "-c", "id qwen3emb || useradd --system --home-dir /var/lib/qwen3emb qwen3emb")
+        words = ("/opt/launcher/bin/python3", "/opt/repository/tests/notified_service.py", name, str(self.port))
         spec = Service(
             scope="system",
             description="the fake engine",
-            words=("/opt/launcher/bin/python3", "/opt/repository/tests/notified_service.py", name, str(self.port)),
+            words=(*words, "gateway") if gateway else words,
             instance=name,
             environment={
                 "FAKE_ENGINE": json.dumps({"width": 64, **behaviour}),
@@ -153,6 +157,22 @@ def test_a_killed_supervisor_comes_back(machine: Machine) -> None:
     assert one.engine() != engine
     assert machine.run("kill", "-0", engine).returncode != 0
     one.stop()
+
+
+def test_who_connects_while_the_service_restarts_waits(machine: Machine) -> None:
+    """SIGKILL to the supervisor, with a gateway: its address stays open, and the next one answers who connected
+    meanwhile. After a stop it is closed."""
+    one = Endpoint(machine, "held", gateway=True)
+    one.start()
+    assert one.see("NFileDescriptorStore")["NFileDescriptorStore"] == "1"
+    before = one.see("MainPID")["MainPID"]
+    machine.must("systemctl", "kill", "--signal=KILL", "--kill-who=main", one.unit)
+    until(lambda: one.see("MainPID")["MainPID"] != before, "the end of the supervisor")
+    assert embed_once(Target("127.0.0.1", one.port, "fake", 64), "early", 30).ok
+    assert one.see("NRestarts", "NFileDescriptorStore") == {"NRestarts": "1", "NFileDescriptorStore": "1"}
+    one.stop()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", one.port), timeout=5)
 
 
 def test_the_watchdog_ends_a_supervisor_that_hangs(machine: Machine) -> None:

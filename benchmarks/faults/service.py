@@ -1,7 +1,8 @@
 """A service manager in small: starts one command, hears its notifications, keeps its watchdog, starts it again.
 
-It does what systemd does for the generated units (Type=notify, WatchdogSec, Restart=on-failure), with shorter pauses,
-and unlike systemd it removes nothing that a killed service leaves behind: leftovers are what is looked for.
+It does what systemd does for the generated units (Type=notify, WatchdogSec, Restart=on-failure, kept descriptors), with
+shorter pauses, and unlike systemd it removes nothing that a killed service leaves behind: leftovers are what is looked
+for.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,18 @@ from typing import Self
 LOOK_EVERY = 0.05
 ABORT_PATIENCE = 1.0
 RESTART_PAUSE = 0.2
+# Becomes the service under the same pid, with the kept descriptors from 3 on, as sd_listen_fds(3) has it.
+HANDOVER = """
+import fcntl, os, sys
+kept = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in sys.argv[1].split(",") if fd]
+os.closerange(3, 100)
+for number, fd in enumerate(kept):
+    os.dup2(fd, 3 + number)
+    os.close(fd)
+if kept:
+    os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(kept))}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class Service:
@@ -34,6 +48,7 @@ class Service:
         self.barked: list[float] = []  # when the watchdog had enough
         self._environ = dict(environ)
         self._ready = False
+        self._stored: list[int] = []
         self._alive_at = 0.0
         self._stopping = threading.Event()
         self._address = f"qwen3emb-chaos-{os.getpid()}-{id(self):x}"
@@ -62,6 +77,8 @@ class Service:
                 self.process.kill()
                 self.process.wait()
         self._inbox.close()
+        for fd in self._stored:
+            os.close(fd)
 
     @property
     def pid(self) -> int:
@@ -76,7 +93,8 @@ class Service:
         self._ready = False
         with self.log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.argv, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                [sys.executable, "-S", "-c", HANDOVER, ",".join(map(str, self._stored)), *self.argv], env=environ,
+                stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, pass_fds=self._stored,
             )  # fmt: skip
 
     def _run(self) -> None:
@@ -99,10 +117,15 @@ class Service:
 
     def _hear(self) -> None:
         try:
-            text = self._inbox.recv(1 << 16).decode(errors="replace")
+            data, fds, _, _ = socket.recv_fds(self._inbox, 1 << 16, 1)
         except TimeoutError:
             return
-        fields = dict(line.partition("=")[::2] for line in text.splitlines())
+        fields = dict(line.partition("=")[::2] for line in data.decode(errors="replace").splitlines())
+        if "FDSTOREREMOVE" in fields:  # there is one name only
+            for fd in self._stored:
+                os.close(fd)
+            self._stored = []
+        self._stored += fds
         if self.process and fields.get("READY") == "1":
             self._ready = True
             self._alive_at = time.monotonic()

@@ -158,12 +158,23 @@ def check_front(options: LaunchOptions, chosen: Chosen) -> None:
     from qwen3emb_launch.engine_process.ports import check_free
 
     host, port = chosen.address(options)
-    check_free(host, port)  # the supervisor looks again before each start
+    if not _kept(host, port):
+        check_free(host, port)  # the supervisor looks again before each start
     if chosen.said("gateway.enabled", options) is False:
         return
     names = {"api_keys": "keys_file", "tasks": "tasks_file", "insecure": "insecure"}
     said = {name: chosen.said(f"gateway.{key}", options) for key, name in names.items()}
     _check_gateway({"host": host, "port": port} | {name: value for name, value in said.items() if value is not None})
+
+
+def _kept(host: str, port: int) -> bool:
+    """Whether the service manager kept this very address open for this process."""
+    from contextlib import ExitStack
+
+    from qwen3emb_launch.listening import fits, kept
+
+    with ExitStack() as copies:
+        return fits([copies.enter_context(one) for one in kept(os.environ)], host, port)
 
 
 def _check_gateway(settings: Mapping[str, Any]) -> None:

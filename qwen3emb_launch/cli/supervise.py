@@ -10,7 +10,9 @@ import argparse
 import json
 import os
 import signal
+import socket
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from qwen3emb_launch import state
@@ -19,7 +21,8 @@ from qwen3emb_launch.console import Console
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
-from qwen3emb_launch.notify import service_manager
+from qwen3emb_launch.listening import take_kept
+from qwen3emb_launch.notify import ServiceManager, service_manager
 from qwen3emb_launch.planning.serialise import plan_from_dict
 from qwen3emb_launch.up.control_server import ControlServer
 from qwen3emb_launch.up.gateway_runner import GatewaySpec
@@ -44,6 +47,7 @@ def main() -> int:
     view = UpView(console, behind=options.behind)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `up` held it back
+        kept = take_kept(os.environ)
         claim = state.adopt(options.name, options.lock_fd)
         plan = plan_from_dict(json.loads(claim.plan.read_text(encoding="utf-8")))
         with view:
@@ -52,7 +56,7 @@ def main() -> int:
                 plan,
                 claim,
                 check_argv=None if options.no_verify else SMOKE,
-                gateway=gateway_spec(plan),
+                gateway=gateway_spec(plan, kept, manager),
                 listeners=[view, manager] if manager else [view],
                 pulse=manager.pulse if manager else None,
             )
@@ -67,8 +71,10 @@ def main() -> int:
     return finish(view, outcome)
 
 
-def gateway_spec(plan: LaunchPlan) -> GatewaySpec | None:
-    """The plan's gateway as the supervisor runs it."""
+def gateway_spec(
+    plan: LaunchPlan, kept: Sequence[socket.socket] = (), manager: ServiceManager | None = None
+) -> GatewaySpec | None:
+    """The plan's gateway as the supervisor runs it. `kept` sockets are from before; the manager keeps the new ones."""
     if plan.gateway is None:
         return None
 
@@ -83,6 +89,8 @@ def gateway_spec(plan: LaunchPlan) -> GatewaySpec | None:
         base_url=plan.base_url,
         admin=admin,
         keys_variable=KEYS_VARIABLE,
+        kept=tuple(kept),
+        keep=manager.store if manager else None,
         secured=bool(plan.gateway.get("keys_file") or os.environ.get(KEYS_VARIABLE)),
     )
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from qwen3emb_launch.engine_process.log_tail import last_lines
 from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import Exit, LaunchError, UnfitError
 from qwen3emb_launch.facts import Deadlines, RestartPolicy
-from qwen3emb_launch.listening import listen
+from qwen3emb_launch.listening import fits, listen
 from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.detached import error_from
@@ -54,6 +54,7 @@ class GatewaySpec:
     """The gateway of an instance: the command that takes `--config FILE`, its settings without engines, and the call
     to its admin socket. `base_url` is where users call.
 
+    `kept` are sockets that an earlier supervisor listened on; `keep` gives new ones to who hands them to a later one.
     `keys_variable` names the environment variable that adds API keys: where users need one (`secured`), so does the
     smoke test.
     """
@@ -64,6 +65,8 @@ class GatewaySpec:
     admin: AdminCall
     keys_variable: str
     secured: bool
+    kept: tuple[socket.socket, ...] = ()
+    keep: Callable[[Sequence[socket.socket]], None] | None = None
 
     @property
     def workers(self) -> int:
@@ -129,13 +132,23 @@ class GatewayRunner(ProcessRunner):
     def _listen(self) -> list[socket.socket]:
         """The address that users call, taken at the first start. Raises as `check_free`, UnfitError `cannot_listen`."""
         host, port = str(self.spec.settings["host"]), int(self.spec.settings["port"])
+        kept = list(self.spec.kept)
+        if fits(kept, host, port, self.spec.workers):
+            return kept
+        for one in kept:
+            one.close()
+        if self.spec.keep:
+            self.spec.keep(())  # another address now: the old one is not to be held any longer
         check_free(host, port)
         try:
-            return listen(host, port, self.spec.workers)
+            made = listen(host, port, self.spec.workers)
         except OSError as error:
             raise UnfitError(
                 "cannot_listen", f"cannot listen on {host}:{port}: {error.strerror or error}", "qwen3emb up --port N"
             ) from error
+        if self.spec.keep:
+            self.spec.keep(made)
+        return made
 
     def close(self) -> None:
         """No key and no socket stays."""
