@@ -15,6 +15,7 @@ from qwen3emb_launch.facts import Deadlines
 from qwen3emb_launch.lifecycle import State, Transition
 from qwen3emb_launch.notify import NotifySocket, ServiceManager, service_manager, watchdog_seconds
 from qwen3emb_launch.state import InstanceRecord
+from qwen3emb_launch.up import machine
 from qwen3emb_launch.up.supervisor import Supervisor
 
 RECORD = InstanceRecord(
@@ -250,8 +251,9 @@ def test_a_failed_smoke_test_is_never_ready(receiving: Manager) -> None:
     assert receiving.read()[-1]["STATUS"].startswith("failed: ")
 
 
-def test_a_hung_engine_gives_no_signs_of_life(receiving: Manager) -> None:
+def test_a_hung_engine_gives_no_signs_of_life(receiving: Manager, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the hang to the restart nothing feeds the watchdog, though /health says 200; then the restart does."""
+    monkeypatch.setattr(machine, "starved", lambda _: "")  # a test machine may well be
     deadlines = Deadlines(start=20, probe=0.5, probe_every=0.1, probe_failures=3, drain=5, reap=5)
     with Notified({"hang_after": 4}, receiving, deadlines=deadlines, restart=EAGER) as running:
         running.reach(State.RESTARTING)
