@@ -584,6 +584,33 @@ def test_gpu_energy_comes_from_the_cards_counter() -> None:
     assert Watch(None).gpu_figures(0, 3, 1000) is None
 
 
+def test_memory_of_an_engine_that_was_started_again() -> None:
+    """The engine's memory goes on being watched after its restart: who it is is asked again and again."""
+    script = "import sys; block = bytearray(20 << 20); print(flush=True); sys.stdin.read()"
+    engines: list[subprocess.Popen[bytes]] = []
+
+    def start() -> None:
+        engines.append(subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1))
+        engines[-1].stdout.readline()
+
+    def until(condition) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    with Watch(None, lambda: [engine.pid for engine in engines if engine.poll() is None]) as watch:
+        start()
+        until(lambda: any(m.rss for m in watch.moments))
+        engines[0].communicate(b"")
+        mark = len(watch.moments)
+        until(lambda: any(m.rss is None for m in watch.moments[mark:]))
+        start()
+        mark = time.monotonic()
+        until(lambda: (watch.peak_rss(mark, time.monotonic()) or 0) > 20 << 20)
+        engines[1].communicate(b"")
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("30", 30), ("30s", 30), ("5m", 300), ("72h", 259200), ("0.5s", 0.5), ("250ms", 0.25)]
 )

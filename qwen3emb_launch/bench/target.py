@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from qwen3emb_launch.errors import InvalidInputError, LaunchError
 class Target:
     """An endpoint as the user named it: NVML index of its GPU, its local processes, and facts for the record.
 
+    `pids` tells its engines' processes of the moment: one that was started again is another process.
     `plan` is an instance's plan file; `shape` its model's where that is known, `fingerprint` what decides its vectors.
     """
 
@@ -31,7 +32,7 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     verify_tls: bool = True
     gpu: int | None = None
-    pids: Sequence[int] = ()
+    pids: Callable[[], Sequence[int]] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     plan: Path | None = None
     shape: ModelShape | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import TYPE_CHECKING
 
 from qwen3emb_launch.bench.figures import GpuFigures
@@ -14,6 +15,7 @@ from qwen3emb_launch.bench.figures import GpuFigures
 if TYPE_CHECKING:
     from qwen3emb_launch.gpu import GpuSample
 
+LOOKS = 5  # samples between two questions for the processes
 EVERY = 0.2  # seconds between samples: NVML's own utilisation window is 1/6 to 1 s
 
 
@@ -27,15 +29,15 @@ class Moment:
 
 
 class Watch:
-    """Samples until closed. `gpu` is an NVML index or None, `pids` the engine's processes."""
+    """Samples until closed. `gpu` is an NVML index or None, `pids` tells the engine's processes of the moment."""
 
-    def __init__(self, gpu: int | None, pids: Sequence[int] = ()) -> None:
+    def __init__(self, gpu: int | None, pids: Callable[[], Sequence[int]] | None = None) -> None:
         self.moments: list[Moment] = []
         self._gpu = gpu
-        self._pids = tuple(pids)
+        self._pids = pids
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        if gpu is not None or pids:
+        if gpu is not None or pids is not None:
             self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Watch:
@@ -52,9 +54,11 @@ class Watch:
         from qwen3emb_launch import gpu
 
         with gpu.sampler(self._gpu) if self._gpu is not None else contextlib.nullcontext() as sample:
-            while True:
+            for number in count():
+                if number % LOOKS == 0:
+                    pids = self._pids() if self._pids else ()
                 seen = sample() if sample else None
-                self.moments.append(Moment(time.monotonic(), seen, resident(self._pids)))
+                self.moments.append(Moment(time.monotonic(), seen, resident(pids)))
                 if self._closing.wait(EVERY):
                     return
 

@@ -68,10 +68,18 @@ def instance(name: str | None, model: str | None) -> Target:
         model=model or record.served_model_name,
         api_key=os.environ.get(DEFAULT_KEY),
         gpu=index,
-        pids=tuple(e.pid for e in record.engines),
+        pids=lambda: engine_pids(found.name),
         facts=facts,
         plan=found.plan,
     )
+
+
+def engine_pids(name: str) -> tuple[int, ...]:
+    """An instance's engines of this moment; none while they are started again."""
+    from qwen3emb_launch import state
+
+    found = state.load(name)
+    return tuple(e.pid for e in found.record.engines) if found and found.record and found.running else ()
 
 
 @contextmanager

@@ -244,7 +244,7 @@ class Served:
                 model=self.record.served_model_name,
                 api_key=_key(),
                 gpu=self.gpu,
-                pids=tuple(e.pid for e in self.record.engines),
+                pids=lambda: tuple(e.pid for e in self.record.engines),
             )
             self._ready = prepare(target, self.engines.work)
         return self._ready
