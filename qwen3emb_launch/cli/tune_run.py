@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3emb_launch.bench.record import this_tool
 from qwen3emb_launch.cli.tune_trials import Engines, facts_of
 from qwen3emb_launch.cli.tune_view import Talk, profile_word, show
 from qwen3emb_launch.errors import LaunchError
@@ -15,7 +16,7 @@ from qwen3emb_launch.tune import report, winner
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Setup
 from qwen3emb_launch.tune.runner import Tuning
-from qwen3emb_launch.tune.trials import Measurement, Moves, Status
+from qwen3emb_launch.tune.trials import Measurement, Moves
 
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
@@ -100,6 +101,7 @@ class Job:
             seconds=round(seconds, 1),
             journal=self.journal,
             profile=profile,
+            tool=this_tool(),
         )
 
     # ---- the profile ----------------------------------------------------------------------------------------------
@@ -107,7 +109,7 @@ class Job:
     def _write_profile(self, tuning: Tuning, verdict: Verdict) -> Path | None:
         """The winner as a profile, planned once more: it must come to the command that was measured."""
         won = verdict.winner
-        figures = None if won is None else verdict.typical.get(won) or _briefly(tuning, won)
+        figures = None if won is None else verdict.typical.get(won) or tuning.measured(won)
         if won is None or figures is None:
             return None
         ratio = verdict.ratios.get(won)
@@ -153,9 +155,3 @@ class Job:
         request = replace(self.engines.request(()), profile=parse_profile(text, str(self.target)), overrides={})
         if planning.plan(request).argv != measured.argv:
             self.console.warn("the profile does not come to the command that was measured: compare `up --dry-run`")
-
-
-def _briefly(tuning: Tuning, won: Moves) -> Measurement | None:
-    """The figures of a trial, where there was no final."""
-    trial = next((t for t in tuning.journal.trials if t.moves == won and t.status is Status.OK), None)
-    return tuning.setup.objective.best(trial) if trial else None

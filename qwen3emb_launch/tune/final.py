@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 
 from qwen3emb_launch.errors import EngineFailedError, LaunchError, UnfitError
+from qwen3emb_launch.tune import strategy
 from qwen3emb_launch.tune.budget import Budget, OutOfTimeError
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Listener, Machine, Running, Setup
 from qwen3emb_launch.tune.objective import SEARCHED
-from qwen3emb_launch.tune.trials import Measurement, Moves, Round, Status, label
+from qwen3emb_launch.tune.trials import Measurement, Moves, Round, label
 
 HIGHER = 1.6  # a finalist begins so much above its own level at most, where another held a higher one
 EASED = 1.25  # and is lowered by that until the objective holds, at most EASINGS times
@@ -90,8 +91,7 @@ class Final:
         return level
 
     def _alone(self, moves: Moves) -> int | None:
-        trial = next((t for t in self.journal.trials if t.moves == moves and t.status is Status.OK), None)
-        best = self.setup.objective.best(trial) if trial else None
+        best = strategy.measured(self.journal.trials, moves, self.setup.objective)
         return best.memory_bytes if best else None
 
     def _brief(self, pair: tuple[Moves, Measurement]) -> str:

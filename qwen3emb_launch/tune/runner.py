@@ -164,7 +164,7 @@ class Tuning:
         if setup.objective.goal not in SEARCHED:
             look(setup.start)
             return
-        known = strategy.judged(self._baseline(), setup.objective)
+        known = self.measured(BASELINE)
         start, step = (known.level, FINER) if known else (setup.start, 2.0)
         levels.search(look, setup.objective.meets, start, whole=not setup.open, step=step)
 
@@ -184,6 +184,10 @@ class Tuning:
         text = f"{objective.value(best):.4g} {objective.unit} at {best.level:g}"
         base, mine = strategy.score(self._baseline(), objective), objective.score(best)
         return f"{text}, {mine / base:.3f} of the baseline's score" if trial.moves and base and mine else text
+
+    def measured(self, moves: Moves) -> Measurement | None:
+        """What a configuration came to in its own trial."""
+        return strategy.measured(self.journal.trials, moves, self.setup.objective)
 
     def _baseline(self) -> Trial | None:
         return next((t for t in self.journal.trials if not t.moves and t.status is Status.OK), None)
@@ -215,7 +219,7 @@ class Tuning:
         best = strategy.finalists(self.journal.trials, objective)
         base = self._baseline()
         if not best:
-            if base is None or strategy.judged(base, objective) is None:
+            if self.measured(BASELINE) is None:
                 return Verdict(None, "no configuration met the objective")
             if not any(t.moves and t.status is Status.OK for t in self.journal.trials):
                 return Verdict(BASELINE, "nothing but the baseline was measured")

@@ -96,6 +96,11 @@ def judged(trial: Trial | None, objective: Objective) -> Measurement | None:
     return objective.best(trial) if trial and trial.status is Status.OK else None
 
 
+def measured(trials: Sequence[Trial], wanted: Moves, objective: Objective) -> Measurement | None:
+    """What a configuration came to in its own trial, None where it has not held the objective there."""
+    return judged(next((t for t in trials if t.moves == wanted and t.status is Status.OK), None), objective)
+
+
 def finalists(trials: Sequence[Trial], objective: Objective) -> list[Trial]:
     """The best trials that look better than the baseline, best first."""
     base = score(next((t for t in trials if not t.moves), None), objective)

@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen3emb_launch.errors import UnfitError
-from qwen3emb_launch.verify.reference import write_whole
+from qwen3emb_launch.files import write_atomic
 
 PIECES = 16  # of a tensor are read, evenly spaced, its first and last bytes among them
 PIECE = 256  # bytes
@@ -117,6 +116,5 @@ def _remembered(memory: Path) -> dict[str, str]:
 
 def _remember(memory: Path, known: Mapping[str, str]) -> None:
     """Best effort: a memory that cannot be written costs time, nothing else."""
-    with suppress(OSError, UnfitError):
-        memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_whole(memory, json.dumps(known))
+    with suppress(OSError):
+        write_atomic(memory, json.dumps(known))
