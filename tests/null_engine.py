@@ -226,6 +226,10 @@ class Served:
         return self
 
     async def stop(self) -> None:
+        for listening in self.server.sockets:
+            asyncio.get_running_loop().remove_reader(listening.fileno())
+        for _ in range(3):  # asyncio would leave a connection that it is just accepting open and unserved
+            await asyncio.sleep(0)
         self.server.close()
         for link in list(self.engine.links):
             link.transport.abort()

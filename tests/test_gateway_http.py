@@ -12,6 +12,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from qwen3emb_launch.demo_model import EOS_ID, make_demo_model
+from qwen3emb_launch.gateway.calls import token_flags
+from qwen3emb_launch.gateway.tokens import Prepared
+from qwen3emb_launch.gateway.work import ESTIMATED, Item
 from tests.gateway_bench import error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -143,6 +146,67 @@ def test_a_bad_item_is_named_by_its_index() -> None:
             found = error(await gw.post({"model": "null", "input": ["a", "b", " ", "c"]}))
             assert found["index"] == 2
             assert found["message"].startswith("input[2]")
+
+    run(main())
+
+
+def test_a_bad_item_keeps_its_index_where_its_neighbours_were_cached() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            await gw.vectors(["a", "b"])
+            answer = await gw.post({"model": "null", "input": ["a", "b", "c", "REFUSE this", "d"]})
+            assert (answer.status, error(answer)["index"]) == (400, 3)
+            assert error(answer)["message"].startswith("input[3]: ")
+
+    run(main())
+
+
+def test_a_huge_request_lets_others_through() -> None:
+    """Looked up and answered in steps, though everything it wants is cached; ids are checked on a thread."""
+
+    async def main() -> None:
+        engine = NullEngine(2560)
+        async with Served(engine) as served, gateway(served, timeout=60.0) as gw:
+            texts = [f"t{i}" for i in range(1000)]
+            await gw.vectors(texts, encoding_format="base64")
+            huge = asyncio.create_task(gw.post({"model": "null", "input": texts}))
+            async with asyncio.timeout(60):
+                while not any(c._busy for c in gw.service.server.connections):
+                    await asyncio.sleep(0)
+            assert np.array_equal(await gw.vectors("t1"), [engine.vector("t1")])
+            assert not huge.done()
+            assert np.array_equal(rows(await huge), [engine.vector(t) for t in texts])
+            ids = [[i, 7] for i in range(40)]
+            assert np.array_equal(await gw.vectors(ids), [engine.vector(i) for i in ids])
+
+    run(main())
+
+
+def item(tokens: int, *waits: object, exact: bool = False) -> Item:
+    made = Item(b"", Prepared("x", tokens, exact))
+    made.waiters = [(wait, 0) for wait in waits]  # type: ignore[misc]
+    return made
+
+
+def test_an_engines_total_is_dealt_out_where_nobody_could_count() -> None:
+    one, two = object(), object()
+    assert token_flags([item(5, one), item(15, one)], 40) == [(10 | ESTIMATED, 10), (30 | ESTIMATED, 30)]
+    assert token_flags([item(5, one), item(15, two)], 40) == [(10 | ESTIMATED,) * 2, (30 | ESTIMATED,) * 2]
+    assert token_flags([item(5, one), item(15, two, exact=True)], 40) == [(25, 25), (15, 15)]
+    assert token_flags([item(5, one)], 7) == [(7, 7)]
+    assert token_flags([item(5, one)], 0) == [(5 | ESTIMATED,) * 2]
+    parts = token_flags([item(n, one) for n in (3, 1, 4, 1, 5)], 101)
+    assert sum(told for _, told in parts) == 101
+
+
+def test_usage_is_the_engines_where_a_call_was_one_requests() -> None:
+    """Without a tokenizer, and without a cache that would keep parts of it."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, cache_bytes=0) as gw:
+            answer = await gw.post({"model": "null", "input": ["one two three", "x", "y z"]})
+            assert orjson.loads(answer.body)["usage"]["total_tokens"] == 9
+            assert "x-qwen3emb-usage" not in answer.headers
 
     run(main())
 

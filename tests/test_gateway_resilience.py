@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
+from time import monotonic
 
 import numpy as np
 import orjson
 import pytest
 
+from qwen3emb_launch.gateway import batcher
 from qwen3emb_launch.gateway.config import UpstreamConfig
-from qwen3emb_launch.gateway.work import Level
+from qwen3emb_launch.gateway.killers import MOST, REMEMBERED, Killers
+from qwen3emb_launch.gateway.tokens import Prepared
+from qwen3emb_launch.gateway.work import Level, Wait
 from tests.gateway_bench import Bench, error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -268,7 +273,7 @@ def test_a_defect_of_the_gateways_own_is_an_answer_not_a_wait_without_end(monkey
             model = gw.service.endpoint.model
             assert model is not None
             with monkeypatch.context() as patch:
-                patch.setattr(model.batcher, "_flags", lambda *_: 1 // 0)
+                patch.setattr(batcher, "token_flags", lambda *_: 1 // 0)
                 answer = await gw.post({"model": "null", "input": "x"})
                 assert (answer.status, error(answer)["code"]) == (502, "engine_failed")
             await checked(gw, engine, "x")
@@ -376,13 +381,13 @@ def test_a_client_that_left_costs_no_engine_call() -> None:
             gone = asyncio.create_task(gw.post({"model": "null", "input": "held"}))
             await until(lambda: engine.calls == 2)
             queued = asyncio.create_task(gw.post({"model": "null", "input": [f"q{i}" for i in range(100)]}))
-            batcher = gw.service.endpoint.model.batcher
-            await until(lambda: batcher.queued + batcher.in_air >= 101)
+            room = gw.service.endpoint.model.batcher
+            await until(lambda: room.queued + room.in_air >= 101)
             gone.cancel()
             queued.cancel()
             await until(lambda: engine.aborted >= 1)
             engine.hang = False
-            await until(lambda: batcher.queued == 0 and batcher.in_air == 0)
+            await until(lambda: room.queued == 0 and room.in_air == 0)
             seen = engine.items
             await checked(gw, engine, "next")
             assert engine.items == seen + 1
@@ -390,32 +395,134 @@ def test_a_client_that_left_costs_no_engine_call() -> None:
     run(main())
 
 
-def test_a_text_that_kills_engines_fails_alone() -> None:
-    """Every death is retried in smaller company, until only the poisonous text is left to answer for it."""
+def test_a_client_that_leaves_before_its_call_began_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            model = gw.service.endpoint.model
+            assert model is not None
+            wait = Wait("somebody", 1, monotonic() + 60, asyncio.get_running_loop())
+            model.batcher.enter(wait)
+            model.batcher.submit(wait, 0, model.keyer.text("x"), Prepared("x", 1, exact=False))
+            await asyncio.sleep(0)
+            assert model.batcher.in_air == 1
+            model.batcher.leave(wait)  # before the call's first step
+            await until(lambda: model.batcher.in_air == 0)
+            assert model.batcher.queued == 0
+            assert [u.slots.total for u in gw.service.pool.up] == [0]
+            await checked(gw, engine, "x")
+
+    run(main())
+
+
+def test_a_change_of_model_waits_for_texts_that_are_being_counted(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their request has not asked an engine yet, and is answered by the old one all the same."""
+
+    async def main() -> None:
+        old, new = NullEngine(64), NullEngine(64, seed=2)
+        async with Served(old) as one, Served(new) as two, gateway(one) as gw:
+            rules, counting, go_on = gw.service.endpoint.rules, threading.Event(), threading.Event()
+            count = rules.texts_now
+
+            def slowly(texts: list[str]) -> list:
+                counting.set()
+                assert go_on.wait(30)
+                return count(texts)
+
+            monkeypatch.setattr(rules, "quick", lambda _: False)
+            monkeypatch.setattr(rules, "texts_now", slowly)
+            asked = asyncio.create_task(checked(gw, old, "long"))
+            await until(counting.is_set)
+            change = asyncio.create_task(gw.service.new_model("new", [UpstreamConfig(two.url)]))
+            await until(lambda: gw.service.endpoint.model is None)
+            go_on.set()
+            await asked
+            await change
+            await checked(gw, new, "long")
+
+    run(main())
+
+
+class Deadly:
+    """An engine that a text with P0ISON ends, and that is away for a moment then, as processes are."""
+
+    def __init__(self, served: Served, away: float = 0.15) -> None:
+        self.served, self.away, self.real = served, away, served.engine.embed
+        self.deaths: list[asyncio.Task] = []
+        served.engine.embed = self.embed  # type: ignore[method-assign]
+
+    async def embed(self, body: bytes) -> tuple[int, bytes]:
+        if b"P0ISON" not in body:
+            return await self.real(body)
+        self.deaths.append(asyncio.create_task(self.restart()))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def restart(self) -> None:
+        await self.served.stop()
+        await asyncio.sleep(self.away)
+        await self.served.start()
+
+
+@pytest.mark.parametrize("company", [7, 127, 600])
+def test_a_text_that_ends_engines_fails_alone_after_three_deaths(company: int) -> None:
+    """Whatever travelled with it, in its call or beside it, is answered; no client is told to ask for it again, and who
+    does is refused without another death."""
 
     async def main() -> None:
         engine = NullEngine(64)
-        async with Served(engine) as served, gateway(served, hold=20.0, calls=1) as gw:
+        async with Served(engine) as served, gateway(served, hold=20.0) as gw:
+            deadly = Deadly(served)
+            texts = [f"good {i}" for i in range(company)]
+            asked = [asyncio.create_task(checked(gw, engine, text)) for text in texts[:40]]
+            many = asyncio.create_task(gw.vectors(texts))
+            poison = await gw.post({"model": "null", "input": ["fine", "P0ISON"]})
+            assert (poison.status, error(poison)["code"]) == (502, "input_ends_engine")
+            assert (error(poison)["source"], error(poison)["index"]) == ("engine", 1)
+            assert poison.headers["x-should-retry"] == "false"
+            await asyncio.gather(*asked)
+            assert np.array_equal(await many, [engine.vector(t) for t in texts])
+            assert len(deadly.deaths) == 3
+            again = await gw.post({"model": "null", "input": "P0ISON"})
+            assert (again.status, error(again)["code"]) == (502, "input_ends_engine")
+            assert len(deadly.deaths) == 3
+            await checked(gw, engine, "after")
+            assert gw.service.endpoint.model.batcher.queued == 0
+
+    run(main())
+
+
+def test_what_ended_engines_is_tried_again_after_a_while() -> None:
+    now = [0.0]
+    killers = Killers(lambda: now[0])
+    killers.add(b"one")
+    assert killers.known(b"one")
+    assert not killers.known(b"two")
+    now[0] = REMEMBERED + 1
+    assert not killers.known(b"one")
+    for number in range(3 * MOST):
+        killers.add(b"%d" % number)
+    assert sum(killers.known(b"%d" % n) for n in range(3 * MOST)) == MOST
+
+
+@pytest.mark.parametrize("status", [500, 408])
+def test_an_engine_that_fails_at_one_text_fails_no_other(status: int) -> None:
+    """A call of many that an engine answers with its own fault goes again in parts until the culprit is alone."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, hold=20.0) as gw:
             real = engine.embed
 
-            deaths = []
+            async def faulty(body: bytes) -> tuple[int, bytes]:
+                return (status, b"{}") if b"FAULT" in body else await real(body)
 
-            async def die() -> None:
-                await served.stop()
-                await served.start()
-
-            async def deadly(body: bytes):
-                if b"P0ISON" in body:
-                    deaths.append(asyncio.create_task(die()))
-                    await asyncio.Event().wait()
-                return await real(body)
-
-            engine.embed = deadly  # type: ignore[method-assign]
-            asked = [asyncio.create_task(checked(gw, engine, f"good {i}")) for i in range(7)]
-            poison = await gw.post({"model": "null", "input": "P0ISON"})
-            assert poison.status == 502
-            assert error(poison)["source"] == "engine"
-            await asyncio.gather(*asked)
+            engine.embed = faulty  # type: ignore[method-assign]
+            texts = [f"good {i}" for i in range(100)]
+            good = asyncio.create_task(gw.vectors(texts))
+            bad = await gw.post({"model": "null", "input": "FAULT"})
+            assert (bad.status, error(bad)["code"]) == (502, "engine_failed")
+            assert np.array_equal(await good, [engine.vector(t) for t in texts])
 
     run(main())
 
@@ -426,10 +533,10 @@ def test_a_full_queue_answers_429_and_each_client_keeps_its_share() -> None:
         async with Served(engine) as served, gateway(served, queue=100, max_items=100, calls=1, batch_items=10) as gw:
             engine.hang = True
             names = [asyncio.create_task(gw.post({"model": "null", "input": f"first {i}"})) for i in range(3)]
-            batcher = gw.service.endpoint.model.batcher
-            await until(lambda: batcher.in_air >= 1)
+            room = gw.service.endpoint.model.batcher
+            await until(lambda: room.in_air >= 1)
             heavy = asyncio.create_task(gw.post({"model": "null", "input": [f"h{i}" for i in range(90)]}))
-            await until(lambda: batcher.queued >= 60)
+            await until(lambda: room.queued >= 60)
             over = await gw.post({"model": "null", "input": [f"o{i}" for i in range(60)]})
             assert over.status == 429
             assert error(over)["code"] == "overloaded"

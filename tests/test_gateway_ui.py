@@ -45,7 +45,7 @@ def test_the_page_shows_what_was_counted_and_the_engine(tmp_path: Path) -> None:
     assert page["hits"] == "50.0 %"
     assert page["batch"] == "2"
     assert page["errors"] == "1"
-    assert page["saved"] == "4 EUR"  # a token a text, as estimated without a tokenizer
+    assert page["saved"] == "8 EUR"  # two tokens a text, by the engine's count
     assert page["saved-of"] == "saved against Some API"
     assert float(page["p95"]) > 0
     assert re.search(r"http://127\.0\.0\.1:\d+/v1\s+up\s+0 calls, 0 texts\s+1\s+0\s+proved", page["upstreams"])

@@ -14,7 +14,8 @@ MAX_ENGINE_MESSAGE = 600
 
 
 class ApiError(Exception):
-    """An answer that is an error. `index` is the offending item of the request, when there is one."""
+    """An answer that is an error. `index` is the offending item of the request, when there is one; `final` tells
+    OpenAI's clients, which repeat requests after a 5xx, that this one is not worth repeating."""
 
     def __init__(
         self,
@@ -26,6 +27,7 @@ class ApiError(Exception):
         source: Source = "gateway",
         index: int | None = None,
         retry_after: float | None = None,
+        final: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -35,6 +37,7 @@ class ApiError(Exception):
         self.source: Source = source
         self.index = index
         self.retry_after = retry_after
+        self.final = final
 
     def at(self, index: int, count: int) -> ApiError:
         """The same error, naming the item of the request that caused it."""
@@ -47,6 +50,7 @@ class ApiError(Exception):
             source=self.source,
             index=index,
             retry_after=self.retry_after,
+            final=self.final,
         )
 
     def body(self) -> dict[str, Any]:
@@ -68,6 +72,8 @@ class ApiError(Exception):
         out: dict[str, str] = {"x-qwen3emb-error-source": self.source}
         if self.retry_after is not None:
             out["retry-after"] = str(max(1, round(self.retry_after)))
+        if self.final:
+            out["x-should-retry"] = "false"
         return out
 
 

@@ -6,8 +6,9 @@ there are, or until its oldest text has waited `wait` seconds (a call's usual ti
 with a full pass of work queued behind the one it runs never idles, and passes of equal size waste the least. Long texts
 have slots of their own.
 
-Embedding is idempotent: what an engine took down with it is sent again, to another one or when it is back. Each
-failed or refused batch goes again in halves, so that one bad text is found and cannot fail its neighbours.
+Embedding is idempotent: what an engine took down with it is sent again, to another one or when it is back, but alone
+there and in small parts, so that a text which ends engines is found after three deaths and fails by itself. A failed
+batch goes again in parts, a refused one in halves.
 """
 
 from __future__ import annotations
@@ -22,19 +23,22 @@ import orjson
 from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.api_errors import ApiError, from_engine
 from qwen3emb_launch.gateway.cache import VectorCache
+from qwen3emb_launch.gateway.calls import Call, Calls, token_flags
 from qwen3emb_launch.gateway.http_client import Answer, EngineGoneError
+from qwen3emb_launch.gateway.killers import DEATHS, Killers
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.tracing import Tracing
-from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
+from qwen3emb_launch.gateway.upstream import PATIENCE, Upstream, UpstreamPool
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
 from qwen3emb_launch.gateway.waiting_room import WaitingRoom
-from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, BatchLimits, Item, Wait
+from qwen3emb_launch.gateway.work import BatchLimits, Item, Kind, Wait
 
 log = logging.getLogger(__name__)
 
 SWEEP = 0.1
 SMALL_BATCH = 4  # items that are not worth being divided among calls
+PARTS = 16  # a failed batch goes again in so many: the bad text of 128 is alone at the third try
 
 
 class Batcher:
@@ -51,11 +55,12 @@ class Batcher:
         self._room = WaitingRoom(limits)
         self._air: dict[bytes, Item] = {}
         self._waits: set[Wait] = set()
-        self._flying = {False: 0, True: 0}  # items in calls, by kind
-        self._usual = {False: 0.0, True: 0.0}  # seconds a call takes lately, by kind
+        self._calls = Calls()
+        self._killers = Killers()
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
-        self._calls: dict[asyncio.Task[None], tuple[Upstream, list[Item], float]] = {}
+        self._clearing: float | None = None  # since when suspects wait for an engine to themselves
+        self.closed = False
         self._loop = asyncio.get_running_loop()
         self._sweeper = self._loop.create_task(self._sweep())
 
@@ -72,7 +77,7 @@ class Batcher:
     @property
     def in_air(self) -> int:
         """Items in calls."""
-        return self._flying[False] + self._flying[True]
+        return sum(self._calls.items.values())
 
     # -- in
 
@@ -84,9 +89,17 @@ class Batcher:
             seconds = min(60.0, ahead / max(1.0, self.metrics.items_per_second))
             raise ApiError(429, "overloaded", f"too much at once: {why}", retry_after=seconds)
 
-    def submit(self, wait: Wait, index: int, key: bytes, prepared: Prepared) -> None:
-        """Queue one input of a request, or join the equal one that is already on its way."""
+    def enter(self, wait: Wait) -> None:
+        """A request that will submit its inputs: from now on its deadline is kept. `leave` must follow."""
         self._waits.add(wait)
+
+    def submit(self, wait: Wait, index: int, key: bytes, prepared: Prepared) -> None:
+        """Queue one input of a request, or join the equal one that is already on its way.
+
+        Raises ApiError 502 for one that was seen to end engines a while ago.
+        """
+        if self._killers.known(key):
+            raise self._killers.error(again=False).at(index, 1)
         item = self._air.get(key)
         if item is not None:
             item.waiters.append((wait, index))
@@ -113,8 +126,8 @@ class Batcher:
             else:
                 self._air.pop(item.key, None)
         for call in {item.call for item in wait.items if item.call is not None}:
-            if call in self._calls and not any(item.waiters for item in self._calls[call][1]):
-                call.cancel()
+            if call in self._calls.air and call.task is not None and not call.wanted:
+                call.task.cancel()
         wait.items.clear()
 
     # -- out
@@ -127,18 +140,21 @@ class Batcher:
 
     def _dispatch(self) -> None:
         self._kicked = False
-        for long in (False, True):
-            self._dispatch_kind(long)
+        for kind in Kind:
+            self._dispatch_kind(kind)
 
-    def _dispatch_kind(self, long: bool) -> None:
-        queues = self._room.queues(long)
+    def _dispatch_kind(self, kind: Kind) -> None:
+        queues = self._room.queues(kind)
+        impatient, cleared = self._impatient(), None
+        if kind is not Kind.SUSPECT and self._room.waiting(Kind.SUSPECT) and not impatient:
+            cleared = self.pool.quietest()  # left to fall idle, for them
         while queues:
             queue = queues.pop(0)
             head, now = queue.peek(), monotonic()
-            due = (head.queued_at if head else 0.0) + max(self.limits.wait, self._usual[long]) - now
-            upstream = self.pool.pick(long, extra=due <= 0)
-            part = self._room.part(long, self._flying[long], self.pool.calls * len(self.pool.up), now)
-            if upstream is None or (due > 0 and upstream.slots.calls(long) and self._room.waiting(long) < part):
+            due = (head.queued_at if head else 0.0) + max(self.limits.wait, self._calls.usual[kind]) - now
+            upstream = self.pool.pick(kind, extra=impatient if kind is Kind.SUSPECT else due <= 0, but=cleared)
+            part = self._room.part(kind, self._calls.items[kind], self.pool.calls * len(self.pool.up), now)
+            if upstream is None or (due > 0 and upstream.slots.calls[kind] and self._room.waiting(kind) < part):
                 if due > 0:
                     self._look_again_in(due)
                 continue
@@ -146,9 +162,17 @@ class Batcher:
             for item in unwanted:
                 self._air.pop(item.key, None)
             if batch:
-                self._send(upstream, batch, long)
+                self._send(upstream, batch, kind)
             if queue:
                 queues.append(queue)
+
+    def _impatient(self) -> bool:
+        """Whether suspects have waited for too long for an engine to fall idle: then they go where others are."""
+        if not (self._room.waiting(Kind.SUSPECT) and self.pool.up):
+            self._clearing = None
+        elif self._clearing is None:
+            self._clearing = monotonic()
+        return self._clearing is not None and monotonic() - self._clearing > PATIENCE
 
     def _look_again_in(self, seconds: float) -> None:
         """For the text that no ending call takes along before it has waited long enough."""
@@ -159,37 +183,43 @@ class Batcher:
         self._timer = None
         self._dispatch()
 
-    def _send(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
-        slots = upstream.slots
-        slots.items += len(batch)
-        if long:
-            slots.long += 1
-        else:
-            slots.short += 1
-        self._flying[long] += len(batch)
-        call = self._loop.create_task(self._call(upstream, batch, long))
-        self._calls[call] = (upstream, batch, monotonic())
-        for item in batch:
-            item.call = call
+    def _send(self, upstream: Upstream, batch: list[Item], kind: Kind) -> None:
+        if kind is Kind.SUSPECT:
+            self._clearing = None
+        call = self._calls.take_off(upstream, batch, kind)
+        call.task = self._loop.create_task(self._make(call))
+        call.task.add_done_callback(lambda _: self._over(call))
 
-    async def _call(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
+    def _over(self, call: Call) -> None:
+        """One that was given up before its first step has nobody else to clean up after it."""
+        if call in self._calls.air:
+            self._calls.land(call)
+            self._again(call.batch, False, "given up")
+
+    async def _make(self, call: Call) -> None:
         """One engine call, from request to vectors given or items queued again."""
+        upstream, batch = call.upstream, call.batch
         inputs = [item.prepared.wire(upstream.takes_ids) for item in batch]
         body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
         began = monotonic()
         try:
             try:
-                answer = await self._ask(upstream, batch, body)
+                if self.tracing is None:
+                    answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+                else:
+                    answer = await self.tracing.traced(
+                        upstream.client, upstream.model, body, self.limits.timeout, batch
+                    )
             finally:
-                self._landed(upstream, batch, long)
+                self._calls.land(call)
             took = monotonic() - began
             if answer.status == 200:
                 self._dispatch()  # the engine first: what waits is on its way before the answers are written
-                self._usual[long] += (took - self._usual[long]) / 8
+                self._calls.took(call, took)
             self._answered(upstream, batch, answer, began, took)
         except EngineGoneError as error:
             self.pool.gone(upstream, str(error))
-            self._again(batch, error.sent, str(error))
+            self._again(batch, error.sent, str(error), died=error.sent, alone=call.to_itself)
         except TimeoutError:
             self.pool.gone(upstream, f"no answer within {self.limits.timeout:g} s")
             self._again(batch, True, "the engine did not answer in time")
@@ -207,75 +237,38 @@ class Batcher:
             self._again(batch, True, "the gateway failed; its log says why")
         self.kick()
 
-    async def _ask(self, upstream: Upstream, batch: list[Item], body: bytes) -> Answer:
-        """The call itself, in a span of its own when tracing is on."""
-        if self.tracing is None:
-            return await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
-        causes = [wait.span for item in batch for wait, _ in item.waiters]
-        tokens = sum(item.prepared.tokens for item in batch)
-        span = self.tracing.call(upstream.url, upstream.model, len(batch), tokens, causes)
-        error = ""
-        try:
-            header = self.tracing.header(span)
-            answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout, header)
-            error = "" if answer.status == 200 else str(answer.status)
-        except BaseException as exc:
-            error = type(exc).__name__
-            raise
-        finally:
-            self.tracing.call_ended(span, error)
-        return answer
-
-    def _landed(self, upstream: Upstream, batch: list[Item], long: bool) -> None:
-        """A call is over, however it went."""
-        upstream.slots.items -= len(batch)
-        self._flying[long] -= len(batch)
-        if long:
-            upstream.slots.long -= 1
-        else:
-            upstream.slots.short -= 1
-        call = asyncio.current_task()
-        if call is not None:
-            self._calls.pop(call, None)
-
     def _answered(self, upstream: Upstream, batch: list[Item], answer: Answer, began: float, took: float) -> None:
         status = answer.status
         if status == 200:
             vectors, total = read_vectors(answer.body, len(batch), self.pool.width)
             self.pool.answered(upstream)
             self.metrics.call(len(batch), sum(i.prepared.tokens for i in batch), took)
-            for item, vector in zip(batch, vectors, strict=True):
-                self._give(item, vector, self._flags(item, len(batch), total), began, took)
+            for item, vector, (kept, told) in zip(batch, vectors, token_flags(batch, total), strict=True):
+                self._give(item, vector, kept, told, began, took)
         elif status in (429, 503):
-            self.pool.overloaded(upstream, _retry_after(answer))
+            self.pool.overloaded(upstream, answer.retry_after())
             self._again(batch, False, f"the engine answered {status}")
+        elif status == 408:  # a proxy took the connection for idle
+            self._again(batch, True, "the engine answered 408")
         elif status in (400, 413, 422):
             self.pool.answered(upstream)
-            self._refused(batch, from_engine(400 if status == 422 else status, _json(answer)))
+            self._refused(batch, from_engine(400 if status == 422 else status, answer.json()))
         elif status >= 500:
             raise BadAnswerError(f"the engine answered {status}")
         else:  # 401, 403, 404: nothing the client could mend
-            reason = from_engine(502, _json(answer))
+            reason = from_engine(502, answer.json())
             message = f"the engine refused the gateway itself ({status}): {reason.message}"
             self.pool.failed(upstream, message)
             for item in batch:
                 self._fail(item, ApiError(502, "upstream_misconfigured", message, source="engine"))
 
-    def _flags(self, item: Item, count: int, total: int) -> int:
-        """An item's token count with its flags, as it is kept with the vector."""
-        prepared = item.prepared
-        tokens, exact = prepared.tokens, prepared.exact
-        if not exact and count == 1 and total:
-            tokens, exact = total, True
-        return min(tokens, TOKEN_MASK) | (TRUNCATED if prepared.truncated else 0) | (0 if exact else ESTIMATED)
-
-    def _give(self, item: Item, vector: Vector, flags: int, began: float, took: float) -> None:
+    def _give(self, item: Item, vector: Vector, kept: int, told: int, began: float, took: float) -> None:
         self._air.pop(item.key, None)
-        self.cache.put(item.key, vector, flags)
+        self.cache.put(item.key, vector, kept)
         if self.on_vector is not None:
-            self.on_vector(item.key, vector, flags)
+            self.on_vector(item.key, vector, kept)
         for wait, index in item.waiters:
-            wait.give(index, vector, flags, began - item.queued_at, took)
+            wait.give(index, vector, told, began - item.queued_at, took)
         item.call = None
 
     def _refused(self, batch: list[Item], error: ApiError) -> None:
@@ -291,16 +284,26 @@ class Batcher:
             self._air.pop(item.key, None)
         return bool(item.waiters)
 
-    def _again(self, batch: list[Item], counts: bool, reason: str, halved: bool = False) -> None:
-        """Queue items again, in front, in smaller batches if they may be the cause; too many tries are a failure."""
+    def _again(
+        self, batch: list[Item], counts: bool, reason: str, *, halved: bool = False, died: bool = False,
+        alone: bool = False,
+    ) -> None:  # fmt: skip
+        """Queue items again, in front, in smaller batches if they may be the cause; too many tries are a failure.
+
+        `died`: the engine went with them, `alone`: and with nothing else. Who was there before then is the cause.
+        """
         for item in reversed(batch):
             item.call = None
             if not self._wanted(item):
                 continue
-            if counts:
-                item.attempts += 1
-            if halved or item.attempts > 1:
-                item.company = max(1, len(batch) // 2)
+            item.attempts += counts
+            item.suspect = item.suspect or died
+            if halved or counts:
+                item.company = max(1, len(batch) // (2 if halved else PARTS))
+            if died and alone and len(batch) == 1 and item.attempts >= DEATHS:
+                self._killers.add(item.key)
+                self._fail(item, self._killers.error(again=True))
+                continue
             if item.attempts >= self.limits.attempts:
                 message = f"{item.attempts} tries failed, the last one: {reason}"
                 self._fail(item, ApiError(502, "engine_failed", message, source="engine", retry_after=1))
@@ -312,7 +315,7 @@ class Batcher:
         self._air.pop(item.key, None)
         item.call = None
         for wait, index in item.waiters:
-            wait.fail(error.at(index, len(wait.results)))
+            wait.fail(error.at(index, 1))  # its place in the whole request is named there
 
     # -- time
 
@@ -320,16 +323,21 @@ class Batcher:
         """Deadlines of requests, the hold when no engine is up, engines that fell silent."""
         while True:
             await asyncio.sleep(SWEEP)
-            now = monotonic()
-            down_since = self.pool.unavailable_since
-            for wait in list(self._waits):
-                if now >= wait.deadline:
-                    wait.fail(self._late(now - wait.started))
-                elif down_since is not None and now - max(down_since, wait.started) >= self.limits.hold:
-                    wait.fail(self._nobody(down_since, now))
-            self._stalled(now)
-            if self.queued:
-                self.kick()
+            try:
+                self._look(monotonic())
+            except Exception:  # a sweep that ended would leave every deadline unkept
+                log.exception("a look at the deadlines failed inside the gateway")
+
+    def _look(self, now: float) -> None:
+        down_since = self.pool.unavailable_since
+        for wait in list(self._waits):
+            if now >= wait.deadline:
+                wait.fail(self._late(now - wait.started))
+            elif down_since is not None and now - max(down_since, wait.started) >= self.limits.hold:
+                wait.fail(self._nobody(down_since, now))
+        self._stalled(now)
+        if self.queued:
+            self.kick()
 
     def _late(self, waited: float) -> ApiError:
         return ApiError(504, "timeout", f"no vector within the {waited:.1f} s this request may take", retry_after=1)
@@ -342,32 +350,21 @@ class Batcher:
 
     def _stalled(self, now: float) -> None:
         """Calls of a silent engine are tried elsewhere, when there is an elsewhere."""
-        for call, (upstream, _, began) in list(self._calls.items()):
-            silent = now - max(upstream.last_answer, began)
-            if silent > self.limits.stall and any(u is not upstream for u in self.pool.up):
+        for call in list(self._calls.air):
+            upstream = call.upstream
+            silent = now - max(upstream.last_answer, call.began)
+            if silent > self.limits.stall and any(u is not upstream for u in self.pool.up) and call.task is not None:
                 self.pool.gone(upstream, f"no answer for {silent:.0f} s with calls in the air")
-                call.cancel()
+                call.task.cancel()
 
     async def close(self) -> None:
         """Fail what is left and stop."""
+        self.closed = True
         self._sweeper.cancel()
         for wait in list(self._waits):
             wait.fail(ApiError(503, "shutting_down", "the gateway is stopping", retry_after=1))
-        for call in list(self._calls):
-            call.cancel()
+        for call in list(self._calls.air):
+            if call.task is not None:
+                call.task.cancel()
         if self._timer:
             self._timer.cancel()
-
-
-def _json(answer: Answer) -> dict[str, Any] | None:
-    try:
-        data = orjson.loads(answer.body)
-    except orjson.JSONDecodeError:
-        return None
-    return data if isinstance(data, dict) else None
-
-
-def _retry_after(answer: Answer) -> float:
-    """Seconds to leave an overloaded engine alone: what it says, a tenth of a second otherwise."""
-    said = answer.headers.get("retry-after", "")
-    return min(5.0, float(said)) if said.isascii() and said.isdigit() and int(said) > 0 else 0.1

@@ -1,7 +1,7 @@
 """`POST /v1/embeddings`: from a request's bytes to an answer's, by the shortest way there is.
 
 All inputs cached: answered within this call, no task, no await. Otherwise the missing ones are counted, checked,
-batched and waited for.
+batched and waited for. What is large is done in steps, so that it holds nobody else back for longer than one takes.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from qwen3emb_launch.gateway.tokens import Prepared, TokenRules, estimate
 from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, Wait
 
 MAX_SHOWN = 200  # indexes of truncated inputs a header lists
+STEP = 32  # inputs looked up or answered in one go: a wide vector as text takes 0.1 ms
+INLINE_IDS = 1_000  # token ids that are checked on the event loop
 
 
 class SecondLevel(Protocol):
@@ -59,6 +61,17 @@ class Served:
     span: Any = None  # OpenTelemetry's, when tracing is on
 
 
+@dataclass(slots=True)
+class Job:
+    """One request on its way."""
+
+    request: Request
+    asked: EmbeddingRequest
+    chosen: Chosen
+    client: Client
+    served: Served
+
+
 class Embeddings:
     """The endpoint. `model` is set once an engine is up; until then requests wait for `known`."""
 
@@ -89,58 +102,75 @@ class Embeddings:
                 404, "model_not_found", f"no model {chosen.model[:80]!r} here: there is {known}", param="model"
             )
         served.task = chosen.task.name if chosen.task else ""
-        if self.model is None:
-            return self._when_known(request, asked, chosen, client, served)
-        return self._embed(self.model, request, asked, chosen, client, served)
+        job = Job(request, asked, chosen, client, served)
+        return self._when_known(job) if self.model is None else self._embed(self.model, job)
 
-    async def _when_known(
-        self, request: Request, asked: EmbeddingRequest, chosen: Chosen, client: Client, served: Served
-    ) -> Response:
-        """No engine has been up yet, so not even the width is known."""
+    async def _when_known(self, job: Job) -> Response:
+        """No engine has been up yet, or none of the new model: not even the width is known."""
         try:
-            async with asyncio.timeout(max(0.0, request.received + self.hold - monotonic())):
+            async with asyncio.timeout(max(0.0, job.request.received + self.hold - monotonic())):
                 await self.known.wait()
         except TimeoutError:
             message = f"no engine has been up yet; the request was held for {self.hold:g} s"
             raise ApiError(503, "no_engine", message, retry_after=5) from None
         if self.model is None:  # the model was changed within this very turn of the loop
             raise ApiError(503, "model_changes", "the model is being changed", retry_after=1)
-        answer = self._embed(self.model, request, asked, chosen, client, served)
+        answer = self._embed(self.model, job)
         return answer if isinstance(answer, Response) else await answer
 
-    def _embed(
-        self, model: Model, request: Request, asked: EmbeddingRequest, chosen: Chosen, client: Client, served: Served
-    ) -> Response | Awaitable[Response]:
+    def _embed(self, model: Model, job: Job) -> Response | Awaitable[Response]:
+        asked, chosen = job.asked, job.chosen
         reply = _Reply(asked.encoding, self._dims(asked, chosen, model.width), asked.count)
+        if asked.count > STEP or (asked.ids and sum(map(len, asked.ids)) > INLINE_IDS):
+            return self._embed_in_steps(model, job, reply)
         payloads = self._payloads(asked, chosen)
+        self._look_up(model, reply, payloads, 0)
+        return self._rest(model, job, reply, payloads)
+
+    async def _embed_in_steps(self, model: Model, job: Job, reply: _Reply) -> Response:
+        asked, chosen = job.asked, job.chosen
+        if asked.ids:  # each list is turned into text and back, to see whose ids they are
+            payloads = await asyncio.to_thread(self._payloads, asked, chosen)
+        else:
+            payloads = self._payloads(asked, chosen)
+        for start in range(0, asked.count, STEP):
+            self._look_up(model, reply, payloads[start : start + STEP], start)
+            await asyncio.sleep(0)
+        answer = self._rest(model, job, reply, payloads)
+        return answer if isinstance(answer, Response) else await answer
+
+    def _look_up(self, model: Model, reply: _Reply, payloads: Sequence[str | Prepared], start: int) -> None:
+        """What the caches know of some inputs, the first of which is the request's input number `start`."""
         keyer, cache, disk = model.keyer, model.cache, model.disk
-        keys: list[bytes] = []
-        missing: list[int] = []
-        for index, payload in enumerate(payloads):
+        for index, payload in enumerate(payloads, start):
             key = keyer.text(payload) if isinstance(payload, str) else keyer.prepared(payload)
-            keys.append(key)
             found = cache.get(key)
             if found is not None:
                 self.metrics.hits["memory"] += 1
             elif disk is not None:
                 found = self._from_disk(disk, cache, key)
             if found is None:
-                missing.append(index)
+                reply.missing.append((index, key))
             else:
                 reply.add(index, *found)
+
+    def _rest(
+        self, model: Model, job: Job, reply: _Reply, payloads: Sequence[str | Prepared]
+    ) -> Response | Awaitable[Response]:
+        """After the caches: the answer, or what will bring it. Raises ApiError 429."""
+        client, served, missing = job.client, job.served, reply.missing
         served.hits = len(payloads) - len(missing)
         self.metrics.cached_tokens += reply.tokens
         if client.requests.per_minute or client.tokens.per_minute:
             client.check_rate(sum(estimate(p) if isinstance(p, str) else p.tokens for p in payloads))
         if missing:
             self.metrics.misses += len(missing)
-            wait = self._wait(model, client, request, len(missing))
+            wait = self._wait(model, client, job.request, len(missing))
             wait.span = served.span
-            return self._misses(
-                model, wait, request, asked, reply, served, [payloads[i] for i in missing], missing, keys
-            )
-        self.metrics.answered(monotonic() - request.received, 0.0, 0.0, request.received)
-        return self._answer(asked, reply, served)
+            return self._misses(model, wait, job, reply, [payloads[i] for i, _ in missing])
+        received = job.request.received
+        self.metrics.answered(monotonic() - received, 0.0, 0.0, received)
+        return self._answer(job.asked, reply, served)
 
     def _wait(self, model: Model, client: Client, request: Request, count: int) -> Wait:
         """A place in the queue. Raises ApiError 429."""
@@ -156,42 +186,47 @@ class Embeddings:
         return found
 
     async def _misses(
-        self,
-        model: Model,
-        wait: Wait,
-        request: Request,
-        asked: EmbeddingRequest,
-        reply: _Reply,
-        served: Served,
-        payloads: Sequence[str | Prepared],
-        missing: list[int],
-        keys: list[bytes],
+        self, model: Model, wait: Wait, job: Job, reply: _Reply, payloads: Sequence[str | Prepared]
     ) -> Response:
-        """The rest of a request: `missing` are the positions of `payloads` in it."""
-        count = asked.count
-        prepared = await self._prepare(payloads, missing, count)
-        batcher = model.batcher
+        """The rest of a request: `payloads` are the missing inputs."""
+        count, batcher, missing = job.asked.count, model.batcher, reply.missing
+        if batcher.closed:  # the model was changed since this was put off
+            return await self._when_known(job)
         try:
-            for slot, index in enumerate(missing):
-                batcher.submit(wait, slot, keys[index], prepared[slot])
-            results = await wait.future
-        except ApiError as error:
-            raise (error if error.index is None else error.at(missing[error.index], count)) from None
+            batcher.enter(wait)
+            prepared = await self._prepare(wait, batcher, payloads, reply, count)
+            try:
+                if not wait.future.done():
+                    for slot, (_, key) in enumerate(missing):
+                        batcher.submit(wait, slot, key, prepared[slot])
+                results = await wait.future
+            except ApiError as error:
+                raise (error if error.index is None else error.at(missing[error.index][0], count)) from None
         finally:
             batcher.leave(wait)
-        for index, (vector, flags) in zip(missing, results, strict=True):
-            reply.add(index, vector, flags)
-        self.metrics.answered(monotonic() - request.received, wait.queued, wait.engine, request.received)
-        return self._answer(asked, reply, served)
+        for slot, (vector, flags) in enumerate(results, 1):
+            reply.add(missing[slot - 1][0], vector, flags)
+            if not slot % STEP:
+                await asyncio.sleep(0)
+        received = job.request.received
+        self.metrics.answered(monotonic() - received, wait.queued, wait.engine, received)
+        return self._answer(job.asked, reply, job.served)
 
-    async def _prepare(self, payloads: Sequence[str | Prepared], missing: list[int], count: int) -> list[Prepared]:
+    async def _prepare(
+        self, wait: Wait, batcher: Batcher, payloads: Sequence[str | Prepared], reply: _Reply, count: int
+    ) -> list[Prepared]:
         """Token counts of the missing texts; the first that is too long is the request's error, named by index."""
         ready = [p for p in payloads if isinstance(p, Prepared)]
         if ready:
             return ready
         out: list[Prepared] = []
-        counted = await self.rules.texts([p for p in payloads if isinstance(p, str)])
-        for index, one in zip(missing, counted, strict=True):
+        texts = [p for p in payloads if isinstance(p, str)]
+        if self.rules.quick(texts):
+            counted = self.rules.texts_now(texts)
+        else:
+            counted = await asyncio.to_thread(self.rules.texts_now, texts)
+            batcher.admit(wait.client, len(texts))  # again: others came in meanwhile
+        for (index, _), one in zip(reply.missing, counted, strict=True):
             if isinstance(one, ApiError):
                 raise one.at(index, count)
             out.append(one)
@@ -244,9 +279,9 @@ class Embeddings:
 
 
 class _Reply:
-    """An answer as it fills: encoded vectors in their places, tokens, what was cut."""
+    """An answer as it fills: encoded vectors in their places, tokens, what was cut, and what no cache knows."""
 
-    __slots__ = ("_dims", "_encoding", "cut", "encoded", "flags", "tokens")
+    __slots__ = ("_dims", "_encoding", "cut", "encoded", "flags", "missing", "tokens")
 
     def __init__(self, encoding: Encoding, dims: int | None, count: int) -> None:
         self._encoding: Encoding = encoding
@@ -255,6 +290,7 @@ class _Reply:
         self.tokens = 0
         self.flags = 0
         self.cut: list[int] = []
+        self.missing: list[tuple[int, bytes]] = []  # its index and cache key
 
     def add(self, index: int, vector: Vector, flags: int) -> None:
         """A vector found its place."""

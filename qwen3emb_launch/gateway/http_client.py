@@ -8,9 +8,11 @@ import ssl
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
+import orjson
 
 from qwen3emb_launch.errors import InvalidInputError
 
@@ -72,6 +74,19 @@ class Answer:
     headers: dict[str, str]
     body: bytes
 
+    def json(self) -> dict[str, Any] | None:
+        """The body as a JSON object; None when it is something else."""
+        try:
+            data = orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            return None
+        return data if isinstance(data, dict) else None
+
+    def retry_after(self) -> float:
+        """Seconds to leave an overloaded engine alone: what it says, a tenth of a second otherwise."""
+        said = self.headers.get("retry-after", "")
+        return min(5.0, float(said)) if said.isascii() and said.isdigit() and int(said) > 0 else 0.1
+
 
 class _Link(asyncio.Protocol):
     """One connection."""
@@ -124,7 +139,7 @@ class _Link(asyncio.Protocol):
     def on_message_complete(self) -> None:
         status = self._parser.get_status_code()
         keep = self._parser.should_keep_alive()
-        if status == 100:  # an interim answer: the real one follows
+        if 100 <= status < 200:  # an interim answer: the real one follows
             self._headers, self._body = {}, []
             return
         answer = Answer(status, self._headers, self._body[0] if len(self._body) == 1 else b"".join(self._body))
@@ -203,19 +218,23 @@ class HttpClient:
             f"content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
         async with asyncio.timeout(timeout):
+            taken = False  # by an engine that may have ended because of it
             while True:
                 link = self._take()
                 kept = link is not None
-                if link is None:
-                    link = await self._connect()
                 try:
+                    if link is None:
+                        link = await self._connect()
                     answer = await link.send(head + body)
                 except EngineGoneError as error:
                     if kept and error.stale:
+                        taken = taken or error.sent
                         continue
+                    error.sent = error.sent or taken
                     raise
                 except BaseException:
-                    link.close()  # its answer, when it comes, belongs to nobody
+                    if link is not None:
+                        link.close()  # its answer, when it comes, belongs to nobody
                     raise
                 if link.transport is not None:
                     self._idle.append(link)

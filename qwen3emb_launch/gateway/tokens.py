@@ -6,7 +6,6 @@ checkpoint at hand (an upstream elsewhere) nothing here is known: the engine's o
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 from dataclasses import dataclass, field
@@ -130,14 +129,12 @@ class TokenRules:
 
     # -- texts
 
-    async def texts(self, texts: list[str]) -> list[Prepared | ApiError]:
-        """Count (and cut, where that is allowed) texts; a text that is refused has its error in its place."""
-        if self.tokenizer is None or sum(map(len, texts)) <= INLINE_CHARS:
-            return self.texts_now(texts)
-        return await asyncio.to_thread(self.texts_now, texts)
+    def quick(self, texts: list[str]) -> bool:
+        """Whether counting these on the event loop is cheaper than on a thread."""
+        return self.tokenizer is None or sum(map(len, texts)) <= INLINE_CHARS
 
     def texts_now(self, texts: list[str]) -> list[Prepared | ApiError]:
-        """The same, on this thread."""
+        """Count (and cut, where that is allowed) texts; a text that is refused has its error in its place."""
         if self.tokenizer is None:
             return [Prepared(t, estimate(t), exact=False) for t in texts]
         limit = self.max_tokens

@@ -8,7 +8,7 @@ OTEL_TRACES_SAMPLER, ...). No text, vector or key is in a span.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch import __version__
@@ -17,6 +17,9 @@ from qwen3emb_launch.errors import InvalidInputError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.trace import Span
+
+    from qwen3emb_launch.gateway.http_client import Answer, HttpClient
+    from qwen3emb_launch.gateway.work import Item
 
 SERVICE = "qwen3emb-gateway"
 MAX_LINKS = 128  # requests a call's span names; OpenTelemetry's own bound
@@ -84,6 +87,24 @@ class Tracing:
             },
             [self._trace.Link(span.get_span_context()) for span in known[:MAX_LINKS]],
         )
+
+    async def traced(
+        self, client: HttpClient, model: str, body: bytes, timeout: float, batch: Sequence[Item]
+    ) -> Answer:
+        """An engine call in a span of its own. Raises what the client raises."""
+        causes = [wait.span for item in batch for wait, _ in item.waiters]
+        tokens = sum(item.prepared.tokens for item in batch)
+        span = self.call(client.address.url, model, len(batch), tokens, causes)
+        error = ""
+        try:
+            answer = await client.request("POST", "/embeddings", body, timeout, self.header(span))
+            error = "" if answer.status == 200 else str(answer.status)
+        except BaseException as exc:
+            error = type(exc).__name__
+            raise
+        finally:
+            self.call_ended(span, error)
+        return answer
 
     def header(self, span: Span) -> str:
         """The header line that carries an engine call's span on to the engine."""

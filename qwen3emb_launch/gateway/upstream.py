@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
 from typing import Any
@@ -21,6 +21,7 @@ from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.http_client import Address, Answer, EngineGoneError, HttpClient, Watch
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
+from qwen3emb_launch.gateway.work import Kind
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ SAME_MODEL_COSINE = 0.99
 SAME_IDS_COSINE = 0.999  # a text and its own ids; bf16 batches of other shapes differ by less
 PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
 FAILURES_TO_DOWN = 3
+PATIENCE = 2.0  # seconds: for calls of suspects to have an engine to themselves, and for all others to leave it to them
 
 
 class UpstreamState(StrEnum):
@@ -42,15 +44,28 @@ class UpstreamState(StrEnum):
 
 @dataclass
 class Slots:
-    """Calls in the air of one upstream, short texts and long ones apart, so that these never hold those back."""
+    """Calls in the air of one upstream, each kind apart, so that long texts never hold short ones back."""
 
-    short: int = 0
-    long: int = 0
+    calls: list[int] = field(default_factory=lambda: [0] * len(Kind))  # by kind
+    total: int = 0
     items: int = 0
+    made: int = 0  # calls so far
+    alone_since: float = 0.0  # when the last call of suspects took off
 
-    def calls(self, long: bool) -> int:
-        """Calls of one kind."""
-        return self.long if long else self.short
+    def take_off(self, kind: Kind, items: int) -> None:
+        """One more call."""
+        self.calls[kind] += 1
+        self.total += 1
+        self.items += items
+        self.made += 1
+        if kind is Kind.SUSPECT:
+            self.alone_since = monotonic()
+
+    def land(self, kind: Kind, items: int) -> None:
+        """One call less."""
+        self.calls[kind] -= 1
+        self.total -= 1
+        self.items -= items
 
 
 class Upstream:
@@ -92,7 +107,7 @@ class Upstream:
             "reason": self.reason,
             "model": self.model,
             "takes_ids": self.takes_ids,
-            "calls": self.slots.short + self.slots.long,
+            "calls": self.slots.total,
             "items": self.slots.items,
             "answered": self.answered_calls,
             "failed": self.failed_calls,
@@ -143,9 +158,9 @@ class UpstreamPool:
         upstream.draining = True
         self._move(upstream, UpstreamState.DRAINING, "asked to drain")
         deadline = monotonic() + timeout
-        while upstream.slots.short + upstream.slots.long and monotonic() < deadline:
+        while upstream.slots.total and monotonic() < deadline:
             await asyncio.sleep(0.02)
-        return not upstream.slots.short + upstream.slots.long
+        return not upstream.slots.total
 
     async def remove(self, url: str, timeout: float) -> bool:
         """Drain it and forget it."""
@@ -192,16 +207,22 @@ class UpstreamPool:
         """Those that get traffic."""
         return [u for u in self.upstreams.values() if u.state is UpstreamState.UP]
 
-    def pick(self, long: bool, extra: bool = False) -> Upstream | None:
+    def pick(self, kind: Kind, extra: bool = False, but: Upstream | None = None) -> Upstream | None:
         """The upstream with the fewest items in the air among those with a free slot; None when all are full.
 
-        `extra` lends it slots beyond the usual ones: what waited too long goes out now.
+        `extra` lends slots beyond the usual ones: what waited too long goes out now. A call of suspects wants an idle
+        upstream, or with `extra` one without suspects, and keeps others away for a while. `but` is not taken.
         """
         limit = self.calls + (self.extra_calls if extra else 0)
         best: Upstream | None = None
         now = 0.0
         for upstream in self.upstreams.values():
-            if upstream.state is not UpstreamState.UP or upstream.slots.calls(long) >= limit:
+            slots = upstream.slots
+            if upstream.state is not UpstreamState.UP or upstream is but or slots.calls[kind] >= limit:
+                continue
+            if slots.total and kind is Kind.SUSPECT and (slots.calls[Kind.SUSPECT] or not extra):
+                continue
+            if slots.calls[Kind.SUSPECT] and monotonic() - slots.alone_since < PATIENCE:
                 continue
             if upstream.not_before:
                 now = now or monotonic()
@@ -211,6 +232,10 @@ class UpstreamPool:
             if best is None or upstream.load < best.load:
                 best = upstream
         return best
+
+    def quietest(self) -> Upstream | None:
+        """The upstream with the fewest items in the air, full or not."""
+        return min(self.up, key=lambda u: u.load, default=None)
 
     # -- health
 

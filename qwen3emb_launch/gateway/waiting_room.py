@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from qwen3emb_launch.gateway.fair_queue import FairQueue, share
-from qwen3emb_launch.gateway.work import BatchLimits, Item, Level, Wait
+from qwen3emb_launch.gateway.work import BatchLimits, Item, Kind, Level, Wait
 
 Queue = FairQueue[Item]
 
 
 class WaitingRoom:
-    """Short and long texts wait apart, so that these never hold those back; strings and ids too, since a call cannot
+    """Each kind waits apart, so that long texts never hold short ones back; strings and ids too, since a call cannot
     mix them."""
 
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
-        self._lanes: dict[tuple[bool, bool], Queue] = {
-            (long, ids): FairQueue() for long in (False, True) for ids in (False, True)
-        }
-        self._level = {False: Level(), True: Level()}
+        self._lanes: dict[tuple[Kind, bool], Queue] = {(k, ids): FairQueue() for k in Kind for ids in (False, True)}
+        self._level = {kind: Level() for kind in Kind}
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
@@ -36,25 +34,28 @@ class WaitingRoom:
 
     def push(self, item: Item, wait: Wait, front: bool = False) -> None:
         """`front` puts it first: it was on its way already."""
-        lane = (item.prepared.tokens > self._limits.long_tokens, isinstance(item.prepared.payload, list))
-        self._lanes[lane].push(wait.client, wait, item, front=front)
+        long = item.prepared.tokens > self._limits.long_tokens
+        kind = Kind.SUSPECT if item.suspect else Kind.LONG if long else Kind.SHORT
+        self._lanes[kind, isinstance(item.prepared.payload, list)].push(wait.client, wait, item, front=front)
 
     def drop(self, wait: Wait) -> list[Item]:
         """Take out what waits for a request."""
         return [item for lane in self._lanes.values() for item in lane.drop(wait.client, wait)]
 
-    def queues(self, long: bool) -> list[Queue]:
+    def queues(self, kind: Kind) -> list[Queue]:
         """Those of a kind in which something waits."""
-        return [lane for lane in (self._lanes[long, False], self._lanes[long, True]) if lane]
+        return [lane for lane in (self._lanes[kind, False], self._lanes[kind, True]) if lane]
 
-    def waiting(self, long: bool) -> int:
+    def waiting(self, kind: Kind) -> int:
         """Items of a kind that wait."""
-        return len(self._lanes[long, False]) + len(self._lanes[long, True])
+        return len(self._lanes[kind, False]) + len(self._lanes[kind, True])
 
-    def part(self, long: bool, in_air: int, slots: int, now: float) -> int:
+    def part(self, kind: Kind, in_air: int, slots: int, now: float) -> int:
         """Items worth a call, so that all slots of all engines get equal calls: one big call with little beside it
         leaves engines idle while its answers are read and the next texts come in."""
-        level = self._level[long].see(self.waiting(long) + in_air, now)
+        if kind is Kind.SUSPECT:
+            return self._limits.items  # as many as the items themselves bear
+        level = self._level[kind].see(self.waiting(kind) + in_air, now)
         return min(self._limits.items, -(-level // max(1, slots)))
 
     def take(self, queue: Queue, size: int) -> tuple[list[Item], list[Item]]:

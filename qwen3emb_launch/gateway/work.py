@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from enum import IntEnum
 from math import exp
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.api_errors import ApiError
 from qwen3emb_launch.gateway.tokens import Prepared
 
+if TYPE_CHECKING:
+    from qwen3emb_launch.gateway.calls import Call
+
 TRUNCATED = 1 << 31  # flag in the token count that goes with a cached vector
 ESTIMATED = 1 << 30
 TOKEN_MASK = ESTIMATED - 1
+
+
+class Kind(IntEnum):
+    """What a call is made of; the order is the order in which they are looked at."""
+
+    SUSPECT = 0  # was with an engine that died: one call at a time, alone there, so that its death proves something
+    SHORT = 1
+    LONG = 2
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class Wait:
         """One of the vectors is there."""
         if self.future.done():
             return
+        if self.results[index] is not None:
+            return  # an answer that was read in part, and asked for again
         self.results[index] = (vector, flags)
         self.queued, self.engine = max(self.queued, queued), max(self.engine, engine)
         self.left -= 1
@@ -91,7 +105,7 @@ class Wait:
 class Item:
     """One text, or list of ids, on its way; wanted by one or more requests."""
 
-    __slots__ = ("attempts", "call", "company", "key", "prepared", "queued_at", "waiters")
+    __slots__ = ("attempts", "call", "company", "key", "prepared", "queued_at", "suspect", "waiters")
 
     def __init__(self, key: bytes, prepared: Prepared) -> None:
         self.key = key
@@ -99,5 +113,6 @@ class Item:
         self.waiters: list[tuple[Wait, int]] = []
         self.attempts = 0
         self.company = 1 << 30  # the largest batch it may be part of
+        self.suspect = False
         self.queued_at = monotonic()
-        self.call: asyncio.Task[None] | None = None
+        self.call: Call | None = None  # the last one it was in
