@@ -49,6 +49,7 @@ class Behaviour:
     drain: float = 0.0  # seconds between SIGTERM and the end
     die_after: int = 0  # end with status 3 at that embedding request
     hang_after: int = 0  # from that embedding request on, answer none; /health stays 200
+    doomed: bool = False  # when it hangs, it says as SGLang does that one of its processes died
     busy: bool = False  # while hanging, log batches as a working engine does
     wrong_dims: int = 0
     nan: bool = False
@@ -108,6 +109,9 @@ def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
             if behaviour.die_after and number >= behaviour.die_after:
                 os._exit(3)
             if behaviour.hang_after and number >= behaviour.hang_after:
+                if behaviour.doomed:
+                    print("[now] Subprocess scheduler_0 (pid=7) crashed with exit code -9. Cleanup...", flush=True)
+                    print("[now] SIGQUIT received. signum=None, frame=None. One child failed.", flush=True)
                 while True:
                     if behaviour.busy:
                         print("[now] Prefill batch, #new-seq: 1, #new-token: 8192", flush=True)

@@ -13,6 +13,7 @@ import pytest
 from supervised import gone, until
 
 from qwen3emb_launch.engine_process import (
+    Doomed,
     EngineCommand,
     EngineProcess,
     Exited,
@@ -174,6 +175,27 @@ def test_signals_to_the_guard_change_nothing(tmp_path: Path) -> None:
     engine.process.kill()
     assert engine.end()[-1] == Gone()
     assert all(map(gone, pids))
+
+
+@pytest.mark.parametrize(
+    ("writes", "told"),
+    [
+        (["[12:00] WE ARE ", "LOST now\n"], True),  # cut by two reads
+        (["x" * 200_000, "\n[12:00] WE ARE LOST", "\nWE ARE LOST\n"], True),
+        (["[12:00] a client said: " + "x" * 60 + " WE ARE LOST\n"], False),
+        (["x" * 70_000 + "WE ARE LOST\n", "WE ARE\nLOST\n"], False),
+    ],
+)
+def test_what_an_engine_says_when_it_is_lost(tmp_path: Path, writes: list[str], told: bool) -> None:
+    """The sign at the beginning of a line is told at once, and once; in what clients sent it is none."""
+    script = "import sys, time\nfor text in sys.argv[1:]: sys.stdout.write(text); sys.stdout.flush(); time.sleep(0.1)"
+    files = [tmp_path / str(number) for number, _ in enumerate(writes)]  # an argument may not be that long
+    for file, text in zip(files, writes, strict=True):
+        file.write_text(text)
+    script = script.replace("sys.stdout.write(text)", "sys.stdout.write(open(text).read())")
+    engine = Engine(tmp_path, sys.executable, "-c", script, *map(str, files), sign="WE ARE LOST")
+    seen = [type(event) for event in engine.end()]
+    assert seen == [Spawned, *([Doomed] if told else []), Exited, Gone]
 
 
 def test_descriptors_are_handed_down(tmp_path: Path) -> None:

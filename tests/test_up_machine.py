@@ -16,6 +16,7 @@ from qwen3emb_launch.up.events import (
     Check,
     Checked,
     EngineDied,
+    EngineDoomed,
     EngineGone,
     EngineSpawned,
     Event,
@@ -262,6 +263,19 @@ def test_liveness_failures_degrade_then_kill() -> None:
     assert play.states[-1] is State.RESTARTING
     assert play.unit.fault is not None
     assert play.unit.fault.cause is Cause.LIVENESS
+
+
+def test_what_says_that_it_is_lost_is_believed_while_it_serves() -> None:
+    """Serving, it is killed at once and started again; while it starts, its own end says more than that."""
+    play = Play()
+    play.feed(Begin())
+    assert play.feed(EngineDoomed(1, "lost a process")) == []
+    play.to_ready()
+    assert [type(action) for action in play.feed(EngineDoomed(1, "lost a process"))] == [Kill, Move]
+    play.dies()
+    assert play.unit.phase is Phase.BACKOFF
+    assert play.unit.fault is not None
+    assert (play.unit.fault.cause, play.unit.fault.reason) == (Cause.EXIT, "lost a process")
 
 
 def test_slow_with_progress_is_busy_not_dead() -> None:

@@ -138,6 +138,16 @@ def test_hang_behind_a_healthy_health_route_is_found(tmp_path: Path) -> None:
         assert embeds(plan.port)
 
 
+def test_engine_that_says_it_is_lost_is_replaced_at_once(tmp_path: Path) -> None:
+    """SGLang that lost a process looks for traces for a minute before it ends: it is not waited for, nor probed."""
+    faults = {"hang_after": 3, "doomed": True, "starts": str(tmp_path / "starts"), "faulty_starts": 1}
+    patient = replace(QUICK, probe=60)  # so that it is not a probe that finds it
+    with Supervised(fake_plan(faults, deadlines=patient)) as run:
+        run.reach(State.READY, 2)
+    reasons = [t.reason for t in run.watcher.transitions if t.after is State.RESTARTING]
+    assert reasons == ["the engine lost a process (scheduler_0, exit code -9)"]
+
+
 def test_long_queue_is_not_death() -> None:
     """Probes that time out while the engine's log shows batches do not kill it, however many."""
     with Supervised(fake_plan({"hang_after": 3, "busy": True})) as run:

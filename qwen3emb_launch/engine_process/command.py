@@ -14,7 +14,8 @@ ROTATE_KEEP = 2  # older pieces kept beside the current one: 96 MiB a start at m
 @dataclass(frozen=True)
 class EngineCommand:
     """One engine start. `argv[0]` is a path; `env` is the whole environment; `secrets` never reach the log; `fds` are
-    descriptors of this process that the engine gets under the same numbers."""
+    descriptors of this process that the engine gets under the same numbers; `sign` is what it says when it is lost,
+    where it takes its time to end then."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -24,6 +25,7 @@ class EngineCommand:
     rotate_bytes: int = ROTATE_BYTES
     rotate_keep: int = ROTATE_KEEP
     fds: tuple[int, ...] = ()
+    sign: str = ""
 
     def order(self) -> dict[str, Any]:
         """The guard's first line of input."""
@@ -36,4 +38,5 @@ class EngineCommand:
             "rotate_bytes": self.rotate_bytes,
             "rotate_keep": self.rotate_keep,
             "fds": list(self.fds),
+            "sign": self.sign,
         }

@@ -20,6 +20,11 @@ class SpawnFailed:
 
 
 @dataclass(frozen=True)
+class Doomed:
+    """The engine said that it is lost. It has not ended yet, and may take a minute to."""
+
+
+@dataclass(frozen=True)
 class Exited:
     """The main process ended: exit code, or minus the signal's number. Its remains are being killed."""
 
@@ -45,4 +50,4 @@ class GuardLost:
     error: str
 
 
-ProcessEvent = Spawned | SpawnFailed | Exited | Stuck | Gone | GuardLost
+ProcessEvent = Spawned | SpawnFailed | Doomed | Exited | Stuck | Gone | GuardLost

@@ -4,8 +4,8 @@ Run as `python -I -S guard.py`, standard library only (under 12 MB). It starts t
 adopts every descendant that loses its parent (PR_SET_CHILD_SUBREAPER), copies the engine's output into a rotated log
 file with secrets blanked, and obeys its standard input:
 
-    first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, fds (it has them open,
-                       and the engine gets them)
+    first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, sign (what the engine
+                       says when it is lost), fds (open here, the engine gets them)
     {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
@@ -13,9 +13,10 @@ file with secrets blanked, and obeys its standard input:
 Stopped by SIGSTOP it can obey nobody: the kernel wakes it when its supervisor ends (PR_SET_PDEATHSIG, SIGCONT), and the
 supervisor wakes it with every order.
 
-It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), exited (status: exit code, or
-minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is left; the guard ends). When the engine's
-main process ends, for whatever reason, everything it left behind is killed before `gone`.
+It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), doomed (the sign was in the
+output), exited (status: exit code, or minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is
+left; the guard ends). When the engine's main process ends, for whatever reason, everything it left behind is killed
+before `gone`.
 
 When the guard itself is killed, the kernel kills the engine (PR_SET_PDEATHSIG), SGLang's workers follow their parent,
 and whatever else was descended from it falls to the supervisor, a subreaper too.
@@ -38,6 +39,7 @@ PR_SET_CHILD_SUBREAPER = 36
 PIPE_BYTES = 1 << 20  # the most an unprivileged pipe may hold: the engine writes on while the disk is slow
 LINE_LIMIT = 1 << 16  # a longer line is written in pieces
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
+SIGN_WITHIN = 64  # bytes of a line, its time stamp included
 KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
 STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
 
@@ -175,6 +177,7 @@ class Guard:
         self.killing_since: float | None = None
         self.stuck_reported = False
         self.control = b""
+        self.sign = self.line = b""
         self.output = -1
         self.log: Log | None = None
 
@@ -230,6 +233,7 @@ class Guard:
             os.kill(self.engine, signal.SIGTERM)
 
     def _start(self, order: Order) -> None:
+        self.sign = order["sign"].encode()
         self.log = Log(order["log"], order["rotate_bytes"], order["rotate_keep"], order["secrets"])
         output, engine_end = os.pipe()
         failed, failing = os.pipe()
@@ -255,7 +259,17 @@ class Guard:
         data = _read(self.output)
         if data and self.log:
             self.log.feed(data)
+        if data and self.sign:
+            self._look_for_sign(data)
         return data != b""
+
+    def _look_for_sign(self, data: bytes) -> None:
+        """Told once. Only the beginnings of lines count: further on stands what clients sent, if the engine logs it."""
+        lines = (self.line + data).split(b"\n")
+        if any(self.sign in line[:SIGN_WITHIN] for line in lines):
+            tell(event="doomed")
+            self.sign = b""
+        self.line = lines[-1][:SIGN_WITHIN]
 
     def _reap(self) -> None:
         """Collect every dead child, the adopted ones too. The engine's own death is news."""

@@ -14,7 +14,16 @@ from pathlib import Path
 
 from qwen3emb_launch.engine_process import guard
 from qwen3emb_launch.engine_process.command import EngineCommand
-from qwen3emb_launch.engine_process.events import Exited, Gone, GuardLost, ProcessEvent, Spawned, SpawnFailed, Stuck
+from qwen3emb_launch.engine_process.events import (
+    Doomed,
+    Exited,
+    Gone,
+    GuardLost,
+    ProcessEvent,
+    Spawned,
+    SpawnFailed,
+    Stuck,
+)
 from qwen3emb_launch.errors import UnfitError
 
 GUARD = Path(guard.__file__)
@@ -79,6 +88,8 @@ class EngineProcess:
                 self._tell(Spawned(event["pid"]))
             elif kind == "spawn_failed":
                 self._tell(SpawnFailed(event["error"]))
+            elif kind == "doomed":
+                self._tell(Doomed())
             elif kind == "exited":
                 self._tell(Exited(event["status"]))
             elif kind == "stuck":

@@ -31,6 +31,14 @@ class EngineSpawned:
 
 
 @dataclass(frozen=True)
+class EngineDoomed:
+    """It said that it is lost. Its main process has not ended yet."""
+
+    start: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineDied:
     """The main process ended, could not be started, or was lost with its guard. Its remains are being removed."""
 
@@ -95,7 +103,8 @@ class Tick:
 
 
 Event = (
-    Begin | EngineSpawned | EngineDied | EngineGone | EngineStuck | Probed | Checked | Refused | StopAsked | Tick
+    Begin | EngineSpawned | EngineDoomed | EngineDied | EngineGone | EngineStuck | Probed | Checked | Refused
+    | StopAsked | Tick
 )  # fmt: skip
 
 # ---- actions ------------------------------------------------------------------------------------------------------

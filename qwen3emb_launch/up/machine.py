@@ -32,6 +32,7 @@ from qwen3emb_launch.up.events import (
     Check,
     Checked,
     EngineDied,
+    EngineDoomed,
     EngineSpawned,
     EngineStuck,
     Event,
@@ -128,6 +129,9 @@ class Unit:
             return self._probed(event, now)
         if isinstance(event, Checked):
             return self._checked(event, now)
+        if isinstance(event, EngineDoomed):
+            serves = self.phase is Phase.SERVING  # before, its own last words say more
+            return self._give_up(Fault(Cause.EXIT, event.reason), now) if serves else []
         if isinstance(event, EngineDied):
             return self._died(event.reason, now)
         if isinstance(event, Refused):

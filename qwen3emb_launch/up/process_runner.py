@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen3emb_launch.engine_process import (
+    Doomed,
     EngineCommand,
     EngineProcess,
     Exited,
@@ -18,7 +19,7 @@ from qwen3emb_launch.engine_process import (
     SpawnFailed,
     Stuck,
 )
-from qwen3emb_launch.engine_process.log_tail import LogTail
+from qwen3emb_launch.engine_process.log_tail import LogTail, last_lines
 from qwen3emb_launch.engine_process.process import sweep
 from qwen3emb_launch.engine_process.strain import Watch
 from qwen3emb_launch.errors import LaunchError
@@ -27,6 +28,7 @@ from qwen3emb_launch.state import Claim
 from qwen3emb_launch.up.diagnosis import ending
 from qwen3emb_launch.up.events import (
     EngineDied,
+    EngineDoomed,
     EngineGone,
     EngineSpawned,
     EngineStuck,
@@ -37,10 +39,11 @@ from qwen3emb_launch.up.events import (
     Spawn,
     Terminate,
 )
-from qwen3emb_launch.up.stages import works
+from qwen3emb_launch.up.stages import lost, works
 
 SWEEP_EVERY = 0.05
 SWEEP_FOR = 10.0
+LOST_WITHIN = 50  # lines of the log
 
 
 class ProcessRunner:
@@ -129,6 +132,9 @@ class ProcessRunner:
             self._tell(EngineSpawned(start, event.pid))
         elif isinstance(event, SpawnFailed):
             self._tell(EngineDied(start, f"the {what} could not be started: {event.error}"))
+        elif isinstance(event, Doomed):
+            which = lost(last_lines(self.log, LOST_WITHIN)) if self.log else ""
+            self._tell(EngineDoomed(start, f"the {what} lost a process" + (f" ({which})" if which else "")))
         elif isinstance(event, Exited):
             self.status = event.status
             self._tell(EngineDied(start, f"the {what} {ending(event.status)}"))

@@ -19,6 +19,7 @@ from qwen3emb_launch.up.check import CheckOrder, CheckProcess, CheckResult
 from qwen3emb_launch.up.events import Check, Checked, Event
 from qwen3emb_launch.up.keys import Keys, read_keys, take_keys
 from qwen3emb_launch.up.process_runner import ProcessRunner
+from qwen3emb_launch.up.stages import DOOMED
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class EngineRunner(ProcessRunner):
             log=log,
             cwd=self._claim.folder,
             secrets=keys.secrets,
+            sign=DOOMED,
         )
 
     def ask(self, timeout: float) -> Callable[[], Answer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # SGLang's lines in the order they come; each is the sign that a stage began.
 STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -21,6 +22,10 @@ STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 SHARDS = re.compile(r"(?:loading|Loading) .*shards:\s*(\d+)%")
 CAPTURE = re.compile(r"Capturing .*?(\d+)%")
+# What it says when one of its processes died. It serves nobody from then on, and ends up to 65 s later: first it looks
+# for traces of a crash on a GPU.
+DOOMED = "SIGQUIT received. signum="
+LOST = re.compile(r"Subprocess (\S+) \(pid=\d+\) crashed with exit code (-?\d+)")
 # A line of these means that the engine computed something for somebody.
 WORK = re.compile(r'Prefill batch|"POST /v1/embeddings HTTP/[\d.]+" 200')
 
@@ -37,6 +42,12 @@ def stage(line: str) -> str | None:
         if pattern.search(line):
             return text
     return None
+
+
+def lost(lines: Sequence[str]) -> str:
+    """Which of its processes an engine lost, by the last lines of its log; empty where they do not tell."""
+    found = [match for line in lines if (match := LOST.search(line))]
+    return f"{found[-1][1]}, exit code {found[-1][2]}" if found else ""
 
 
 def works(line: str) -> bool:
