@@ -16,6 +16,7 @@ from faults.instance import Instance
 from faults.load import Reference
 from faults.strike import KILL_NOTICED, ROOM, Expectation, Row, strike
 
+WORKER_NOTICED = 3.0  # seconds: SGLang's main process looks after its workers every second
 STARVED_SHARE = 0.001  # of one processor: an embedding takes tens of milliseconds of it
 STARVED_FOR = 1.5  # times as long as a hang takes to be sure
 PORT_HELD = 3.0
@@ -32,10 +33,10 @@ def signalled(instance: Instance, reference: Reference, role: str, number: signa
     pid = instance.pid(role)
     if pid is None:
         return None
-    # Of its main process the supervisor knows the end at once; of a worker's, when the main process or a probe tells.
-    known = number == signal.SIGKILL and role in ("http", "guard")
-    period = None if known else instance.setup.hang_seconds
-    expect = Expectation(noticed=period or KILL_NOTICED, period=period, failed=none_lost(instance))
+    # Of its main process the supervisor knows the end at once; of a worker's, when the main process has looked.
+    period = instance.setup.hang_seconds if number == signal.SIGSTOP else None
+    seconds = period or (KILL_NOTICED if role in ("http", "guard") else WORKER_NOTICED)
+    expect = Expectation(noticed=seconds, period=period, failed=none_lost(instance))
     return strike(instance, reference, f"{number.name} {role}", lambda: processes.send(pid, number), expect)
 
 
@@ -66,7 +67,7 @@ def out_of_memory(instance: Instance, reference: Reference) -> Row | str:
         group.add([pid])
 
     # Nothing is killed before it asks for memory: the load makes it ask.
-    expect = Expectation(noticed=instance.setup.hang_seconds, failed=none_lost(instance))
+    expect = Expectation(noticed=WORKER_NOTICED, failed=none_lost(instance))
     return strike(instance, reference, "killed for memory (control group)", act, expect, undo=group.close)
 
 
