@@ -22,7 +22,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -118,7 +118,7 @@ def engine_faults(run: Runner, instance: Instance, *, long: bool) -> None:
     roles = ("scheduler", "http", "detokenizer", "template", "guard") if long else ("http", "guard")
     for role in roles:
         run.row(f"SIGKILL {role}, {tail}", lambda r=role: rows_engine.signalled(instance, reference, r, KILL))
-    for role in ("scheduler", "http") if long else ("http",):
+    for role in ("scheduler", "http", "detokenizer") if long else ("http",):
         run.row(f"SIGSTOP {role}, {tail}", lambda r=role: rows_engine.signalled(instance, reference, r, STOP))
     run.row(f"SIGSTOP guard and SIGKILL http, {tail}", lambda: rows_engine.stopped_guard(instance, reference))
     run.row(f"killed for memory, {tail}", lambda: rows_engine.out_of_memory(instance, reference))
@@ -229,6 +229,12 @@ def disk_faults(run: Runner, gateway: bool) -> None:
             os.environ["QWEN3EMB_STATE_DIR"] = before
 
 
+def earlier(files: Sequence[Path]) -> list[Row]:
+    """The rows of earlier runs. One that was tried again counts as it was in the later file."""
+    rows = [Row(**row) for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    return list({row.fault: row for row in rows}.values())
+
+
 def main() -> int:
     """Run, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -243,7 +249,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.show:
-        kept = [Row(**row) for file in options.show for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+        kept = earlier(options.show)
         print(markdown(kept))
         return 1 if any(row.misses for row in kept) else 0
     options.engine = options.engine or ("fake" if options.short else "demo")
