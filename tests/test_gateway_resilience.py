@@ -203,6 +203,7 @@ def test_another_model_on_a_restarted_port_is_refused_and_its_vectors_never_serv
             await served.start()
             answer = await gw.post({"model": "null", "input": "new"})
             assert answer.status == 503
+            assert "refused: its vectors are another model's: cosine" in error(answer)["message"]
             upstream = next(iter(gw.service.pool.upstreams.values()))
             assert upstream.state == "refused"
             await checked(gw, engine, "kept")  # from the cache

@@ -156,14 +156,14 @@ def check_front(options: LaunchOptions, chosen: Chosen) -> None:
     Raises what `ports.check_free` and `with_gateway` raise.
     """
     from qwen3emb_launch.engine_process.ports import check_free
+    from qwen3emb_launch.planning.front import GATEWAY_NAMES
 
     host, port = chosen.address(options)
     if not _kept(host, port):
         check_free(host, port)  # the supervisor looks again before each start
     if chosen.said("gateway.enabled", options) is False:
         return
-    names = {"api_keys": "keys_file", "tasks": "tasks_file", "insecure": "insecure"}
-    said = {name: chosen.said(f"gateway.{key}", options) for key, name in names.items()}
+    said = {GATEWAY_NAMES[key]: chosen.said(f"gateway.{key}", options) for key in ("api_keys", "tasks", "insecure")}
     _check_gateway({"host": host, "port": port} | {name: value for name, value in said.items() if value is not None})
 
 

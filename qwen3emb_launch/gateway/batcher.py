@@ -29,7 +29,7 @@ from qwen3emb_launch.gateway.killers import DEATHS, Killers
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.tracing import Tracing
-from qwen3emb_launch.gateway.upstream import PATIENCE, Upstream, UpstreamPool
+from qwen3emb_launch.gateway.upstream import PATIENCE, Upstream, UpstreamPool, UpstreamState
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
 from qwen3emb_launch.gateway.waiting_room import WaitingRoom
 from qwen3emb_launch.gateway.work import BatchLimits, Item, Kind, Wait
@@ -346,6 +346,9 @@ class Batcher:
         states = "; ".join(f"{u.url} {u.state}: {u.reason}" for u in self.pool.upstreams.values()) or "there is none"
         log.warning("a request waited %.1f s in vain: %s", self.limits.hold, states)
         message = f"no engine has been up for {now - since:.0f} s; the request was held for {self.limits.hold:g} s"
+        refused = next((u.reason for u in self.pool.upstreams.values() if u.state is UpstreamState.REFUSED), None)
+        if refused:
+            message += f"; one that lives is refused: {refused}"
         return ApiError(503, "no_engine", message, retry_after=5)
 
     def _stalled(self, now: float) -> None:
