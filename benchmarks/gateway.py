@@ -1,10 +1,11 @@
 """What the gateway costs and gains: added latency, hits a second, misses a second, memory, connections.
 
-    python benchmarks/gateway.py [--json] [--seconds 4] [--smg]     # Linux, two cores or more; needs wrk
+    python benchmarks/gateway.py [--json] [--seconds 3] [--smg "smg launch --model-path FOLDER"]    # needs wrk
 
 The gateway runs on core 0; the load and the null engine (tests/null_engine.py, 2560 numbers) share core 1, so the
 rows with misses measure three processes on two cores. `--smg` measures SMG (pip install smg) before the same engine.
-Rows are medians of interleaved rounds.
+Rows are medians of interleaved rounds. `others` is how many cores other programs kept busy meanwhile: near 0 on a quiet
+machine. benchmarks/gateway_table.py sets these figures and others beside what the gateway is to reach.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -108,7 +110,7 @@ def miss(seed: int, more: str = "", distinct: str = "n") -> str:
     return MISS % (seed, distinct, more)
 
 
-def rows(args: argparse.Namespace, ports: dict[str, int], pids: dict[str, int]) -> dict[str, dict[str, float]]:
+def rows(seconds: int, rounds: int, ports: dict[str, int], pids: dict[str, int]) -> dict[str, dict[str, float]]:
     """Every row of the table, each server after the other within a round."""
     small, wide = ', "dimensions": 256', ', "encoding_format": "base64"'
     hit = {"hit_256_alone": (HIT % small, 1), "hit_256": (HIT % small, 32), "hit_2560_base64": (HIT % wide, 32)}
@@ -118,15 +120,15 @@ def rows(args: argparse.Namespace, ports: dict[str, int], pids: dict[str, int]) 
         "repeat_32": (lambda s: miss(s, wide, "math.floor(n / 4)"), 32),
     }
     seen: dict[str, dict[str, list[float]]] = {}
-    for round_number in range(args.rounds):
+    for round_number in range(rounds):
         for name, port in ports.items():
             work = {k: (f(round_number * 10 + port), c) for k, (f, c) in missed.items()}
             if name == "gateway":
                 work |= hit
             for row, (script, connections) in work.items():
                 before = cpu_seconds(pids[name])
-                got = wrk(port, script, connections, args.seconds)
-                got["cpu_us"] = 1e6 * (cpu_seconds(pids[name]) - before) / (got["per_s"] * args.seconds)
+                got = wrk(port, script, connections, seconds)
+                got["cpu_us"] = 1e6 * (cpu_seconds(pids[name]) - before) / (got["per_s"] * seconds)
                 for what, value in got.items():
                     seen.setdefault(f"{name}/{row}", {}).setdefault(what, []).append(value)
     return {k: {w: round(statistics.median(v), 3) for w, v in row.items()} for k, row in seen.items()}
@@ -167,13 +169,8 @@ def crowd(port: int, pid: int, idle: int, active: int) -> dict[str, float]:
             link.close()
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--seconds", type=int, default=3)
-    options.add_argument("--rounds", type=int, default=3)
-    options.add_argument("--smg", help="SMG's command, to be measured too")
-    options.add_argument("--json", action="store_true")
-    args = options.parse_args()
+def measured(seconds: int, rounds: int, smg: str | None) -> dict[str, dict[str, float]]:
+    """All rows."""
     if not shutil.which("wrk"):
         raise SystemExit("wrk is missing: apt-get install wrk")
     engine = f"http://127.0.0.1:{ENGINE}/v1"
@@ -183,24 +180,43 @@ def main() -> None:
         launch = [sys.executable, "-m", "qwen3emb_launch", "gateway", "--upstream", engine, "--port", str(GATEWAY)]
         pids["gateway"] = stack.enter_context(process(*launch, core=0, port=GATEWAY)).pid
         ports = {"engine": ENGINE, "gateway": GATEWAY}
-        if args.smg:
-            smg = [
-                *args.smg.split(),
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(SMG),
-                "--worker-urls",
-                engine.removesuffix("/v1"),
-            ]
-            pids["smg"] = stack.enter_context(process(*smg, core=0, port=SMG)).pid
+        if smg:
+            where = ["--host", "127.0.0.1", "--port", str(SMG), "--worker-urls", engine.removesuffix("/v1")]
+            pids["smg"] = stack.enter_context(process(*smg.split(), *where, core=0, port=SMG)).pid
             ports["smg"] = SMG
-        result = rows(args, ports, pids)
+        began, all_before, own_before = time.monotonic(), busy_seconds(), own_seconds(pids)
+        result = rows(seconds, rounds, ports, pids)
         result["gateway/crowd"] = crowd(GATEWAY, pids["gateway"], 1000, 200)
+        others = busy_seconds() - all_before - (own_seconds(pids) - own_before)
+        result["others"] = {"cores": round(max(0.0, others) / (time.monotonic() - began), 2)}
     for name in ports:
         if name != "engine":
             added = result[f"{name}/miss_alone"]["p50_ms"] - result["engine/miss_alone"]["p50_ms"]
             result[f"{name}/added"] = {"p50_ms": round(added, 3)}
+    return result
+
+
+def busy_seconds() -> float:
+    """CPU time of the whole machine so far, but for what runs in the idle class or niced."""
+    user, _, system = Path("/proc/stat").read_text().split()[1:4]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds(pids: dict[str, int]) -> float:
+    """CPU time of these processes, of this one and of its ended children, so far."""
+    ended, own = (resource.getrusage(who) for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+    return sum(map(cpu_seconds, pids.values())) + sum(u.ru_utime + u.ru_stime for u in (ended, own))
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with a run that is ended
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--seconds", type=int, default=3)
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--smg", help="SMG's command, to be measured too")
+    options.add_argument("--json", action="store_true")
+    args = options.parse_args()
+    result = measured(args.seconds, args.rounds, args.smg)
     if args.json:
         print(json.dumps({"cores": os.cpu_count(), "rows": result}))
         return
