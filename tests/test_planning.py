@@ -93,6 +93,8 @@ def test_prefill_graphs_are_sized_by_hand(name: str) -> None:
     assert sizes == sorted(sizes)
     assert max(sizes) <= (chunk if chunk > 0 else made.context_length)
     assert said(made, "--disable-decode-cuda-graph") == []
+    if chunk == -1:
+        assert 64 * 33 in sizes, "64 waiting clients with 32 tokens and an end token each"
     short = plan(name, overrides={"context_length": "300"})
     assert max(int(s) for s in said(short, "--cuda-graph-bs-prefill")) <= 300
 
@@ -105,6 +107,13 @@ def test_the_cpu_gets_no_gpu_options_and_a_small_pool() -> None:
     assert made.memory.terms["KV pool"] < 32e6
     assert made.env["SGLANG_USE_CPU_ENGINE"] == "1"
     assert made.gpu is None
+
+
+def test_batches_overlap_on_a_gpu_only() -> None:
+    """A pass on a CPU blocks: the answers before it would wait for it."""
+    assert said(plan("demo", "demo"), "--disable-overlap-schedule") == []
+    assert said(plan("demo", "demo", overrides={"overlap_schedule": "true"}), "--disable-overlap-schedule") is None
+    assert said(plan("h100"), "--disable-overlap-schedule") is None
 
 
 def test_layers_win_in_order() -> None:

@@ -4,9 +4,9 @@ SGLang calls `register` once in the HTTP process and once in each scheduler proc
 `sglang.srt.plugins`). Each part looks at what it would hook and stands aside, with a log line, where that is not
 what it was written for; the server is then the stock one at that place.
 
-Environment: QWEN3EMB_PLUGIN=0 turns everything off, QWEN3EMB_PLUGIN_<PART>=0 one part (answer, route; vectors, direct,
-idle, snapshots, full_graph), QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check. `SGLANG_PLUGINS` is SGLang's own
-list of the plugins it loads.
+Environment: QWEN3EMB_PLUGIN=0 turns everything off, QWEN3EMB_PLUGIN_<PART>=0 one part (answer, route, workers; vectors,
+direct, idle, snapshots, full_graph, attention, fp8_layer, heap, norms), QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version
+check. `SGLANG_PLUGINS` is SGLang's own list of the plugins it loads.
 """
 
 from __future__ import annotations
