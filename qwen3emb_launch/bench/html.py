@@ -18,13 +18,20 @@ from qwen3emb_launch.bench.histogram import LatencyHistogram
 from qwen3emb_launch.bench.record import Record, Row, rows_of
 from qwen3emb_launch.statistics import number
 
+# Of up to twelve series, told apart by people who see few colours too (Okabe and Ito's eight first).
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#c2b300",
+    "#7f3c8d", "#8c564b", "#888888", "#17a2a2",
+)  # fmt: skip
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
-th:first-child, td:first-child, .facts td { text-align: left } .facts td { white-space: normal }
+th:first-child, td:first-child, .facts td, .words td, .words th { text-align: left }
+.facts td, .words td { white-space: normal }
 .warn { border-left: 4px solid #d80; padding: .2rem .8rem; background: var(--soft); margin: .4rem 0 }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .4rem }
@@ -40,13 +47,13 @@ def page(record: Record) -> str:
     body += [f'<p class="warn">{escape(w)}</p>' for w in record.warnings]
     rows = rows_of(record)
     body += ["<h2>Figures</h2>", _table(report.columns(record), [report.cells(record, r) for r in rows])]
-    for heading, head, lines in (
-        ("Comparison", report.COMPARISON_COLUMNS, report.comparison_rows(record.comparisons)),
-        ("Drift", report.DRIFT_COLUMNS, report.drift_rows(record.drifts)),
-        ("Claims", report.CLAIM_COLUMNS, report.claim_rows(record)),
+    for heading, head, lines, name in (
+        ("Comparison", report.COMPARISON_COLUMNS, report.comparison_rows(record.comparisons), ""),
+        ("Drift", report.DRIFT_COLUMNS, report.drift_rows(record.drifts), ""),
+        ("Claims", report.CLAIM_COLUMNS, report.claim_rows(record), "words"),
     ):
         if lines:
-            body += [f"<h2>{heading}</h2>", _table(head, lines)]
+            body += [f"<h2>{heading}</h2>", _table(head, lines, name)]
     body += [f"<p>{escape(line)}</p>" for line in (*report.knee_lines(record), *report.slo_lines(record))]
     plots = _plots(record, rows)
     if plots:
@@ -209,7 +216,9 @@ def _xy(
     y_axis = _log(values) if logarithmic else None
     named = len(series) > 1
     config: dict[str, Any] = {
-        "style": CleanStyle(background="white", plot_background="white", font_family="sans-serif", legend_font_size=12),
+        "style": CleanStyle(
+            background="white", plot_background="white", font_family="sans-serif", legend_font_size=12, colors=COLOURS
+        ),
         "js": (),
         "disable_xml_declaration": True,
         "show_dots": dots and sum(len(p) for _, p in series) < 150,
