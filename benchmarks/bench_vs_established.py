@@ -88,7 +88,7 @@ def theirs(command: str, ready: Ready, clients: int, requests: int, number: int,
         "--concurrency", str(clients), "--request-count", str(requests), "--warmup-request-count", str(4 * clients),
         "--tokenizer", str(make_demo_model(folder / "demo")), "--artifact-dir", str(folder / f"round{number}"),
         "--workers-max", "1", "--record-processor-service-count", "1", "--ui", "none",
-        "--no-gpu-telemetry", "--no-server-metrics",
+        "--no-gpu-telemetry", "--no-server-metrics", "--use-server-token-count", "--export-level", "summary",
     ]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     found = sorted((folder / f"round{number}").rglob("profile_export_aiperf.json"))
