@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -105,6 +106,19 @@ def test_a_bench_describes_itself_and_its_figures_add_up(capsys, tmp_path: Path)
     assert "| 2 clients |" in files[1].read_text()
     assert float(next(csv.DictReader(files[2].open()))["requests_per_s"]) == found["requests_per_s"]
     assert "<svg" in files[3].read_text()
+
+
+def test_a_wall_clock_that_jumps_moves_no_figure_and_is_said(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour forward at every look: figures are the monotonic clock's, and the record says what happened."""
+    jumps, now = itertools.count(), time.time
+    monkeypatch.setattr("qwen3emb_launch.bench.load.time.time", lambda: now() + 3600 * next(jumps))
+    with null_server(Behaviour(delay=0.01)) as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK)
+    assert status == 0
+    found = envelope["result"]["runs"][0]["figures"]
+    assert 0.3 < found["seconds"] < 5
+    assert found["requests_per_s"] == pytest.approx(found["requests"] / found["seconds"], rel=0.2)
+    assert any("the wall clock jumped by " in warning for warning in envelope["result"]["warnings"])
 
 
 def test_an_objective_decides_the_exit_status(capsys) -> None:
