@@ -26,6 +26,7 @@ def no_engine_of_the_users(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -
 @example(noise=b'{"schema": {"a": ' * 5000, mutations=[], which=0)
 @example(noise=b"- " * 5000, mutations=[], which=0)
 @example(noise=b"1" * 5000, mutations=[], which=0)  # an integer that Python refuses to read
+@example(noise=b'"a word"\n{}\n', mutations=[], which=0)  # JSON, and no object
 @example(noise=b"\x00\xff\xfe", mutations=[], which=0)
 def test_whatever_lies_there_is_read_or_refused(
     name: str, tmp_path: Path, noise: bytes, mutations: list[tuple[int, int, bytes]], which: int

@@ -77,7 +77,7 @@ class Checkpoint:
             header = json.loads(lines[0])
             self.created = header.pop("created")
             self.windows = [run_from(json.loads(line)) for line in lines[1:]]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as exc:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as exc:
             raise InvalidInputError(
                 "bad_checkpoint", f"{self.path} is damaged: {exc!r}", "give another --output"
             ) from exc
