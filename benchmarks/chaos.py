@@ -118,7 +118,7 @@ def engine_faults(run: Runner, instance: Instance, *, long: bool) -> None:
     roles = ("scheduler", "http", "detokenizer", "template", "guard") if long else ("http", "guard")
     for role in roles:
         run.row(f"SIGKILL {role}, {tail}", lambda r=role: rows_engine.signalled(instance, reference, r, KILL))
-    for role in ("scheduler", "http", "detokenizer") if long else ("http",):
+    for role in ("scheduler", "http") if long else ("http",):  # embeddings do not pass through the detokenizer
         run.row(f"SIGSTOP {role}, {tail}", lambda r=role: rows_engine.signalled(instance, reference, r, STOP))
     run.row(f"SIGSTOP guard and SIGKILL http, {tail}", lambda: rows_engine.stopped_guard(instance, reference))
     run.row(f"killed for memory, {tail}", lambda: rows_engine.out_of_memory(instance, reference))
