@@ -292,6 +292,7 @@ def test_spans_arrive_where_the_environment_says(tmp_path: Path, monkeypatch: py
         (["--upstream", "http://127.0.0.1:1/v1", "--tls-cert", "a", "--tls-key", "b"], 2, "bad_tls"),
         (["--upstream", "http://127.0.0.1:1/v1", "--workers", "2", "--tls-cert", "a", "--tls-key", "b"], 2, "bad_tls"),
         (["--upstream", "http://127.0.0.1:1/v1", "--access-log", "/nonexistent/x"], 3, "cannot_log"),
+        (["--upstream", "http://127.0.0.1:1/v1", "--disk-cache", "/proc/nowhere/x"], 3, "no_disk_cache"),
         (["--config", "/nonexistent"], 2, "bad_gateway_config"),
     ],
 )

@@ -13,11 +13,12 @@ import pytest
 
 from qwen3emb_launch.gateway import batcher
 from qwen3emb_launch.gateway.config import UpstreamConfig
+from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.killers import MOST, REMEMBERED, Killers
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.work import Level, Wait
 from tests.gateway_bench import Bench, error, gateway, rows
-from tests.null_engine import NullEngine, Served
+from tests.null_engine import Link, NullEngine, Served
 
 
 def run(test) -> None:
@@ -139,6 +140,41 @@ def test_a_change_of_model_under_load_loses_nothing_and_mixes_nothing() -> None:
     run(main())
 
 
+def test_opening_the_disk_cache_holds_nobody_up_and_a_change_of_model_meanwhile_counts(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emptying a large one takes a while: /health answers, embeddings wait; what it was opened for may have gone."""
+
+    async def main() -> None:
+        old, new = NullEngine(64), NullEngine(64, seed=2)
+        opening, go_on, opened = threading.Event(), threading.Event(), []
+        prepare = DiskCache._prepare
+
+        def slowly(disk: DiskCache) -> bytes:
+            opening.set()
+            assert go_on.wait(30)
+            opened.append(disk._fingerprint)
+            return prepare(disk)
+
+        monkeypatch.setattr(DiskCache, "_prepare", slowly)
+        settings = {"wait": False, "disk_cache": str(tmp_path / "c.db"), "fingerprint": "old"}
+        async with Served(old) as one, Served(new) as two, gateway(one, **settings) as gw:
+            await until(opening.is_set)
+            assert (await gw.request("GET", "/health")).status == 200
+            asked = asyncio.create_task(gw.post({"model": "null", "input": "x"}))
+            await gw.service.new_model("new", [UpstreamConfig(two.url)])
+            await until(lambda: gw.service.pool.up)
+            go_on.set()
+            assert np.array_equal(rows(await asked)[0], new.vector("x"))
+            assert opened == ["old", "new"]
+            monkeypatch.setattr(DiskCache, "_prepare", lambda _: 1 // 0)
+            await gw.service.new_model("newer")
+            await until(lambda: gw.service.endpoint.model is not None)
+            await checked(gw, new, "without a second level")
+
+    run(main())
+
+
 def test_when_no_engine_comes_back_the_hold_ends_with_503_and_retry_after() -> None:
     async def main() -> None:
         engine = NullEngine(64)
@@ -216,7 +252,7 @@ def test_another_model_on_a_restarted_port_is_refused_and_its_vectors_never_serv
 
 NONSENSE = (
     b"", b"{}", b"[]", b'{"data": []}', b'{"data": [{"embedding": []}]}', b'{"data": [{"embedding": [NaN]}]}',
-    b'{"data": [{"embedding": "####"}]}',
+    b'{"data": [{"embedding": "####"}]}', b'{"data": [{"index": -1, "embedding": [1.0]}]}',
 )  # fmt: skip
 
 
@@ -292,6 +328,25 @@ def test_an_overloaded_engine_is_asked_again_later() -> None:
             await until(lambda: engine.calls >= 4)
             engine.status = None
             await asked
+
+    run(main())
+
+
+def test_an_engine_that_closes_after_each_answer_is_served_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As HTTP allows, and some proxies do; interim answers before it are passed over."""
+
+    def write(link: Link, status: int, body: bytes) -> None:
+        head = b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 %d X\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+        link.transport.write(head % (status, len(body)) + body)
+        link.transport.close()
+
+    monkeypatch.setattr(Link, "write", write)
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            await asyncio.gather(*(checked(gw, engine, f"t{i}") for i in range(20)))
+            assert gw.service.metrics.retries == 0
 
     run(main())
 

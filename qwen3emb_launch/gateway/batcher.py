@@ -140,13 +140,14 @@ class Batcher:
 
     def _dispatch(self) -> None:
         self._kicked = False
-        for kind in Kind:
-            self._dispatch_kind(kind)
+        if self._room:
+            impatient = self._impatient()
+            for kind in self._room.kinds():
+                self._dispatch_kind(kind, impatient)
 
-    def _dispatch_kind(self, kind: Kind) -> None:
-        queues = self._room.queues(kind)
-        impatient, cleared = self._impatient(), None
-        if kind is not Kind.SUSPECT and self._room.waiting(Kind.SUSPECT) and not impatient:
+    def _dispatch_kind(self, kind: Kind, impatient: bool) -> None:
+        queues, cleared = self._room.queues(kind), None
+        if kind is not Kind.SUSPECT and not impatient and self._room.waiting(Kind.SUSPECT):
             cleared = self.pool.quietest()  # left to fall idle, for them
         while queues:
             queue = queues.pop(0)
@@ -235,7 +236,8 @@ class Batcher:
         except Exception:  # whatever it is, nobody may wait for ever
             log.exception("an engine call failed inside the gateway")
             self._again(batch, True, "the gateway failed; its log says why")
-        self.kick()
+        if self._room:
+            self.kick()
 
     def _answered(self, upstream: Upstream, batch: list[Item], answer: Answer, began: float, took: float) -> None:
         status = answer.status

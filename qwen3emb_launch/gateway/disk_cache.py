@@ -31,6 +31,20 @@ ROW_OVERHEAD = 128  # bytes a row takes beside its vector: key twice (row and in
 SAME = 0.9999  # the same engine and model, after a restart, on the probe text
 
 
+def make_place(path: Path) -> None:
+    """The folder and an empty file if there is none. Raises UnfitError (`no_disk_cache`)."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as exc:
+        raise _unfit(path, exc) from exc
+
+
+def _unfit(path: Path, exc: Exception) -> UnfitError:
+    message = f"the disk cache {path} cannot be used: {exc}"
+    return UnfitError("no_disk_cache", message, "check the folder's rights and space")
+
+
 class DiskCache:
     """One file. Raises UnfitError (`no_disk_cache`) when it cannot be opened."""
 
@@ -52,21 +66,13 @@ class DiskCache:
                 self._read = self._open()
                 self.secret = self._prepare()
             except (sqlite3.Error, OSError) as again:
-                raise self._unfit(again) from again
-        except OSError as exc:
-            raise self._unfit(exc) from exc
+                raise _unfit(path, again) from again
         self._queue: queue.Queue[tuple[bytes, bytes, int] | None] = queue.Queue(PENDING)
         self._writer = threading.Thread(target=self._write, name="disk-cache", daemon=True)
         self._writer.start()
 
-    def _unfit(self, exc: Exception) -> UnfitError:
-        return UnfitError(
-            "no_disk_cache", f"the disk cache {self.path} cannot be used: {exc}", "check the folder's rights and space"
-        )
-
     def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        make_place(self.path)
         db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
         for pragma in ("page_size=16384", "journal_mode=WAL", "synchronous=NORMAL", "mmap_size=268435456"):
             db.execute(f"PRAGMA {pragma}")

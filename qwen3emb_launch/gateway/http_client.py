@@ -96,6 +96,7 @@ class _Link(asyncio.Protocol):
         self.used = False
         self.watch: Watch | None = None
         self._future: asyncio.Future[Answer] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._fresh()
 
     def _fresh(self) -> None:
@@ -108,11 +109,13 @@ class _Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
-    def send(self, data: bytes) -> asyncio.Future[Answer]:
-        future = self._future = asyncio.get_running_loop().create_future()
+    def send(self, data: bytes, timeout: float) -> asyncio.Future[Answer]:
+        loop = asyncio.get_running_loop()
+        future = self._future = loop.create_future()
         if self.transport is None:
-            future.set_exception(EngineGoneError("the engine closed the connection", sent=False, stale=True))
+            self._fail(EngineGoneError("the engine closed the connection", sent=False, stale=True))
         else:
+            self._timer = loop.call_later(timeout, self._fail, TimeoutError())
             self.transport.write(data)
         return future
 
@@ -145,11 +148,11 @@ class _Link(asyncio.Protocol):
         answer = Answer(status, self._headers, self._body[0] if len(self._body) == 1 else b"".join(self._body))
         self._fresh()
         self.used = True
-        if not keep:
-            self.close()
         if self._future is not None and not self._future.done():
             self._future.set_result(answer)
-        self._future = None
+        self._asked_no_more()
+        if not keep:
+            self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
@@ -160,12 +163,19 @@ class _Link(asyncio.Protocol):
             EngineGoneError(f"the engine closed the connection{f': {exc}' if exc else ''}", sent=True, stale=stale)
         )
 
-    def _fail(self, error: EngineGoneError) -> None:
+    def _fail(self, error: EngineGoneError | TimeoutError) -> None:
         if self._future is not None and not self._future.done():
             self._future.set_exception(error)
+        self._asked_no_more()
+
+    def _asked_no_more(self) -> None:
         self._future = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def close(self) -> None:
+        self._asked_no_more()
         if self.transport is not None:
             self.transport.abort()
             self.transport = None
@@ -208,7 +218,8 @@ class HttpClient:
         )
 
     async def request(self, method: str, path: str, body: bytes, timeout: float, more: str = "") -> Answer:
-        """Send and wait. `path` is below the base URL's prefix, `more` whole header lines.
+        """Send and wait, for so long once there is a connection. `path` is below the base URL's prefix, `more` whole
+        header lines.
 
         Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError.
         """
@@ -217,28 +228,27 @@ class HttpClient:
             f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._common}{content}{more}"
             f"content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
-        async with asyncio.timeout(timeout):
-            taken = False  # by an engine that may have ended because of it
-            while True:
-                link = self._take()
-                kept = link is not None
-                try:
-                    if link is None:
-                        link = await self._connect()
-                    answer = await link.send(head + body)
-                except EngineGoneError as error:
-                    if kept and error.stale:
-                        taken = taken or error.sent
-                        continue
-                    error.sent = error.sent or taken
-                    raise
-                except BaseException:
-                    if link is not None:
-                        link.close()  # its answer, when it comes, belongs to nobody
-                    raise
-                if link.transport is not None:
-                    self._idle.append(link)
-                return answer
+        taken = False  # by an engine that may have ended because of it
+        while True:
+            link = self._take()
+            kept = link is not None
+            try:
+                if link is None:
+                    link = await self._connect()
+                answer = await link.send(head + body, timeout)
+            except EngineGoneError as error:
+                if kept and error.stale:
+                    taken = taken or error.sent
+                    continue
+                error.sent = error.sent or taken
+                raise
+            except BaseException:
+                if link is not None:
+                    link.close()  # its answer, when it comes, belongs to nobody
+                raise
+            if link.transport is not None:
+                self._idle.append(link)
+            return answer
 
     def _take(self) -> _Link | None:
         while self._idle:

@@ -107,7 +107,7 @@ class Workers:
             for number in range(self._config.workers):
                 self._start(number, writer)
             self._await_first(reader)
-            self._watch(writer)
+            self._watch(reader, writer)
         finally:
             self._end()
 
@@ -125,17 +125,25 @@ class Workers:
         self._processes[number] = process
 
     def _await_first(self, reader: Any) -> None:
-        for _ in range(self._config.workers):
-            if not reader.poll(START_TIMEOUT):
+        deadline, news, heard = time.monotonic() + START_TIMEOUT, {}, 0
+        while heard < self._config.workers:
+            if self._stopping:
+                return
+            if reader.poll(0.1):
+                news, heard = reader.recv(), heard + 1
+                if isinstance(news, LaunchError):
+                    raise news
+            elif time.monotonic() > deadline:
                 raise EngineFailedError("workers_late", f"no worker listened within {START_TIMEOUT:g} s", "see its log")
-            news = reader.recv()
-            if isinstance(news, LaunchError):
-                raise news
         self._listening({**news, "pid": os.getpid()})
 
-    def _watch(self, writer: Any) -> None:
+    def _watch(self, reader: Any, writer: Any) -> None:
         deaths: list[float] = []
         while not self._stopping:
+            while reader.poll():  # of workers started again: nobody waits for it, and a full pipe would stop them
+                news = reader.recv()
+                if isinstance(news, LaunchError):
+                    log.error("a worker cannot start again: %s", news.message)
             for number, process in list(self._processes.items()):
                 process.join(0.1)
                 if process.exitcode is None or self._stopping:

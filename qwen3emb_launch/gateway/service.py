@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +19,14 @@ from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.gateway import keys, tasks
 from qwen3emb_launch.gateway.access_log import AccessLog
 from qwen3emb_launch.gateway.admin import Admin
+from qwen3emb_launch.gateway.answer import Vector
 from qwen3emb_launch.gateway.app import App
 from qwen3emb_launch.gateway.batcher import Batcher
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
 from qwen3emb_launch.gateway.config import UPSTREAM_KEY_VARIABLE, GatewayConfig, UpstreamConfig
-from qwen3emb_launch.gateway.disk_cache import DiskCache
+from qwen3emb_launch.gateway.disk_cache import DiskCache, make_place
 from qwen3emb_launch.gateway.embeddings import Embeddings, Model
+from qwen3emb_launch.gateway.host import raise_fd_limit, tls_context
 from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.http_messages import HttpLimits
 from qwen3emb_launch.gateway.http_server import HttpServer
@@ -98,10 +99,13 @@ class Service:
             items=config.batch_items, tokens=config.batch_tokens, long_tokens=config.long_tokens,
             wait=config.batch_wait, queue=config.queue, hold=config.hold, timeout=config.timeout, stall=config.stall,
         )  # fmt: skip
-        self._tls = _tls(config)
+        self._tls = tls_context(config)
         self.port = config.port
         self.admin_port: int | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[None] | None = None  # of the cache on disk
+        if config.disk_cache:
+            make_place(Path(config.disk_cache))
         self._seen = self._stamps()
         self.stop = asyncio.Event()
 
@@ -126,7 +130,7 @@ class Service:
         """Listen, and begin to prove the upstreams. Raises UnfitError when an address cannot be had."""
         await self._take_over()
         config = self.config
-        _raise_fd_limit(config.connections + OWN_FDS)
+        raise_fd_limit(config.connections + OWN_FDS)
         try:
             if self._sockets:
                 self.port = await self.server.listen_on(self._sockets, tls=self._tls)
@@ -167,22 +171,45 @@ class Service:
         config, pool = self.config, self.pool
         if self.endpoint.model is not None or pool.width is None or pool.reference is None:
             return
+        if self._opening is not None:
+            return
         first = pool.up[0]
         if not self.endpoint.names:
             self.endpoint.names = tuple(dict.fromkeys((first.model.rstrip("/").rsplit("/", 1)[-1], first.model)))
         rules = self.endpoint.rules
         if config.context_length is None and first.context_length and rules.tokenizer is not None:
             rules.max_tokens = first.context_length - 1  # often started with less than the model could take
-        disk = None
         if config.disk_cache:
-            disk = DiskCache(Path(config.disk_cache), config.fingerprint, pool.reference, config.disk_bytes)
-        cache = VectorCache(pool.width, config.cache_bytes // config.workers)
+            self._opening = asyncio.create_task(self._open_disk(pool.reference))
+        else:
+            self._serve(pool.width, None)
+
+    async def _open_disk(self, reference: Vector) -> None:
+        """On a thread, since emptying a large one takes a while; one that cannot be had is done without."""
+        config = self.config
+        path, disk = Path(config.disk_cache), None
+        try:
+            disk = await asyncio.to_thread(DiskCache, path, config.fingerprint, reference, config.disk_bytes)
+        except Exception:  # whatever it is, no request waits for it
+            log.exception("serving without the cache on disk")
+        finally:
+            self._opening = None
+        if self.pool.reference is reference:
+            self._serve(int(reference.shape[0]), disk)
+            return
+        if disk is not None:  # the model was changed meanwhile
+            await asyncio.to_thread(disk.close)
+        self._model_known()
+
+    def _serve(self, width: int, disk: DiskCache | None) -> None:
+        config, pool = self.config, self.pool
+        cache = VectorCache(width, config.cache_bytes // config.workers)
         keyer = Keyer(config.fingerprint, disk.secret if disk else None)
         batcher = Batcher(pool, cache, self.batch_limits, self.metrics)
         batcher.tracing = self.tracing
         if disk is not None:
             batcher.on_vector = disk.put
-        self.endpoint.model = Model(pool.width, cache, keyer, batcher, disk)
+        self.endpoint.model = Model(width, cache, keyer, batcher, disk)
         self.endpoint.known.set()
 
     async def new_model(self, fingerprint: str, upstreams: list[UpstreamConfig] | None = None) -> None:
@@ -248,6 +275,8 @@ class Service:
             self._watcher.cancel()
         await self.server.close(self.config.drain)
         self.app.stopping = True
+        if self._opening is not None:
+            await self._opening
         model = self.endpoint.model
         if model is not None:
             await model.batcher.close()
@@ -280,7 +309,10 @@ class Service:
             stamps = self._stamps()
             if stamps != self._seen:
                 self._seen = stamps
-                self._reload_files()
+                try:
+                    self._reload_files()
+                except Exception:  # a watch that ended would never see the mended file
+                    log.exception("reading tasks and keys again failed inside the gateway")
 
     def _stamps(self) -> list[tuple[int, int] | None]:
         out: list[tuple[int, int] | None] = []
@@ -319,26 +351,3 @@ class Service:
             "queued": model.batcher.queued if model else 0,
             "in_air": model.batcher.in_air if model else 0,
         }
-
-
-def _tls(config: GatewayConfig) -> ssl.SSLContext | None:
-    if not config.tls_cert:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as exc:
-        raise InvalidInputError(
-            "bad_tls", f"cannot use {config.tls_cert} and {config.tls_key}: {exc}", "PEM files?"
-        ) from exc
-    return context
-
-
-def _raise_fd_limit(wanted: int) -> None:
-    """As many connections as configured need as many descriptors."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))

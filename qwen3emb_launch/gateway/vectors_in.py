@@ -27,6 +27,8 @@ def read_vectors(body: bytes, count: int, width: int | None) -> tuple[list[Vecto
         found: list[Vector | None] = [None] * count
         for position, row in enumerate(rows):
             index = row.get("index", position)
+            if type(index) is not int or index < 0:
+                raise BadAnswerError(f"the engine answered a vector for input {index!r}"[:300])
             found[index] = _vector(row["embedding"], width)
     except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError, ValueError) as exc:
         raise BadAnswerError(f"the engine's answer cannot be read: {exc!r}"[:300]) from exc

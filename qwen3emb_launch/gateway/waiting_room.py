@@ -15,20 +15,25 @@ class WaitingRoom:
     def __init__(self, limits: BatchLimits) -> None:
         self._limits = limits
         self._lanes: dict[tuple[Kind, bool], Queue] = {(k, ids): FairQueue() for k in Kind for ids in (False, True)}
+        self._busy: dict[tuple[Kind, bool], Queue] = {}  # lanes in which something waits: mostly one, or none
         self._level = {kind: Level() for kind in Kind}
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
+        return self._count
 
     def full_for(self, client: str, count: int) -> tuple[str, int] | None:
         """Why there is no room for `count` more of a client, and how many are ahead of it; None when there is."""
         limit = self._limits.queue
-        if len(self) + count > limit:
-            return f"{len(self)} inputs are waiting, the queue takes {limit}", len(self)
-        mine = sum(lane.waiting(client) for lane in self._lanes.values())
-        others = len({c for lane in self._lanes.values() for c in lane.client_names()} | {client})
+        if self._count + count > limit:
+            return f"{self._count} inputs are waiting, the queue takes {limit}", self._count
+        lanes = self._busy.values()
+        mine = sum([lane.waiting(client) for lane in lanes])
+        if not mine:
+            return None
+        others = len({c for lane in lanes for c in lane.client_names()})
         fair = share(limit, others)
-        if mine and mine + count > fair:
+        if mine + count > fair:
             return f"{mine} of your inputs are waiting already, your share of the queue is {fair}", mine
         return None
 
@@ -36,19 +41,32 @@ class WaitingRoom:
         """`front` puts it first: it was on its way already."""
         long = item.prepared.tokens > self._limits.long_tokens
         kind = Kind.SUSPECT if item.suspect else Kind.LONG if long else Kind.SHORT
-        self._lanes[kind, isinstance(item.prepared.payload, list)].push(wait.client, wait, item, front=front)
+        key = kind, isinstance(item.prepared.payload, list)
+        lane = self._busy[key] = self._lanes[key]
+        lane.push(wait.client, wait, item, front=front)
+        self._count += 1
 
     def drop(self, wait: Wait) -> list[Item]:
         """Take out what waits for a request."""
-        return [item for lane in self._lanes.values() for item in lane.drop(wait.client, wait)]
+        dropped = [item for lane in self._busy.values() for item in lane.drop(wait.client, wait)]
+        self._taken(len(dropped))
+        return dropped
+
+    def _taken(self, count: int) -> None:
+        self._count -= count
+        self._busy = {key: lane for key, lane in self._busy.items() if lane}
+
+    def kinds(self) -> list[Kind]:
+        """Those of which something waits, in their order."""
+        return sorted({kind for kind, _ in self._busy})
 
     def queues(self, kind: Kind) -> list[Queue]:
         """Those of a kind in which something waits."""
-        return [lane for lane in (self._lanes[kind, False], self._lanes[kind, True]) if lane]
+        return [lane for (of, _), lane in self._busy.items() if of is kind]
 
     def waiting(self, kind: Kind) -> int:
         """Items of a kind that wait."""
-        return len(self._lanes[kind, False]) + len(self._lanes[kind, True])
+        return sum([len(lane) for (of, _), lane in self._busy.items() if of is kind])
 
     def part(self, kind: Kind, in_air: int, slots: int, now: float) -> int:
         """Items worth a call, so that all slots of all engines get equal calls: one big call with little beside it
@@ -72,4 +90,5 @@ class WaitingRoom:
                 break
             batch.append(queue.pop())
             tokens += head.prepared.tokens
+        self._taken(len(batch) + len(unwanted))
         return batch, unwanted
