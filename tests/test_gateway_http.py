@@ -239,9 +239,10 @@ def test_routes_methods_and_unknown_paths() -> None:
             paths = (
                 "/", "/flush_cache", "/update_weights_from_disk", "/v1/embeddings/", "/v1/../flush_cache",
                 "//v1/embeddings", "/v1/embeddings%2f", "/v1/chat/completions", "/generate", "/v1/models/x",
+                "/v1/models/x:task:role",
             )  # fmt: skip
             for path in paths:
-                answer = await gw.request("POST" if path != "/v1/models/x" else "GET", path, b"{}")
+                answer = await gw.request("GET" if path.startswith("/v1/models/") else "POST", path, b"{}")
                 assert answer.status == 404, path
                 assert error(answer)["source"] == "gateway"
             assert (await gw.request("GET", "/v1/embeddings")).status == 405

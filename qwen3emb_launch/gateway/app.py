@@ -223,9 +223,9 @@ class App:
     def _one_model(self, request: Request) -> Response:
         self._who(request)
         name = unquote(request.path.removeprefix("/v1/models/"))
-        chosen = self.endpoint.tasks.choose(name)
-        if chosen.model not in self.endpoint.names:
+        if name.partition(":")[0] not in self.endpoint.names:
             raise ApiError(404, "model_not_found", f"no model {name[:80]!r} here", param="model")
+        self.endpoint.tasks.choose(name)  # refuses a task or role that there is not
         return json_response(self._model_row(name))
 
     def _model_row(self, name: str) -> dict[str, Any]:
