@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import signal
@@ -18,15 +19,29 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from left_behind import pytest_sessionfinish, pytest_sessionstart
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
+from qwen3emb_launch.engine_process.guard import PR_SET_CHILD_SUBREAPER
 
-# The files that take longest, longest first: a worker that comes to one of them last would leave the others idle.
+# The groups that take longest, longest first: a worker that comes to one of them last would leave the others idle.
 LONG = (
-    "test_systemd_real", "test_up_real", "test_upgrade_real", "test_gateway_real", "test_tune_real", "test_plugin_real",
-    "test_verify_real", "test_bench_real", "test_up_gateway", "test_bench", "test_engines_install", "test_upgrade",
-    "test_up_supervisor", "test_gateway_process", "test_bench_load", "test_verify",
+    "demo_endpoint", "all_killed", "behind_locks", "test_upgrade_real", "test_verify_real", "test_tune_real",
+    "test_plugin_real", "test_bench", "test_engines_install", "test_chaos", "test_systemd_real", "test_up_real",
+    "test_up_gateway", "test_bench_real", "test_up_supervisor", "test_types", "test_gateway_process", "test_upgrade",
+    "test_up_cli", "test_plugin", "test_bench_load", "test_engine_install", "test_gateway_resilience", "test_security",
+    "test_embed", "test_planning_engine",
 )  # fmt: skip
+# Engines that tests of several files ask: those tests run in one worker, where each is started once.
+SHARED = {"demo_endpoint", "fp32_endpoint"}
+
+# Every engine and reference of the tests computes a tiny model on the CPU: on two cores, threads that share its sums
+# spin for each other longer than they compute (a verify run costs the engine 0.2 s with one, 0.4 to 1.3 with two).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The programs under test are started some hundred times: they are compiled once, whatever this shell thinks of that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # The time of one example says how busy the machine is, not what is wrong.
 settings.register_profile("here", deadline=None)
@@ -38,12 +53,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Say what must run in one worker under `-n`: the tests that share an engine, else those of one file."""
-    item.add_marker(pytest.mark.xdist_group(_place(item)[1]))
+    """Say what must run in one worker under `-n`: the tests that share an engine, else those of one file.
+
+    A test that takes long and shares nothing with its file says so by `pytest.mark.xdist_group` itself.
+    """
+    if _group(item) is None:
+        shares = SHARED & set(getattr(item, "fixturenames", ()))
+        item.add_marker(pytest.mark.xdist_group("demo_endpoint" if shares else Path(str(item.path)).stem))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _place(item)[0])
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(_group(item) or "", len(LONG)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -55,11 +76,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
 
 
-def _place(item: pytest.Item) -> tuple[int, str]:
-    name = Path(str(item.path)).stem
-    if "demo_endpoint" in getattr(item, "fixturenames", ()):
-        return -1, "demo_endpoint"
-    return LONG.index(name) if name in LONG else len(LONG), name
+def _group(item: pytest.Item) -> str | None:
+    mark = item.get_closest_marker("xdist_group")
+    return str(mark.args[0]) if mark else None
 
 
 @dataclass(frozen=True)
@@ -83,9 +102,11 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was() -> Iterator[None]:
-    """A command run in this process may set variables (`systemd install --system` does); the next test sees none."""
+    """A command run in this process may set variables (`systemd install --system` does), and a supervisor makes it the
+    adopter of orphans; the next test sees neither."""
     before = dict(os.environ)
     yield
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
@@ -216,4 +237,4 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
         self.process.communicate(timeout=30)
 
 
-__all__ = ["DemoShape", "Endpoint", "free_port", "start_engine"]
+__all__ = ["DemoShape", "Endpoint", "free_port", "pytest_sessionfinish", "pytest_sessionstart", "start_engine"]
