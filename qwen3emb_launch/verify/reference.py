@@ -19,7 +19,10 @@ SCRIPT = Path(__file__).resolve().parents[1] / "engine_scripts" / "reference.py"
 DEMO_SET = Path(__file__).resolve().parent / "demo_reference.json"
 SCRIPT_LIMIT = 1800.0  # seconds; float32 of an 8B on a CPU takes minutes
 # What the script's environment keeps of ours: no tokens, no proxies, no site hooks of other tools.
-PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TMPDIR")
+PASSED_ON = (
+    "PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_VISIBLE_DEVICES", "TMPDIR",
+    "OMP_NUM_THREADS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
