@@ -166,14 +166,20 @@ def gone(pid: int) -> bool:
 
 
 class Load:
-    """Clients that never stop asking an endpoint for new texts; they count answers, failures and wrong vectors."""
+    """Clients that never stop asking an endpoint for new texts; they count answers, failures and wrong vectors.
 
-    def __init__(self, base_url: str, right: Callable[[str, list[float]], bool], clients: int = 4) -> None:
+    Each rests for `pause` seconds between two requests: what starts meanwhile has a core left to start on.
+    """
+
+    def __init__(
+        self, base_url: str, right: Callable[[str, list[float]], bool], clients: int = 4, pause: float = 0.02
+    ) -> None:
         self.right = self.wrong = self.failed = 0
         self.slowest = 0.0
         self.last_error = ""
         self._url = f"{base_url}/embeddings"
         self._judge = right
+        self._pause = pause
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._ask_on, args=(n,)) for n in range(clients)]
@@ -203,6 +209,7 @@ class Load:
             with self._lock:
                 self.right, self.wrong = self.right + good, self.wrong + (not good)
                 self.slowest = max(self.slowest, time.monotonic() - begin)
+            self._stop.wait(self._pause)
 
     def goes_on(self, answers: int = 10) -> None:
         """Wait for so many further answers."""

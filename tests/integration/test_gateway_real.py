@@ -1,13 +1,10 @@
-"""The gateway before the real SGLang on the CPU: proven vectors cold and warm, and nothing lost when it is killed."""
+"""The gateway before the real SGLang on the CPU: proven vectors cold and warm. Killed engines: test_up_real."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 
 from qwen3emb_launch.client import Client
 from qwen3emb_launch.errors import InvalidInputError
-from tests.conftest import Endpoint, start_engine
+from tests.conftest import Endpoint
 from tests.test_gateway_process import Running, gateway, until
 
 pytestmark = pytest.mark.engine
@@ -71,57 +68,3 @@ def test_lengths_are_enforced_before_the_engine(demo_endpoint: Endpoint, tmp_pat
         assert answer.headers["x-qwen3emb-truncated"] == "1"
         cut = np.array(answer.parse().data[1].embedding)
         assert cut @ np.array(client.embed(fits)) > 0.999
-
-
-def test_an_engine_killed_under_load_costs_no_request_and_no_wrong_vector(
-    engine_python: Path, demo_model: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to the whole engine; another one starts on the same port; every request is answered with its vector."""
-    first = start_engine(engine_python, demo_model, tmp_path / "one.log")
-    texts = [f"text number {i}, about {'cats' if i % 2 else 'ships'}" for i in range(40)]
-    with first as endpoint, before(endpoint, tmp_path, "--cache-bytes", "0", "--hold", "240", "--timeout", "300") as gw:
-        with Client(gw.base) as client:
-            wanted = np.array(client.embed(texts))
-        stop, failed, served = threading.Event(), [], []
-
-        def load(number: int) -> None:
-            with Client(gw.base, timeout=300) as client:
-                client.openai = client.openai.with_options(max_retries=0)
-                i = number
-                while not stop.is_set():
-                    try:
-                        got = np.array(client.embed(texts[i % 40]))
-                        served.append(float(got @ wanted[i % 40]))
-                    except Exception as exc:  # noqa: BLE001 - whatever a client would see is a failure
-                        failed.append(repr(exc))
-                    i += 7
-
-        threads = [threading.Thread(target=load, args=(n,)) for n in range(8)]
-        for thread in threads:
-            thread.start()
-        try:
-            _until_served(served, 50)
-            os.killpg(endpoint.pid, signal.SIGKILL)
-            first.process.wait(30)
-            again = start_engine(engine_python, demo_model, tmp_path / "two.log")
-            again.port = first.port
-            again.argv[again.argv.index("--port") + 1] = str(first.port)
-            with again:
-                _until_served(served, len(served) + 100)
-                stop.set()
-                for thread in threads:
-                    thread.join(300)
-        finally:
-            stop.set()
-        assert not failed
-        assert min(served) > 0.999
-        assert json.loads(gw.call("/ready")[1])["upstreams"] == 1
-
-
-def _until_served(served: list[float], count: int) -> None:
-    done = threading.Event()
-    deadline = 240.0
-    while len(served) < count and deadline > 0:
-        done.wait(0.1)
-        deadline -= 0.1
-    assert len(served) >= count, "the load does not get through"

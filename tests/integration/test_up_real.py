@@ -63,7 +63,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def cli(*args: str) -> dict[str, Any]:
     """A finite command's envelope."""
-    done = subprocess.run([*QWEN3EMB, *args, "--json"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*QWEN3EMB, *args, "--json"], capture_output=True, text=True, timeout=300)
     return json.loads(done.stdout)
 
 
@@ -91,11 +91,12 @@ def steady(base_url: str) -> Load:
         dot = sum(a * b for a, b in zip(vector, truth[str(int(text.split()[1]) % 20)], strict=True))
         return dot > 0.999
 
-    clients = Texts(base_url, right)
+    clients = Texts(base_url, right, pause=0.1)
     truth.update({str(n): clients.ask(f"text {n}") for n in range(20)})
     return clients
 
 
+@pytest.mark.xdist_group("all_killed")
 def test_no_request_is_lost_whatever_is_killed(engine: None) -> None:
     """Two engines behind the gateway, asked without end. Both killed: requests wait and are answered. The gateway
     killed: back within seconds. `restart`: every engine a new process, nobody notices. The supervisor killed: nothing

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +17,7 @@ from conftest import free_port
 from supervised import Load
 
 from qwen3emb_launch import state
+from qwen3emb_launch.paths import paths
 from qwen3emb_launch.vectors import distance
 
 pytestmark = pytest.mark.engine
@@ -36,9 +39,14 @@ def cli(*words: str) -> dict[str, Any]:
 
 @pytest.fixture
 def serving(engine_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """The demo profile on an adopted environment, behind its gateway."""
-    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
-    assert cli("engine", "install", "--python", str(engine_python), "--name", "cpu")["ok"]
+    """The demo profile behind its gateway, in a data folder of its own that knows the installed environment."""
+    installed, data = paths().engines / "cpu" / "engine.json", tmp_path / "data"
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(data))
+    if "QWEN3EMB_TEST_ENGINE_PYTHON" in os.environ:
+        assert cli("engine", "install", "--python", str(engine_python), "--name", "cpu")["ok"]
+    else:
+        (data / "engines" / "cpu").mkdir(parents=True)
+        shutil.copy(installed, data / "engines" / "cpu")
     answer = cli("up", "--profile", "demo", "--port", str(free_port()), "--detach")
     assert answer["ok"], answer
     yield answer["result"]
@@ -74,7 +82,7 @@ def test_upgrade_between_environments(serving: dict[str, Any], engine_python: Pa
         answers[text] = vector
         return len(vector) == serving["max_dims"]
 
-    load = Load(serving["base_url"], keep, clients=1)
+    load = Load(serving["base_url"], keep, clients=1, pause=0.1)
     load.model = "demo"
     with load:
         load.goes_on()
