@@ -493,9 +493,9 @@ def test_rounds_merge_by_median_and_common_histogram() -> None:
 
 
 def test_a_load_shorter_than_its_requests_says_so(capsys) -> None:
-    """Requests of 1.2 s begin before a window of 0.5 s and end after it: no wrong answer, but none to count either."""
-    with null_server(Behaviour(delay=1.2)) as (url, _):
-        arguments = ["--duration", "0.5s", "--warmup", "0.3s", "-c", "2"]
+    """Requests of 0.4 s begin before a window of 0.2 s and end after it: no wrong answer, but none to count either."""
+    with null_server(Behaviour(delay=0.4)) as (url, _):
+        arguments = ["--duration", "0.2s", "--warmup", "0.1s", "-c", "2"]
         status, envelope = command(capsys, "bench", "--base-url", url, *arguments)
     assert status == 1
     assert envelope["error"]["code"] == "too_short"

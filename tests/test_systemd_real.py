@@ -294,6 +294,7 @@ def test_a_users_own_manager_needs_no_root(machine: Machine) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.xdist_group("behind_locks")
 def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: Path) -> None:
     """The generated unit, unchanged: the real engine starts as its own account, embeds for whoever has a key of the
     file that systemd hands over, is killed, serves again."""
