@@ -31,7 +31,7 @@ bf16=${BF16:-} fp8=${FP8:-}
 started=() status=0
 
 qwen3emb() { "$python" -m qwen3emb_launch "$@"; }
-missed() { echo "FAILED ($1): $2"; status=1; }
+missed() { echo "FAILED ($1): $2" >&2; status=1; }
 emb() { qwen3emb "$@" || missed $? "qwen3emb $*"; }
 reports() { for ending in json md html; do printf -- '-o %s/%s.%s ' "$out" "$1" "$ending"; done; }
 
@@ -103,9 +103,13 @@ for step in "${@:-verify bench sweep seed cost tune}"; do
       tune)
         environment
         stop
+        rm -f "$out/tuned.yaml"
         emb tune --profile "$profile" --model "$model" --engine "$engine" --slo "$slo" --budget "${BUDGET:-12m}" \
           --processes "$processes" --offline --out "$out/tuned.yaml" --json >"$out/tune.json"
-        "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get("result", {}).get("sentence"))' "$out/tune.json"
+        "$python" -c '
+import json, sys
+found = json.load(open(sys.argv[1]))
+print(found["result"]["sentence"] if found.get("result") else found["error"]["message"])' "$out/tune.json"
         ;;
       *) echo "no step $one"; exit 2 ;;
     esac
