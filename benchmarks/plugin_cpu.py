@@ -1,6 +1,7 @@
 """Texts a second with and without the engine plugin, on the real engine, on a CPU.
 
-    python benchmarks/plugin_cpu.py --engine-python ~/.local/share/qwen3emb/engines/cpu/bin/python --json
+    python benchmarks/plugin_cpu.py --json
+    python benchmarks/plugin_cpu.py --without norms --without heap     # what these parts give
 
 One thin layer with hidden size 2560: the full-length answers of the 4B model with next to no model behind them, so
 that serving cost is what is measured. Two engines serve it, the stock one (SGLANG_PLUGINS=none) and the one with the
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -82,8 +83,10 @@ class Engine:
 
 
 @contextmanager
-def serving(name: str, python: Path, model: Path, site: Path, flags: list[str], log: Path) -> Iterator[Engine]:
-    """Start an engine and wait for its first embedding; kill its group at the end."""
+def serving(
+    name: str, python: Path, model: Path, site: Path, flags: list[str], log: Path, without: Sequence[str] = ()
+) -> Iterator[Engine]:
+    """Start an engine and wait for its first embedding; kill its group at the end. `plugin` has all parts."""
     port = _free_port()
     argv = [
         str(python), "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--is-embedding",
@@ -97,8 +100,10 @@ def serving(name: str, python: Path, model: Path, site: Path, flags: list[str], 
         # Threads of the tiny matrix products would fight with the other processes for the cores, in both engines.
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(site),
-        "SGLANG_PLUGINS": "qwen3emb" if name == "plugin" else "none",
+        "SGLANG_PLUGINS": "qwen3emb" if name == "plugin" or without else "none",
     }
+    if name != "plugin":
+        environ |= {f"QWEN3EMB_PLUGIN_{part.upper()}": "0" for part in without}
     with log.open("wb") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=out, env=environ, start_new_session=True)
     engine = Engine(name, port, process)
@@ -283,6 +288,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="counted time of a round")
     parser.add_argument("--warm", type=float, default=1.0, help="uncounted time before it")
     parser.add_argument("--flag", action="append", default=[], help="one more engine argument, for both")
+    parser.add_argument(
+        "--without", action="append", default=[], metavar="PART", help="against the plugin less this part, not stock"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     python = options.engine_python or engine_environment()
@@ -290,7 +298,7 @@ def main() -> None:
         folder = Path(scratch)
         model, site = thin_model_and_plugin(folder)
         names = ("stock", "plugin")
-        starts = [serving(n, python, model, site, options.flag, folder / f"{n}.log") for n in names]
+        starts = [serving(n, python, model, site, options.flag, folder / f"{n}.log", options.without) for n in names]
         with ThreadPoolExecutor(len(starts)) as pool:
             found = dict(zip(names, pool.map(stack.enter_context, starts), strict=True))
         for engine in found.values():
@@ -302,6 +310,7 @@ def main() -> None:
     result = {
         "ratio": round(statistics.median(p / s for s, p in zip(stock.rates, plugin.rates, strict=True)), 2),
         "clients": options.clients,
+        "without": options.without,
         "stock": summary(stock),
         "plugin": summary(plugin),
         "versions": versions(python),
