@@ -17,7 +17,7 @@ LAYERS = {
         0: "__init__ errors lifecycle catalog facts paths results instructions profile progress variables",
         1: "planning argv profile_text vectors statistics cost unit_text",
         2: "engines engine_process hub gpu probe notify listening state demo_model files disk profile_files "
-        "recorded_flags",
+        "recorded_flags weights",
         3: "up verify bench tune gateway client embed doctor systemd deploy explain",
         4: "cli console __main__",
     }.items()

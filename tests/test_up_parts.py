@@ -3,14 +3,16 @@ link that tells the gateway its engines."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised import gateway_plan, until
+from supervised import fake_plan, gateway_plan, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.argv import with_option
@@ -22,7 +24,7 @@ from qwen3emb_launch.up import gateway_runner
 from qwen3emb_launch.up.gateway_runner import GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.room import available_memory
-from qwen3emb_launch.up.runner import engine_spec
+from qwen3emb_launch.up.runner import EngineRunner, engine_spec
 from qwen3emb_launch.up.sockets import short_path
 
 
@@ -167,3 +169,31 @@ def test_an_engine_is_awaited_or_refused(linked: Any) -> None:
     assert late.value.code == "gateway_silent"
     assert "because" in late.value.message
     assert os.environ.get(KEYS_VARIABLE) is None
+
+
+def checkpoint(folder: Path, value: int) -> None:
+    """One tensor of bytes, in the safetensors format."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes([value] * 8))
+
+
+def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path) -> None:
+    """Another checkpoint in the place of the first is refused before it is loaded; the same one written anew is not,
+    and one that cannot be read is the engine's to complain of."""
+    checkpoint(tmp_path, 1)
+    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
+    claim = state.claim("weights")
+    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
+    runner.command(claim.logs / "a.log")
+    checkpoint(tmp_path, 1)
+    runner.command(claim.logs / "b.log")
+    checkpoint(tmp_path, 2)
+    with pytest.raises(UnfitError, match="not those that this instance was started with") as refused:
+        runner.command(claim.logs / "c.log")
+    assert refused.value.code == "model_changed"
+    (tmp_path / "model.safetensors").unlink()
+    runner.command(claim.logs / "d.log")
+    checkpoint(tmp_path, 1)
+    runner.command(claim.logs / "e.log")
+    runner.close()
+    claim.release()

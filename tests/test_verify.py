@@ -30,7 +30,7 @@ from qwen3emb_launch.verify.reference import ReferenceSet, load, save
 from qwen3emb_launch.verify.report import Check, Report, Verdict, markdown
 from qwen3emb_launch.verify.runner import Request, verify
 from qwen3emb_launch.verify.session import Options
-from qwen3emb_launch.verify.weights import weights_sample, weights_sha256
+from qwen3emb_launch.weights import weights_sample, weights_sha256
 
 WIDTH = 64
 

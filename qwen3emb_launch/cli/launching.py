@@ -189,7 +189,7 @@ def _check_gateway(settings: Mapping[str, Any]) -> None:
 def _vectors_of(plan: LaunchPlan) -> str:
     """What decides the vectors, for a cache that outlives the engine: another text here, and it starts empty."""
     from qwen3emb_launch.paths import paths
-    from qwen3emb_launch.verify.weights import weights_sha256
+    from qwen3emb_launch.weights import weights_sha256
 
     weights = weights_sha256(plan.model.path, paths().cache / "weights.json") or plan.model.revision or plan.model.path
     parts = [weights, plan.engine.version, *(plan.setting(key) for key in ("dtype", "quantization", "kv_cache_dtype"))]

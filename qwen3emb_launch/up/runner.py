@@ -20,6 +20,7 @@ from qwen3emb_launch.up.events import Check, Checked, Event
 from qwen3emb_launch.up.keys import Keys, read_keys, take_keys
 from qwen3emb_launch.up.process_runner import ProcessRunner
 from qwen3emb_launch.up.stages import DOOMED
+from qwen3emb_launch.weights import weights_sample
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class EngineSpec:
     dims: int
     context_length: int
     private: bool = False
+    model_path: Path | None = None
 
     @property
     def connect_host(self) -> str:
@@ -69,6 +71,7 @@ def engine_spec(plan: LaunchPlan) -> EngineSpec:
         dims=plan.max_dims,
         context_length=plan.context_length,
         private=(plan.engine_host, plan.engine_port) != (plan.host, plan.port),
+        model_path=plan.model.path,
     )
 
 
@@ -103,6 +106,7 @@ class EngineRunner(ProcessRunner):
         self._check_argv = check_argv
         self._text = probe_text
         self._probes = 0
+        self._weights: str | None = None  # what the first start loaded
         self._check: CheckProcess | None = None
 
     @property
@@ -133,7 +137,12 @@ class EngineRunner(ProcessRunner):
             self._check = CheckProcess(self._check_argv)
 
     def command(self, log: Path) -> EngineCommand:
-        """The plan's command and a file with keys; a private engine goes to another port where its own is taken."""
+        """The plan's command and a file with keys; a private engine goes to another port where its own is taken.
+
+        Raises UnfitError `model_changed` where another checkpoint lies in the place of the one that it was started
+        with: its vectors would not be those of the index that is searched with them.
+        """
+        self._same_weights()
         try:
             check_free(self.spec.host, self.spec.port)
         except UnfitError:
@@ -159,6 +168,18 @@ class EngineRunner(ProcessRunner):
             secrets=keys.secrets,
             sign=DOOMED,
         )
+
+    def _same_weights(self) -> None:
+        """By a sample of every tensor, in milliseconds. Weights that cannot be read are the engine's to complain of."""
+        found = weights_sample(self.spec.model_path) if self.spec.model_path else None
+        if found and self._weights and found != self._weights:
+            name = f"qwen3emb down {self._claim.name}"
+            raise UnfitError(
+                "model_changed",
+                f"the weights in {self.spec.model_path} are not those that this instance was started with",
+                f"put those back; or, to serve the new ones: {name}, then qwen3emb up again",
+            )
+        self._weights = self._weights or found
 
     def ask(self, timeout: float) -> Callable[[], Answer]:
         """One embedding of a text of its own: an answer from a cache would prove nothing."""

@@ -21,7 +21,7 @@ from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_se
 from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
 from qwen3emb_launch.verify.session import Options, Probe, Session
 from qwen3emb_launch.verify.tolerance import Precision
-from qwen3emb_launch.verify.weights import weights_sample, weights_sha256
+from qwen3emb_launch.weights import weights_sample, weights_sha256
 
 Step = Callable[[str], None]
 GIVE_UP = 3  # requests without any answer in a row, until the rest is not asked
