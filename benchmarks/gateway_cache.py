@@ -74,16 +74,25 @@ class CacheboxLfu:
         return False
 
 
-def policies(texts: int, cached: int, requests: int, exponent: float) -> dict[str, dict[str, float]]:
-    """Hit rate after a warm-up of a quarter, and microseconds a request, of each policy on the same trace."""
-    random = np.random.default_rng(1)
+def zipf(texts: int, exponent: float) -> np.ndarray:
+    """How often each text is asked for, the hottest first."""
     weights = 1 / np.arange(1, texts + 1) ** exponent
-    trace = random.permutation(texts)[random.choice(texts, requests, p=weights / weights.sum())]
+    return weights / weights.sum()
+
+
+def asked(texts: int, requests: int, exponent: float) -> list[bytes]:
+    """The cache keys of a trace, the same at every call."""
     keyer = Keyer("bench", b"k")
     keys = [keyer.text(str(i)) for i in range(texts)]
+    return [keys[i] for i in np.random.default_rng(1).choice(texts, requests, p=zipf(texts, exponent)).tolist()]
+
+
+def policies(texts: int, cached: int, requests: int, exponent: float) -> dict[str, dict[str, float]]:
+    """Hit rate after a warm-up of a quarter, and microseconds a request, of each policy on the same trace."""
+    trace = asked(texts, requests, exponent)
     out = {
         "best possible (the hottest texts, known in advance)": {
-            "hit_rate": round(float(weights[:cached].sum() / weights.sum()), 4),
+            "hit_rate": round(float(zipf(texts, exponent)[:cached].sum()), 4),
             "us": 0.0,
         }
     }
@@ -99,27 +108,43 @@ def policies(texts: int, cached: int, requests: int, exponent: float) -> dict[st
             continue
         hits = 0
         began = time.perf_counter()
-        for number, text in enumerate(trace):
-            hit = policy.hit(keys[text])
+        for number, key in enumerate(trace):
+            hit = policy.hit(key)
             hits += hit and number >= requests // 4
         took = time.perf_counter() - began
         out[name] = {"hit_rate": round(hits / (requests - requests // 4), 4), "us": round(1e6 * took / requests, 2)}
     return out
 
 
-def split(texts: int, cached: int, requests: int, exponent: float) -> dict[str, float]:
-    """Hit rate when 1, 2 and 4 workers share the memory, each with its part and its share of the connections."""
-    random = np.random.default_rng(1)
-    weights = 1 / np.arange(1, texts + 1) ** exponent
-    trace = random.choice(texts, requests, p=weights / weights.sum()).tolist()
-    dealt = random.integers(0, 4, requests).tolist()
-    keys = [i.to_bytes(KEY_BYTES, "little") for i in range(texts)]
+def split(texts: int, cached: int, requests: int, exponent: float) -> dict[str, dict[str, float]]:
+    """Hit rate of 1, 2 and 4 workers, each with its share of the connections: with a part of the memory each, with all
+    of it each, and with half of it as parts and half as a second level that all share (first in, first out)."""
+    trace = asked(texts, requests, exponent)
+    dealt = np.random.default_rng(2).integers(0, 4, requests).tolist()
     out = {}
     for workers in (1, 2, 4):
-        caches = [Ours(cached // workers) for _ in range(workers)]
-        hits = [caches[to % workers].hit(keys[text]) for text, to in zip(trace, dealt, strict=True)]
-        out[str(workers)] = round(sum(hits[requests // 4 :]) / (requests - requests // 4), 4)
+        kinds = {"a part each": (cached // workers, 0), "all of it each": (cached, 0)}
+        kinds["half of it shared"] = (cached // 2 // workers, cached // 2)
+        out[str(workers)] = {
+            name: round(_split(trace, dealt, [Ours(own) for _ in range(workers)], shared), 4)
+            for name, (own, shared) in kinds.items()
+        }
     return out
+
+
+def _split(trace: list[bytes], dealt: list[int], caches: list[Ours], shared: int) -> float:
+    second: OrderedDict[bytes, bool] = OrderedDict()
+    hits = 0
+    for number, (key, to) in enumerate(zip(trace, dealt, strict=True)):
+        hit = caches[to % len(caches)].hit(key)
+        if not hit and shared:
+            hit = key in second
+            if not hit:
+                second[key] = True
+                if len(second) > shared:
+                    second.popitem(last=False)
+        hits += hit and number >= len(trace) // 4
+    return hits / (len(trace) - len(trace) // 4)
 
 
 def resident() -> int:
@@ -218,9 +243,10 @@ def main() -> None:
         print(
             f"| {name} | {result['zipf']['0.8'][name]['hit_rate']:.1%} | {row['hit_rate']:.1%} | {row['us'] or '-'} |"
         )
-    print("\n| workers | Zipf 0.8 | Zipf 1.0 |\n|---|---|---|")
-    for workers, rate in result["workers"]["1.0"].items():
-        print(f"| {workers} | {result['workers']['0.8'][workers]:.1%} | {rate:.1%} |")
+    kinds = list(result["workers"]["1.0"]["1"])
+    print("\nZipf 1.0\n\n| workers | " + " | ".join(kinds) + " |\n|---" + "|---" * len(kinds) + "|")
+    for workers, rates in result["workers"]["1.0"].items():
+        print(f"| {workers} | " + " | ".join(f"{rates[kind]:.1%}" for kind in kinds) + " |")
     print(
         f"\nResident bytes a cached 2560-dim vector: {result['bytes_per_2560_dim_entry']:,}\n\n"
         "| store | write, µs | read, µs |\n|---|---|---|"

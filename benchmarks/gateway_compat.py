@@ -4,7 +4,7 @@
 
 Installs the pinned packages into the folder once (npm, pip), starts a null engine and a gateway with a tokenizer, and
 compares every vector with what the engine gives for that text. LangChain's default client, which sends another
-tokenizer's ids, must be refused with the hint that mends it.
+tokenizer's ids, must be refused with the hint that mends it. tests/test_gateway_compat.py runs this.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qwen3emb_launch.demo_model import make_demo_model
+from qwen3emb_launch.engine_process.ports import private_port
 from tests.null_engine import NullEngine
 
 NODE = {"openai": "7.57.0"}
 PYTHON = ("langchain-openai==1.7.3", "llama-index-embeddings-openai==0.7.0")
-ENGINE, GATEWAY = 18621, 18622
 TEXTS = ["how do I return a parcel?", "包裹没有到怎么办"]
 
 NODE_SCRIPT = """
@@ -74,7 +74,7 @@ print(json.dumps({"vectors": vectors, "small": small, "refused": ""}))
 def installed(folder: Path) -> Path:
     """The python with the packages; node_modules lie in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    stamp, wanted = folder / "installed.json", json.dumps([NODE, PYTHON])
+    stamp, wanted = folder / "installed.json", json.dumps([NODE, PYTHON, sys.version])
     python = folder / "venv" / "bin" / "python"
     if not stamp.is_file() or stamp.read_text() != wanted:
         venv.create(folder / "venv", with_pip=True, clear=True)
@@ -85,12 +85,12 @@ def installed(folder: Path) -> Path:
     return python
 
 
-def ask(argv: list[str], script: str, suffix: str, folder: Path) -> dict[str, object]:
+def ask(argv: list[str], script: str, suffix: str, folder: Path, port: int) -> dict[str, object]:
     """One client's run."""
     file = folder / f"client{suffix}"
     file.write_text(script)
     env = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    base = f"http://127.0.0.1:{GATEWAY}/v1"
+    base = f"http://127.0.0.1:{port}/v1"
     command = [*argv, str(file), base, json.dumps(TEXTS)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder, env=env, check=False)
     if ran.returncode:
@@ -112,21 +112,22 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = make_demo_model(Path(scratch) / "demo")
-        null = [sys.executable, "tests/null_engine.py", "--port", str(ENGINE), "--dims", "256"]
+        engine, port = private_port("127.0.0.1"), private_port("127.0.0.1")
+        null = [sys.executable, "tests/null_engine.py", "--port", str(engine), "--dims", "256"]
         gateway = [
-            sys.executable, "-m", "qwen3emb_launch", "gateway", "--port", str(GATEWAY), "--model-path", str(model),
-            "--upstream", f"http://127.0.0.1:{ENGINE}/v1", "--model", "null",
+            sys.executable, "-m", "qwen3emb_launch", "gateway", "--port", str(port), "--model-path", str(model),
+            "--upstream", f"http://127.0.0.1:{engine}/v1", "--model", "null",
         ]  # fmt: skip
-        with process(*null, port=ENGINE), process(*gateway, port=GATEWAY):
+        with process(*null, port=engine), process(*gateway, port=port):
             for name, argv, script, suffix in (
                 ("openai for Node", ["node"], NODE_SCRIPT, ".mjs"),
                 ("LangChain", [str(python)], LANGCHAIN_SCRIPT, "_langchain.py"),
                 ("LlamaIndex", [str(python)], LLAMA_INDEX_SCRIPT, "_llama_index.py"),
             ):
-                found = ask(argv, script, suffix, folder)
+                found = ask(argv, script, suffix, folder, port)
                 vectors: list[list[float]] = found["vectors"]  # type: ignore[assignment]
                 pairs = [p for got, want in zip(vectors, wanted, strict=True) for p in zip(got, want, strict=True)]
-                worst = max(abs(a - b) for a, b in pairs)
+                worst = float(max(abs(a - b) for a, b in pairs))
                 assert worst < 1e-6, f"{name}: off by {worst}"
                 assert found["small"] == 64, name
                 rows[name] = {"off_by": worst, "refused": found["refused"]}
