@@ -38,7 +38,8 @@ def test_a_closed_loop_measures_the_real_engine(demo_endpoint, capsys) -> None:
     found = envelope["result"]["runs"][0]["figures"]
     assert found["failed"] == {}
     assert found["tokens_per_text"] == 33
-    assert found["requests_per_s"] * found["latency"]["mean"] / 1000 == pytest.approx(4, rel=0.1)
+    edges = found["latency"]["max"] / 1000 / found["seconds"]  # what is in flight when the window begins and ends
+    assert found["requests_per_s"] * found["latency"]["mean"] / 1000 == pytest.approx(4, rel=0.1 + edges)
     assert envelope["result"]["targets"][0]["dims"] == 64
 
 
