@@ -109,6 +109,7 @@ class FakeGateway:
         self.keys: dict[str, str | None] = {}
         self.silent = False
         self.state = "up"
+        self.changes: list[str] = []
         self.lock = threading.Lock()
 
     def __call__(
@@ -117,6 +118,7 @@ class FakeGateway:
         with self.lock:
             if self.silent:
                 raise NetworkError("gateway_silent", "no answer")
+            self.changes += [method] if method != "GET" else []
             if (method, route) == ("POST", "/upstreams") and body:
                 self.upstreams[body["url"]], self.keys[body["url"]] = self.state, body["api_key"]
             elif (method, route) == ("DELETE", "/upstreams") and body:
@@ -151,6 +153,19 @@ def test_the_gateway_is_told_until_it_is_so(linked: Any) -> None:
     until(lambda: list(gateway.upstreams) == ["http://b/v1"], "the second in the place of the first")
     gateway.upstreams.clear()  # a worker that its parent started again
     until(lambda: list(gateway.upstreams) == ["http://b/v1"], "the engine told again")
+
+
+def test_an_engine_that_was_away_is_another_one(linked: Any) -> None:
+    """Gone and back at the same address before anybody could be told: the gateway still has to prove it anew."""
+    link, gateway = linked
+    link.there(True)
+    link.want({"http://a/v1": "one"})
+    until(lambda: gateway.changes == ["POST"], "the engine")
+    with gateway.lock:
+        link.want({})
+        link.want({"http://a/v1": "two"})
+    until(lambda: gateway.changes == ["POST", "DELETE", "POST"], "the same address once more")
+    assert gateway.keys["http://a/v1"] == "two"
 
 
 def test_an_engine_is_awaited_or_refused(linked: Any) -> None:

@@ -32,6 +32,7 @@ from qwen3emb_launch.state import InstanceRecord, ProcessId
 
 NAME = "chaos"
 START_TIMEOUT = 300.0
+HOLD = 60.0  # seconds, as before the real engine: a busy machine is slow to bring even a fake one back
 LOOK_EVERY = 0.03  # seconds; looking is work too, on the processors that an engine starts on
 QUICK = {  # a hang is noticed within probe_every + probe_failures * (probe + 1) = 29 s instead of 103
     "demo": Deadlines(probe=8.0, probe_every=2.0, probe_failures=3),
@@ -122,7 +123,7 @@ class Instance:
         make = gateway_plan if self.setup.gateway else fake_plan
         plan = make(name=NAME, deadlines=self.setup.times, restart=self.setup.restart)
         if plan.gateway:
-            plan = replace(plan, gateway={**plan.gateway, "workers": self.setup.workers})
+            plan = replace(plan, gateway={**plan.gateway, "workers": self.setup.workers, "hold": HOLD})
         self.port, self.base_url = plan.port, plan.base_url
         (self.setup.folder / "plan.json").write_text(json.dumps(plan_to_dict(plan)), encoding="utf-8")
         script = Path(__file__).with_name("fake_service.py")

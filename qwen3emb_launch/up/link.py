@@ -3,6 +3,9 @@
 The supervisor says what ought to be (`want`); this compares it with what each of the gateway's workers has and mends
 the difference, at every change and every second: a worker that was started again by its parent knows only what the
 gateway was started with. Calls that fail are made again as long as the gateway is there.
+
+An engine that was taken away and is back at the same address is another engine: the gateway has to prove it anew, also
+where it came back before this thread had told that it was gone.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ class GatewayLink:
         self._spec = spec
         self._folder = folder
         self._wanted: dict[str, str | None] = {}
+        self._gone: set[str] = set()  # taken away since the gateway was told last
         self._there = False
         self._dirty = False
         self._closed = False
@@ -47,6 +51,7 @@ class GatewayLink:
         """From now on these engines, and no others."""
         with self._changed:
             if self._wanted != upstreams:
+                self._gone |= self._wanted.keys() - upstreams.keys()
                 self._wanted = dict(upstreams)
                 self._dirty = True
                 self._changed.notify()
@@ -106,18 +111,23 @@ class GatewayLink:
                 if not self._there:
                     continue
                 wanted, self._dirty = dict(self._wanted), False
+                gone, self._gone = self._gone, set()
             try:
                 for name in self._spec.sockets:
-                    self._mend(name, wanted)
+                    self._mend(name, wanted, gone)
             except LaunchError:
                 with self._changed:
                     self._dirty = True
+                    self._gone |= gone
                     self._changed.wait_for(lambda: self._closed or not self._there, AGAIN_AFTER)
 
-    def _mend(self, name: str, wanted: Mapping[str, str | None]) -> None:
+    def _mend(self, name: str, wanted: Mapping[str, str | None], gone: set[str]) -> None:
         have = self._upstreams(name)
+        for url in have:
+            if url in gone and url in wanted:
+                self._call(name, "DELETE", "/upstreams", {"url": url, "timeout": 0})
         for url in wanted:
-            if url not in have:
+            if url not in have or url in gone:
                 self._call(name, "POST", "/upstreams", {"url": url, "api_key": wanted[url]})
         for url in have:
             if url not in wanted:
