@@ -351,6 +351,46 @@ def test_an_engine_that_closes_after_each_answer_is_served_from(monkeypatch: pyt
     run(main())
 
 
+def test_an_engine_behind_something_that_closes_silent_connections_stays_up_under_load(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A proxy's time limit ends the connection that watches the engine's process; others show that it lives. Without
+    others, and when it really went, it is proved again."""
+    made, ended = Link.connection_made, []
+
+    def limited(link: Link, transport: asyncio.Transport) -> None:
+        made(link, transport)
+
+        def end() -> None:
+            if not link.url:
+                ended.append(link)
+                transport.close()
+
+        asyncio.get_running_loop().call_later(0.03, end)
+
+    monkeypatch.setattr(Link, "connection_made", limited)
+    caplog.set_level("INFO")
+
+    def falls() -> int:
+        return sum("up -> down" in record.getMessage() for record in caplog.records)
+
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.01)
+        async with Served(engine) as served, gateway(served, cache_bytes=0) as gw:
+            number = 0
+            while len(ended) < 5:
+                await checked(gw, engine, f"t{number}")
+                number += 1
+            assert falls() == 0
+            assert gw.service.metrics.retries == 0
+            await served.stop()
+            await until(lambda: falls() == 1)
+            await served.start()
+            await checked(gw, engine, "back")
+
+    run(main())
+
+
 def test_equal_texts_in_the_air_are_one() -> None:
     async def main() -> None:
         engine = NullEngine(64, delay=0.1)

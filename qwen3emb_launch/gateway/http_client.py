@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import httptools
 import orjson
@@ -206,6 +207,8 @@ class HttpClient:
         self.address = address
         self.api_key = api_key
         self._idle: deque[_Link] = deque()
+        self._links: WeakSet[_Link] = WeakSet()  # made for requests
+        self._doubt: asyncio.Event | None = None
         self._tls: ssl.SSLContext | None = None
         if address.tls:
             self._tls = ssl.create_default_context()
@@ -234,7 +237,7 @@ class HttpClient:
             kept = link is not None
             try:
                 if link is None:
-                    link = await self._connect()
+                    link = await self._new()
                 answer = await link.send(head + body, timeout)
             except EngineGoneError as error:
                 if kept and error.stale:
@@ -256,6 +259,30 @@ class HttpClient:
             if link.transport is not None and not link.transport.is_closing():
                 return link
         return None
+
+    async def _new(self) -> _Link:
+        if self._doubt is not None:
+            await self._doubt.wait()
+        link = await self._connect()
+        self._links.add(link)
+        return link
+
+    async def same_process(self, within: float) -> bool:
+        """Whether a connection for requests outlives these seconds, in which none is made: then the process lives that
+        has answered so far."""
+        if not self._linked:
+            return False
+        doubt = self._doubt = asyncio.Event()
+        try:
+            await asyncio.sleep(within)
+            return self._linked
+        finally:
+            self._doubt = None
+            doubt.set()
+
+    @property
+    def _linked(self) -> bool:
+        return any(link.transport is not None for link in self._links)
 
     async def _connect(self) -> _Link:
         loop = asyncio.get_running_loop()

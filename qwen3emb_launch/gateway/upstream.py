@@ -7,6 +7,7 @@ agree with the one that the first upstream gave: a different model on a restarte
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ SAME_MODEL_COSINE = 0.99
 SAME_IDS_COSINE = 0.999  # a text and its own ids; bf16 batches of other shapes differ by less
 PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
 FAILURES_TO_DOWN = 3
+DOUBT = 0.05  # seconds in which a process that ends loses all its connections
 PATIENCE = 2.0  # seconds: for calls of suspects to have an engine to themselves, and for all others to leave it to them
 
 
@@ -88,6 +90,7 @@ class Upstream:
         self.draining = False
         self.prober: asyncio.Task[None] | None = None
         self.watch: Watch | None = None
+        self.doubter: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -185,8 +188,9 @@ class UpstreamPool:
             self._close(upstream)
 
     def _close(self, upstream: Upstream) -> None:
-        if upstream.prober:
-            upstream.prober.cancel()
+        for task in (upstream.prober, upstream.doubter):
+            if task is not None:
+                task.cancel()
         self._unwatch(upstream)
         upstream.client.close()
 
@@ -196,9 +200,27 @@ class UpstreamPool:
             upstream.watch = None
 
     def _lost(self, upstream: Upstream) -> None:
-        """The watching connection ended: the process did, or the server dislikes idle connections. Prove it again."""
-        if upstream.state is UpstreamState.UP:
+        """The watching connection ended: the process did, or something on the way dislikes idle connections."""
+        if upstream.state is UpstreamState.UP and (upstream.doubter is None or upstream.doubter.done()):
+            upstream.doubter = asyncio.get_running_loop().create_task(self._doubt(upstream))
+
+    async def _doubt(self, upstream: Upstream) -> None:
+        """Watch it anew where other connections show that its process lives; else prove it again."""
+        alive = await upstream.client.same_process(DOUBT)
+        if upstream.state is not UpstreamState.UP:
+            return
+        watch = None
+        if alive:
+            with contextlib.suppress(EngineGoneError):
+                watch = await upstream.client.watch(lambda: self._lost(upstream))
+        if upstream.state is not UpstreamState.UP:
+            if watch is not None:
+                watch.close()
+        elif watch is None or not watch.alive:
             self._down(upstream, "it closed the watching connection")
+        else:
+            self._unwatch(upstream)
+            upstream.watch = watch
 
     # -- choice
 
