@@ -33,13 +33,17 @@ EAGER = RestartPolicy(first=0.05, factor=1.0, longest=0.1, limit=3, window=600)
 
 
 def until(condition: Callable[[], Any], what: str, timeout: float = 60) -> Any:
-    """The condition's first true value; an assertion error after `timeout` seconds without one."""
-    end = time.monotonic() + timeout
+    """The condition's first true value; an assertion error after `timeout` seconds without one.
+
+    It is asked ever less often: what is asked may be a process, and takes the core that the answer waits for.
+    """
+    end, pause = time.monotonic() + timeout, 0.01
     while time.monotonic() < end:
         value = condition()
         if value:
             return value
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.1 * pause, 0.2)
     raise AssertionError(f"not within {timeout} s: {what}")
 
 

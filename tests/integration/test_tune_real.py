@@ -23,7 +23,7 @@ def test_a_tiny_space_is_tried_on_the_real_engine(engine_python: Path, tmp_path:
         capsys.readouterr()
     space, out = tmp_path / "space.yaml", tmp_path / "mine.yaml"
     space.write_text("tokenizer_workers: [2]\nsleep_on_idle: [true, false]\n")
-    words = ["tune", "--profile", "demo", "--goal", "latency", "--space", str(space), "-c", "1", "-d", "4s"]
+    words = ["tune", "--profile", "demo", "--goal", "latency", "--space", str(space), "-c", "1", "-d", "2s"]
     status = run([*words, "--warmup", "0.5s", "--rounds", "0", "--budget", "10m", "--out", str(out), "--json"])
     envelope = json.loads(capsys.readouterr().out)
     assert status == 0, envelope
