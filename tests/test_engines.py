@@ -246,6 +246,19 @@ def test_damage_is_missing_shortened_or_unfinished(tmp_path: Path) -> None:
     assert integrity.damages(tmp_path) == []
 
 
+def test_an_authority_of_the_companys_own_is_no_damage(tmp_path: Path) -> None:
+    """certifi's list of authorities may be longer than it was installed; shorter it is damaged, as any file is."""
+    (tmp_path / "certifi").mkdir()
+    _installed(tmp_path, "certifi", {"certifi/cacert.pem": "theirs", "certifi/core.py": "x"})
+    (tmp_path / "certifi/cacert.pem").write_text("theirs and ours")
+    assert integrity.damages(tmp_path) == []
+    (tmp_path / "certifi/cacert.pem").write_text("the")
+    assert [d.file for d in integrity.damages(tmp_path)] == ["certifi/cacert.pem"]
+    (tmp_path / "certifi/cacert.pem").write_text("theirs")
+    (tmp_path / "certifi/core.py").write_text("xx")
+    assert [d.file for d in integrity.damages(tmp_path)] == ["certifi/core.py"]
+
+
 def test_a_file_that_two_packages_ship_may_be_either(tmp_path: Path) -> None:
     """Some packages put a file of the same name in site-packages; the one installed last is no damage of the other."""
     _installed(tmp_path, "one", {"build_backend.py": "one one"})

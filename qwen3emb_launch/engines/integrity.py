@@ -11,6 +11,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+# Administrators append their company's authority to it, on every Python of a machine: longer is not damaged.
+GROWING = "certifi/cacert.pem"
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -67,6 +70,6 @@ def _damage(dist_info: Path, rows: list[tuple[str, int]] | None, claims: dict[st
             size = (dist_info.parent / file).stat().st_size
         except OSError:
             return Damage(package, file, "is missing", dist_info)
-        if size not in claims[file]:
+        if size not in claims[file] and not (file == GROWING and size > expected):
             return Damage(package, file, f"has {size} bytes, not {expected}", dist_info)
     return None
