@@ -296,8 +296,10 @@ def test_poisson_arrivals_repeat_with_the_seed_and_have_their_rate() -> None:
     with null_server() as (url, _):
         spec = LoadSpec(url=url, model="m", shape="open", phases=(Phase("steady", 1.0, 300),), seed=5)
         one, two = (sorted(load.run(spec).batch.scheduled) for _ in range(2))
-    assert len(one) == len(two) == pytest.approx(300, abs=70)
-    gaps = [[b - a for a, b in pairwise(x)] for x in (one, two)]
+    assert len(one) == pytest.approx(300, abs=70)
+    assert abs(len(one) - len(two)) <= 1  # a run begins milliseconds into its window, which may cut the last one off
+    both = min(len(one), len(two))
+    gaps = [[b - a for a, b in pairwise(x[:both])] for x in (one, two)]
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-6)
     mean = sum(gaps[0]) / len(gaps[0])
     assert sum((g - mean) ** 2 for g in gaps[0]) / len(gaps[0]) == pytest.approx(mean**2, rel=0.5)
