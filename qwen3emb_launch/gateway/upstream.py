@@ -159,6 +159,8 @@ class UpstreamPool:
         if upstream is None:
             return True
         upstream.draining = True
+        if upstream.prober is not None:
+            upstream.prober.cancel()  # nor may its vector become the reference of a model that comes meanwhile
         self._move(upstream, UpstreamState.DRAINING, "asked to drain")
         deadline = monotonic() + timeout
         while upstream.slots.total and monotonic() < deadline:
@@ -291,8 +293,9 @@ class UpstreamPool:
         self._move(upstream, UpstreamState.DOWN, reason)
         self._unwatch(upstream)
         upstream.client.close()
-        if upstream.prober is None or upstream.prober.done():
-            upstream.prober = asyncio.get_running_loop().create_task(self._probe_until_up(upstream))
+        if upstream.prober is not None:
+            upstream.prober.cancel()  # what it is being answered may be the vector of the model before
+        upstream.prober = asyncio.get_running_loop().create_task(self._probe_until_up(upstream))
 
     def _move(self, upstream: Upstream, state: UpstreamState, reason: str) -> None:
         if upstream.state is not state:
@@ -308,13 +311,14 @@ class UpstreamPool:
 
     async def _probe_until_up(self, upstream: Upstream) -> None:
         pause = PROBE_FIRST
-        while not upstream.draining:
+        while True:
             try:
                 state, reason = await self._probe(upstream)
             except (EngineGoneError, BadAnswerError, TimeoutError) as exc:
                 state, reason = UpstreamState.DOWN, str(exc) or f"no answer to a probe within {PROBE_TIMEOUT:g} s"
-            if upstream.draining:
-                return
+            except Exception as exc:  # whatever it is, an engine that nobody probes would stay down for ever
+                log.exception("a probe of %s failed inside the gateway", upstream.url)
+                state, reason = UpstreamState.DOWN, f"a probe failed inside the gateway: {exc!r}"
             if state is UpstreamState.REFUSED and upstream.state is not UpstreamState.REFUSED:
                 log.error("upstream %s is refused: %s", upstream.url, reason)
             self._move(upstream, state, reason)
@@ -329,7 +333,7 @@ class UpstreamPool:
     async def _probe(self, upstream: Upstream) -> tuple[UpstreamState, str]:
         """One real embedding, compared with the reference; watched from before, so that it is this process's."""
         self._unwatch(upstream)
-        upstream.watch = await upstream.client.watch(lambda: self._lost(upstream))
+        watch = upstream.watch = await upstream.client.watch(lambda: self._lost(upstream))
         if self._model:
             upstream.model = self._model
         else:
@@ -341,7 +345,7 @@ class UpstreamPool:
         vectors, _ = read_vectors(answer.body, 1, self.width)
         vector = vectors[0]
         upstream.takes_ids = await self._takes_ids(upstream)
-        if not upstream.watch.alive:
+        if not watch.alive:
             return UpstreamState.DOWN, "it closed the watching connection"
         if self.reference is None:
             self.reference, self.width = vector, int(vector.shape[0])
