@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 BACKLOG = 2048  # connections that wait; the kernel's net.core.somaxconn may say less
 FIRST_FD = 3  # of those that a service manager hands over, sd_listen_fds(3)
@@ -23,8 +25,7 @@ def listen(host: str, port: int, processes: int = 1) -> list[socket.socket]:
 
     Several sets share the port (SO_REUSEPORT): the kernel deals connections out among them. Raises OSError.
     """
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
+    addresses = _addresses(host, port)
     with ExitStack() as unfinished:
         made: list[socket.socket] = []
         for _ in range(processes):
@@ -38,6 +39,12 @@ def listen(host: str, port: int, processes: int = 1) -> list[socket.socket]:
             one.listen(BACKLOG)
         unfinished.pop_all()
         return made
+
+
+def _addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+    """Family and address of each, once. Raises OSError."""
+    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return list(dict.fromkeys((int(family), address) for family, _, _, _, address in found))
 
 
 def _bound(family: int, address: object, shared: bool, unfinished: ExitStack) -> socket.socket | None:
@@ -61,15 +68,38 @@ def _bound(family: int, address: object, shared: bool, unfinished: ExitStack) ->
 
 
 def fits(sockets: Sequence[socket.socket], host: str, port: int, processes: int = 1) -> bool:
-    """Whether these are what `listen` would make: they listen there, as many for each process."""
+    """Whether these are what `listen` would make: each process's part listens on every address, and on nothing else.
+
+    An address may be missing from all of them where `listen` would leave it out: this machine has not that family.
+    """
     if not sockets or len(sockets) % processes:
         return False
     try:
-        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        listens = all(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) for one in sockets)
-        return listens and {one.getsockname()[:2] for one in sockets} <= {address[:2] for *_, address in found}
+        sets = [
+            Counter((int(one.family), *one.getsockname()[:2]) for one in part(sockets, number, processes))
+            for number in range(processes)
+        ]
+        addresses = _addresses(host, port)
+        had = Counter(
+            (family, *address[:2])
+            for family, address in addresses
+            if (family, *address[:2]) in sets[0] or _here(family, address)
+        )
+        return all(one == had for one in sets) and all(_serves(one, processes > 1) for one in sockets)
     except OSError:
         return False
+
+
+def _here(family: int, address: tuple[Any, ...]) -> bool:
+    """Whether this machine has the address, whoever holds the port. Raises OSError as `listen` would."""
+    with ExitStack() as stack:
+        return _bound(family, (address[0], 0, *address[2:]), False, stack) is not None
+
+
+def _serves(one: socket.socket, shared: bool) -> bool:
+    """Whether it listens, and lets others beside it where they are to share the port."""
+    listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    return bool(listens) and (not shared or bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT)))
 
 
 def part(sockets: Sequence[socket.socket], number: int, processes: int) -> list[socket.socket]:

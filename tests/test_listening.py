@@ -88,6 +88,52 @@ def test_what_fits_is_served_again() -> None:
             assert not listening.fits([deaf], "127.0.0.1", deaf.getsockname()[1])
 
 
+def bound(family: int, address: str, port: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    made.bind((address, port))
+    made.listen(1)
+    return made
+
+
+def test_what_listen_would_not_make_does_not_fit() -> None:
+    """As many sockets as processes are not a set for each; a port that is to be shared must allow that; and a name is
+    served at all its addresses, not at one of them."""
+    port = free_port()
+    both = [bound(socket.AF_INET, "0.0.0.0", port), bound(socket.AF_INET6, "::", port)]
+    with closing(both):
+        assert listening.fits(both, "", port)
+        assert not listening.fits(both, "", port, 2)
+        assert not listening.fits(both, "0.0.0.0", port)
+        assert not listening.fits(both[:1], "", port)
+    alone = bound(socket.AF_INET, "127.0.0.1", port)
+    twice = [alone, alone.dup()]
+    with closing(twice):
+        assert not listening.fits(twice, "127.0.0.1", port, 2)
+    made = listening.listen("localhost", port, 2)
+    with closing(made):
+        assert listening.fits(made, "localhost", port, 2)
+        assert listening.fits(made[::-1], "localhost", port, 2)  # a service manager may turn them round
+        if len(made) == 4:
+            assert not listening.fits([one for one in made if one.family == socket.AF_INET], "localhost", port, 2)
+            assert not listening.fits(made[:3], "localhost", port, 2)
+            assert not listening.fits(sorted(made, key=lambda one: one.family), "localhost", port, 2)
+
+
+def test_an_address_that_this_machine_has_not_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with an address of a family that is not here is served at the other one, and that fits."""
+    port = free_port()
+    found = [(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET6, ("2001:db8::7", port, 0, 0))]
+    resolved = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: resolved)
+    made = listening.listen("name", port)
+    with closing(made):
+        assert len(made) == 1
+        assert listening.fits(made, "name", port)
+
+
 HANDED = """
 import os, sys
 sys.path.insert(0, {root!r})
