@@ -23,7 +23,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 from qwen3emb_launch.facts import Deadlines
 from qwen3emb_launch.lifecycle import State, Transition
@@ -155,6 +155,18 @@ def _extension() -> dict[str, str]:
     return {"EXTEND_TIMEOUT_USEC": str(int(EXTEND_BY * 1e6))}
 
 
+def drop_stored(environ: Mapping[str, str]) -> None:
+    """Have the service manager of this process, if there is one, close the sockets that it keeps for it."""
+    address = environ.get(VARIABLES[0], "")
+    if _reachable(address):
+        NotifySocket(address).store(STORED, ())
+
+
+def _reachable(address: str) -> bool:
+    """Whether it is an address of this machine: vsock is for machines, not services."""
+    return address.startswith(("/", "@")) and len(address) > 1
+
+
 def service_manager(deadlines: Deadlines, environ: MutableMapping[str, str] | None = None) -> ServiceManager | None:
     """The service manager that started this process, or None.
 
@@ -162,7 +174,7 @@ def service_manager(deadlines: Deadlines, environ: MutableMapping[str, str] | No
     """
     env = os.environ if environ is None else environ
     address, usec, pid = (env.pop(name, "") for name in VARIABLES)
-    if not address.startswith(("/", "@")) or len(address) < 2:  # vsock is for machines, not services
+    if not _reachable(address):
         return None
     meant = usec.isdigit() and int(usec) > 0 and pid in ("", str(os.getpid()))
     return ServiceManager(

@@ -155,26 +155,40 @@ def check_front(options: LaunchOptions, chosen: Chosen) -> None:
 
     Raises what `ports.check_free` and `with_gateway` raise.
     """
-    from qwen3emb_launch.engine_process.ports import check_free
     from qwen3emb_launch.planning.front import GATEWAY_NAMES
 
     host, port = chosen.address(options)
-    if not _kept(host, port):
-        check_free(host, port)  # the supervisor looks again before each start
-    if chosen.said("gateway.enabled", options) is False:
+    behind = chosen.said("gateway.enabled", options) is not False
+    _check_address(host, port, (chosen.said("gateway.workers", options) or 1) if behind else 0)
+    if not behind:
         return
     said = {GATEWAY_NAMES[key]: chosen.said(f"gateway.{key}", options) for key in ("api_keys", "tasks", "insecure")}
     _check_gateway({"host": host, "port": port} | {name: value for name, value in said.items() if value is not None})
 
 
-def _kept(host: str, port: int) -> bool:
-    """Whether the service manager kept this very address open for this process."""
+def _check_address(host: str, port: int, workers: int) -> None:
+    """That it is free, or kept open by the service manager for so many gateway workers, none being the bare engine.
+
+    What is kept and does not fit is let go, here and by the service manager: it would be in its own service's way, at
+    this start and at every later one.
+    """
     from contextlib import ExitStack
 
-    from qwen3emb_launch.listening import fits, kept
+    from qwen3emb_launch.engine_process.ports import await_free, check_free
+    from qwen3emb_launch.listening import fits, kept, take_kept
+    from qwen3emb_launch.notify import drop_stored
 
     with ExitStack() as copies:
-        return fits([copies.enter_context(one) for one in kept(os.environ)], host, port)
+        found = [copies.enter_context(one) for one in kept(os.environ)]
+        if workers and fits(found, host, port, workers):
+            return
+    if not found:
+        check_free(host, port)  # the supervisor looks again before each start
+        return
+    for one in take_kept(os.environ):
+        one.close()
+    drop_stored(os.environ)
+    await_free(host, port)
 
 
 def _check_gateway(settings: Mapping[str, Any]) -> None:

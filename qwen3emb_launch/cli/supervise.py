@@ -7,6 +7,7 @@ small: it imports neither typer nor anything that planning needed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from typing import Any
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
+from qwen3emb_launch.engine_process.ports import await_free
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
@@ -76,6 +78,7 @@ def gateway_spec(
 ) -> GatewaySpec | None:
     """The plan's gateway as the supervisor runs it. `kept` sockets are from before; the manager keeps the new ones."""
     if plan.gateway is None:
+        let_go(plan, kept, manager)
         return None
 
     def admin(path: str, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
@@ -93,6 +96,16 @@ def gateway_spec(
         keep=manager.store if manager else None,
         secured=bool(plan.gateway.get("keys_file") or os.environ.get(KEYS_VARIABLE)),
     )
+
+
+def let_go(plan: LaunchPlan, kept: Sequence[socket.socket], manager: ServiceManager | None) -> None:
+    """The engine itself is to listen where a gateway did before: nobody else may hold the address any longer."""
+    for one in kept:
+        one.close()
+    if kept and manager:
+        manager.store(())
+        with contextlib.suppress(LaunchError):  # the engine's start says it
+            await_free(plan.host, plan.port)
 
 
 def finish(view: UpView, outcome: Outcome) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import time
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
+RELEASED = 2.0  # seconds in which systemd closes a socket that it was told to drop; it does so in a thread of its own
+LOOK_EVERY = 0.02
 OTHERS = "a process of another user"
 PRIVATE_PORTS = range(12000, 20000)  # engines behind a gateway; with 10000 more they stay below 30000, our own default
 
@@ -52,6 +55,14 @@ def check_free(host: str, port: int) -> None:
             ) from error
         except OSError as error:
             raise _taken(host, port, error) from error
+
+
+def await_free(host: str, port: int, within: float = RELEASED) -> None:
+    """As `check_free`, of an address that somebody is about to leave: waits so many seconds for that."""
+    end = time.monotonic() + within
+    while not _binds(host, port, listen=True) and time.monotonic() < end:
+        time.sleep(LOOK_EVERY)
+    check_free(host, port)
 
 
 def _resolved(host: str, port: int) -> _Resolved:
@@ -148,12 +159,14 @@ def private_port(host: str) -> int:
     )
 
 
-def _binds(host: str, port: int) -> bool:
+def _binds(host: str, port: int, *, listen: bool = False) -> bool:
     try:
         family, kind, protocol, _, address = _resolved(host, port)
         with socket.socket(family, kind, protocol) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, InvalidInputError):
+            if listen:
+                probe.listen(1)
+    except (OSError, OverflowError, InvalidInputError):
         return False
     return True
