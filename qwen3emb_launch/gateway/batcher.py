@@ -107,6 +107,9 @@ class Batcher:
             self.metrics.coalesced += 1
             return
         item = Item(key, prepared)
+        item.deaths = self._killers.deaths(key)  # of an earlier request with it
+        if item.suspect:
+            item.company = max(1, self.limits.items // PARTS**item.deaths)
         item.waiters.append((wait, index))
         wait.items.append(item)
         self._air[key] = item
@@ -200,11 +203,11 @@ class Batcher:
     async def _make(self, call: Call) -> None:
         """One engine call, from request to vectors given or items queued again."""
         upstream, batch = call.upstream, call.batch
-        inputs = [item.prepared.wire(upstream.takes_ids) for item in batch]
-        body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
         began = monotonic()
         try:
             try:
+                inputs = [item.prepared.wire(upstream.takes_ids) for item in batch]
+                body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
                 if self.tracing is None:
                     answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
                 else:
@@ -266,6 +269,8 @@ class Batcher:
 
     def _give(self, item: Item, vector: Vector, kept: int, told: int, began: float, took: float) -> None:
         self._air.pop(item.key, None)
+        if item.suspect:
+            self._killers.clear(item.key)
         self.cache.put(item.key, vector, kept)
         if self.on_vector is not None:
             self.on_vector(item.key, vector, kept)
@@ -296,22 +301,30 @@ class Batcher:
         """
         for item in reversed(batch):
             item.call = None
+            if died and self._ended(item, alone and len(batch) == 1):
+                self._fail(item, self._killers.error(again=True))
+                continue
             if not self._wanted(item):
                 continue
             item.attempts += counts
-            item.suspect = item.suspect or died
             if halved or counts:
                 item.company = max(1, len(batch) // (2 if halved else PARTS))
-            if died and alone and len(batch) == 1 and item.attempts >= DEATHS:
-                self._killers.add(item.key)
-                self._fail(item, self._killers.error(again=True))
-                continue
             if item.attempts >= self.limits.attempts:
                 message = f"{item.attempts} tries failed, the last one: {reason}"
                 self._fail(item, ApiError(502, "engine_failed", message, source="engine", retry_after=1))
                 continue
             self.metrics.retries += 1
             self._room.push(item, item.waiters[0][0], front=True)
+
+    def _ended(self, item: Item, alone: bool) -> bool:
+        """An engine ended with it; whether it is proved to be why. Noted even when nobody wants it any more: clients
+        give up after a while and ask again."""
+        item.deaths += 1
+        if alone and item.deaths >= DEATHS:
+            self._killers.add(item.key)
+            return True
+        self._killers.suspect(item.key, item.deaths)
+        return False
 
     def _fail(self, item: Item, error: ApiError) -> None:
         self._air.pop(item.key, None)

@@ -105,7 +105,7 @@ class Wait:
 class Item:
     """One text, or list of ids, on its way; wanted by one or more requests."""
 
-    __slots__ = ("attempts", "call", "company", "key", "prepared", "queued_at", "suspect", "waiters")
+    __slots__ = ("attempts", "call", "company", "deaths", "key", "prepared", "queued_at", "waiters")
 
     def __init__(self, key: bytes, prepared: Prepared) -> None:
         self.key = key
@@ -113,6 +113,11 @@ class Item:
         self.waiters: list[tuple[Wait, int]] = []
         self.attempts = 0
         self.company = 1 << 30  # the largest batch it may be part of
-        self.suspect = False
+        self.deaths = 0  # of engines with it in the air
         self.queued_at = monotonic()
         self.call: Call | None = None  # the last one it was in
+
+    @property
+    def suspect(self) -> bool:
+        """Whether it may be what ends engines."""
+        return self.deaths > 0
