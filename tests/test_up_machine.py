@@ -289,6 +289,17 @@ def test_slow_with_progress_is_busy_not_dead() -> None:
     assert play.count(Kill) == 0
 
 
+def test_work_ends_a_row_of_failures() -> None:
+    """Slow, busy, slow, busy, slow is an engine that works: a batch seen between two failures parts them."""
+    play = Play().start()
+    for _ in range(2 * DEADLINES.probe_failures):
+        play.wait(20)
+        play.probed(SLOW)
+        play.wait(20)
+        play.probed(SLOW, progress=True)
+    assert play.count(Kill) == 0
+
+
 def test_wrong_vectors_count_though_the_engine_works_on() -> None:
     """NaN is a failure whatever else the engine does."""
     play = Play().start()

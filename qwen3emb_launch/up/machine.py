@@ -226,6 +226,7 @@ class Unit:
             return []
         if answer.verdict is Verdict.SLOW and event.progress:
             self.alive = True
+            self._failures = self._excused = 0  # it works: what came before is no longer in a row
             return [Note(f"busy: {answer.detail} to a probe, but the engine works on")]
         why = starved(event.strain) if answer.verdict is Verdict.SLOW else ""
         if why and self._excused < EXCUSES:
