@@ -7,9 +7,12 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 from supervised import fake_plan, gateway_plan, until
@@ -17,15 +20,20 @@ from supervised import fake_plan, gateway_plan, until
 from qwen3emb_launch import state
 from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
+from qwen3emb_launch.engine_process import strain
 from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
 from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
 from qwen3emb_launch.gateway import config
+from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.up import gateway_runner
+from qwen3emb_launch.up.events import Event, Probe, Probed
 from qwen3emb_launch.up.gateway_runner import GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
+from qwen3emb_launch.up.process_runner import ProcessRunner
 from qwen3emb_launch.up.room import available_memory
 from qwen3emb_launch.up.runner import EngineRunner, engine_spec
 from qwen3emb_launch.up.sockets import short_path
+from qwen3emb_launch.up.starvation import starved
 
 
 def test_private_ports_leave_room_for_sglangs_second_one() -> None:
@@ -98,6 +106,92 @@ def test_a_full_disk_does_not_keep_the_gateway_down(monkeypatch: pytest.MonkeyPa
     assert runner.command(claim.logs / "b.log").argv == first.argv
     runner.close()
     assert not runner.config.exists()
+    claim.release()
+
+
+def probed(monkeypatch: pytest.MonkeyPatch, answer: Callable[[], Answer]) -> Probed:
+    """What a probe of a running unit tells, once it is over."""
+    told: SimpleQueue[Event] = SimpleQueue()
+    claim = state.claim("probed")
+    runner = ProcessRunner("engine", claim, told.put, set)
+    monkeypatch.setattr(runner, "_process", SimpleNamespace(guard_pid=os.getpid()))
+    monkeypatch.setattr(runner, "ask", lambda _: answer)
+    try:
+        runner.act(Probe(1, 0.1))
+        event = told.get(timeout=30)
+    finally:
+        claim.release()
+    assert isinstance(event, Probed)
+    return event
+
+
+def slow() -> Answer:
+    return Answer(Verdict.SLOW, 0.1, "no answer")
+
+
+def cannot(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_probe_that_cannot_be_watched_is_told_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread for the timer, no descriptor for /proc: a probe without evidence. One that is never told would be the
+    last one, and the engine could hang for good."""
+    with monkeypatch.context() as threads:
+        threads.setattr(threading.Timer, "start", cannot)
+        event = probed(threads, slow)
+        assert (event.answer, event.strain) == (slow(), None)
+    with monkeypatch.context() as proc:
+        looked = threading.Event()
+
+        def unreadable(_: int) -> NoReturn:
+            looked.set()
+            raise OSError("too many open files")
+
+        def late() -> Answer:
+            looked.wait(30)
+            return slow()
+
+        proc.setattr(strain, "sample", unreadable)
+        assert probed(proc, late).answer == slow()
+
+
+def test_a_question_that_breaks_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it raises; the reason is told."""
+    event = probed(monkeypatch, cannot)
+    assert event.answer.verdict is Verdict.UNREACHABLE
+    assert "can't start new thread" in event.answer.detail
+
+
+def test_a_probe_that_cannot_be_sent_says_nothing_about_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread for the probe itself: excused, as on a starved machine, and the supervisor goes on."""
+    with monkeypatch.context() as threads:
+        threads.setattr(threading.Thread, "start", cannot)
+        event = probed(threads, slow)
+    assert event.answer.verdict is Verdict.SLOW
+    assert starved(event.strain)
+
+
+def test_workers_of_a_gateway_share_one_deadline() -> None:
+    """Each is asked within what the ones before it left of the probe's time; with nothing left the gateway is slow,
+    and by no more than a timer is late."""
+    plan = gateway_plan()
+    given: list[float] = []
+
+    def admin(*_: object) -> dict[str, list[object]]:
+        given.append(float(str(_[-1])))
+        threading.Event().wait(0.25)
+        return {"upstreams": []}
+
+    found = gateway_spec(replace(plan, gateway={**plan.gateway, "workers": 4}))
+    assert found is not None
+    claim = state.claim(plan.name)
+    runner = GatewayRunner(replace(found, admin=admin), claim, lambda _: None, set, dict)
+    assert runner.ask(60.0)().ok
+    assert given == sorted(given, reverse=True)
+    assert given[3] < 59.5
+    answer = runner.ask(0.3)()
+    assert answer.verdict is Verdict.SLOW
+    assert len(given) < 8
     claim.release()
 
 

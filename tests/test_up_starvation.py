@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -105,6 +106,16 @@ def test_one_answer_renews_the_excuses(play: Starving) -> None:
     assert play.count(Kill) == 0
 
 
+def test_work_that_was_seen_renews_the_excuses(play: Starving) -> None:
+    """As an answer does."""
+    for _ in range(3):
+        for _ in range(EXCUSES):
+            play.unanswered(STARVED)
+        play.wait(DEADLINES.probe_every)
+        play.probed(SLOW, progress=True)
+    assert play.count(Kill) == 0
+
+
 def test_hang_on_a_quiet_machine_has_no_excuse(play: Starving) -> None:
     """With time and memory to be had, silence is a hang, as soon as ever."""
     for _ in range(DEADLINES.probe_failures):
@@ -188,6 +199,11 @@ def rivals() -> Iterator[list[subprocess.Popen[str]]]:
             one.communicate()
 
 
+def waits(before: Sample, after: Sample) -> str:
+    """Whether a process was starved by what the test does: memory and host are the machine's own affair."""
+    return starved(replace(between(before, after, 0.0), memory=None, stolen=None))
+
+
 def test_a_real_waiter_and_a_real_hang(rivals: list[subprocess.Popen[str]]) -> None:
     """One of eight that want one processor is starved, as the kernel counts it; stopped by SIGSTOP it hangs, however
     busy the machine is."""
@@ -195,15 +211,15 @@ def test_a_real_waiter_and_a_real_hang(rivals: list[subprocess.Popen[str]]) -> N
     begin = sample(pid)
     if not begin.threads[pid].ran:
         pytest.skip("this kernel counts no waits (CONFIG_SCHED_INFO)")
-    while starved(between(begin, now := sample(pid), 0.0)) == "" and now.at - begin.at < 20:
+    while waits(begin, now := sample(pid)) == "" and now.at - begin.at < 20:
         time.sleep(0.05)
-    assert "for a processor" in starved(between(begin, now, 0.0))
+    assert "for a processor" in waits(begin, now)
     os.kill(pid, signal.SIGSTOP)
     os.waitid(os.P_PID, pid, os.WSTOPPED)
     begin = sample(pid)
     while (now := sample(pid)).at - begin.at < 0.5:
         time.sleep(0.05)
-    assert starved(replace(between(begin, now, 0.0), memory=None, stolen=None)) == ""
+    assert waits(begin, now) == ""
 
 
 def test_watch_looks_only_at_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +240,22 @@ def test_watch_looks_only_at_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> No
     assert found is not None
     assert looks == [1, 1]
     assert found.window > 0
+
+
+def test_watch_that_cannot_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first look that failed is no sign of a timer that never ran: there is no evidence at all."""
+    tried = threading.Event()
+
+    def look(_: int) -> Sample:
+        tried.set()
+        raise OSError("no descriptor left")
+
+    monkeypatch.setattr(strains, "sample", look)
+    watch = Watch(1, 0.04)
+    tried.wait(10)
+    watch._timer.join(10)
+    watch._begun -= 90.0
+    assert watch.end(slow=True) is None
 
 
 def test_watch_whose_timer_never_ran() -> None:

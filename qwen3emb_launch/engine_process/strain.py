@@ -99,17 +99,24 @@ class Watch:
         self._begun = time.monotonic()
         self._due = min(SETTLE, timeout / 4)
         self._first: Sample | None = None
+        self._blind = False  # the first look failed: nothing can be compared
         self._timer = threading.Timer(self._due, self._look)
         self._timer.daemon = True
         self._timer.start()
 
     def _look(self) -> None:
-        self._first = sample(self._root)
+        try:
+            self._first = sample(self._root)
+        except OSError:
+            self._blind = True
 
     def end(self, *, slow: bool) -> Strain | None:
-        """The question has its answer, or its time is up (`slow`): then what the machine had to do with that."""
+        """The question has its answer, or its time is up (`slow`): then what the machine had to do with that.
+
+        Raises OSError when /proc cannot be read.
+        """
         self._timer.cancel()
-        if not slow:
+        if not slow or self._blind:
             return None
         now = time.monotonic()
         first = self._first

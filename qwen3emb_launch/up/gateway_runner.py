@@ -189,21 +189,25 @@ class GatewayRunner(ProcessRunner):
         )
 
     def ask(self, timeout: float) -> Callable[[], Answer]:
-        """Whether every worker's loop turns; and which engines are refused."""
+        """Whether every worker's loop turns, all within `timeout`; and which engines are refused."""
         return lambda: self._answers(timeout)
 
     def _answers(self, timeout: float) -> Answer:
         begin = time.monotonic()
+        silent = f"no answer within {timeout:g} s"
         refused: dict[str, str] = {}
         try:
             for name in self.spec.sockets:
+                left = begin + timeout - time.monotonic()
+                if left <= 0:
+                    return Answer(Verdict.SLOW, timeout - left, silent)
                 with short_path(self._claim.folder, name) as path:
-                    rows = self.spec.admin(path, "GET", "/state", None, timeout)["upstreams"]
+                    rows = self.spec.admin(path, "GET", "/state", None, left)["upstreams"]
                 refused |= {row["url"]: row["reason"] for row in rows if row["state"] == "refused"}
         except (LaunchError, OSError) as error:
             took = time.monotonic() - begin
             if took >= timeout:
-                return Answer(Verdict.SLOW, took, f"no answer within {timeout:g} s")
+                return Answer(Verdict.SLOW, took, silent)
             return Answer(Verdict.UNREACHABLE, took, str(error))
         self.refused = refused
         return Answer(Verdict.OK, time.monotonic() - begin)

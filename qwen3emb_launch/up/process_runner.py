@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
@@ -22,7 +23,7 @@ from qwen3emb_launch.engine_process import (
 )
 from qwen3emb_launch.engine_process.log_tail import LogTail, last_lines
 from qwen3emb_launch.engine_process.process import sweep
-from qwen3emb_launch.engine_process.strain import Watch
+from qwen3emb_launch.engine_process.strain import Strain, Watch
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.state import Claim
@@ -41,6 +42,7 @@ from qwen3emb_launch.up.events import (
     Terminate,
 )
 from qwen3emb_launch.up.stages import lost, works
+from qwen3emb_launch.up.starvation import LATE
 
 SWEEP_EVERY = 0.05
 SWEEP_FOR = 10.0
@@ -164,11 +166,26 @@ class ProcessRunner:
         root = self._process.guard_pid if self._process else None
 
         def ask() -> None:
-            tail = LogTail(log, from_end=True) if log else None
-            watch = Watch(root, action.timeout) if root else None
-            answer = question()
-            strain = watch.end(slow=answer.verdict is Verdict.SLOW) if watch else None
-            progress = tail is not None and not answer.ok and any(map(works, tail.poll()))
+            # What cannot be looked at is no evidence. That the probe is over is told whatever happens: of a probe that
+            # is never over there is no next one.
+            tail, watch, progress, strain = None, None, False, None
+            with contextlib.suppress(Exception):
+                tail = LogTail(log, from_end=True) if log else None
+            with contextlib.suppress(Exception):
+                watch = Watch(root, action.timeout) if root else None
+            begin = time.monotonic()
+            try:
+                answer = question()
+            except Exception as error:  # noqa: BLE001 - whatever it is, there is no answer
+                answer = Answer(Verdict.UNREACHABLE, time.monotonic() - begin, f"{type(error).__name__}: {error}")
+            with contextlib.suppress(Exception):
+                strain = watch.end(slow=answer.verdict is Verdict.SLOW) if watch else None
+            with contextlib.suppress(Exception):
+                progress = tail is not None and not answer.ok and any(map(works, tail.poll()))
             self._tell(Probed(action.start, answer, progress, strain))
 
-        threading.Thread(target=ask, name="probe", daemon=True).start()
+        try:
+            threading.Thread(target=ask, name="probe", daemon=True).start()
+        except RuntimeError as error:  # no thread to be had: the machine's fault, and no word about the engine
+            answer = Answer(Verdict.SLOW, 0.0, f"the probe could not be sent: {error}")
+            self._tell(Probed(action.start, answer, strain=Strain(action.timeout, late=max(LATE, action.timeout))))
