@@ -7,6 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
+from qwen3emb_launch.gateway import batcher
 from qwen3emb_launch.gateway.killers import MOST_SUSPECTS, REMEMBERED, Killers
 from qwen3emb_launch.gateway.tokens import Prepared
 from tests.gateway_bench import Bench, error, gateway, rows
@@ -139,3 +140,27 @@ def test_a_call_that_cannot_be_written_fails_and_is_logged(
 
     run(main())
     assert "an engine call failed inside the gateway" in caplog.text
+
+
+@pytest.mark.parametrize("new", ["short", "long " * 600], ids=["short", "long"])
+def test_suspects_that_take_long_take_turns_with_others(new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One engine that died with hundreds of texts: whoever asks then does not wait for the last of them."""
+
+    async def main() -> None:
+        monkeypatch.setattr(batcher, "PATIENCE", 0.1)
+        engine = NullEngine(64, delay=0.03)
+        async with Served(engine) as served, gateway(served, hold=20.0) as gw:
+            engine.hang = True
+            texts = [f"good {i}" for i in range(512)]
+            many = [asyncio.create_task(checked(gw, engine, text)) for text in texts]
+            model = gw.service.endpoint.model
+            assert model is not None
+            await until(lambda: model.batcher.in_air == len(texts))
+            engine.hang = False
+            await restarted(gw, served)
+            await until(lambda: gw.service.pool.up)
+            await checked(gw, engine, new)
+            assert not all(task.done() for task in many)
+            await asyncio.gather(*many)
+
+    run(main())

@@ -60,6 +60,8 @@ class Batcher:
         self._kicked = False
         self._timer: asyncio.TimerHandle | None = None
         self._clearing: float | None = None  # since when suspects wait for an engine to themselves
+        self._preferred: float | None = None  # since when there have been suspects waiting, who go first
+        self._owed: set[Kind] = set()  # those of which a call goes before the next one of suspects
         self.closed = False
         self._loop = asyncio.get_running_loop()
         self._sweeper = self._loop.create_task(self._sweep())
@@ -149,10 +151,14 @@ class Batcher:
                 self._dispatch_kind(kind, impatient)
 
     def _dispatch_kind(self, kind: Kind, impatient: bool) -> None:
-        queues, cleared = self._room.queues(kind), None
-        if kind is not Kind.SUSPECT and not impatient and self._room.waiting(Kind.SUSPECT):
-            cleared = self.pool.quietest()  # left to fall idle, for them
+        queues = self._room.queues(kind)
         while queues:
+            cleared = None
+            if kind is Kind.SUSPECT:
+                if any(self._room.waiting(other) for other in self._owed):
+                    return
+            elif not impatient and kind not in self._owed and self._room.waiting(Kind.SUSPECT):
+                cleared = self.pool.quietest()  # left to fall idle, for them
             queue = queues.pop(0)
             head, now = queue.peek(), monotonic()
             due = (head.queued_at if head else 0.0) + max(self.limits.wait, self._calls.usual[kind]) - now
@@ -173,9 +179,11 @@ class Batcher:
     def _impatient(self) -> bool:
         """Whether suspects have waited for too long for an engine to fall idle: then they go where others are."""
         if not (self._room.waiting(Kind.SUSPECT) and self.pool.up):
-            self._clearing = None
-        elif self._clearing is None:
-            self._clearing = monotonic()
+            self._clearing = self._preferred = None
+            self._owed.clear()
+        else:
+            self._clearing = self._clearing or monotonic()
+            self._preferred = self._preferred or self._clearing
         return self._clearing is not None and monotonic() - self._clearing > PATIENCE
 
     def _look_again_in(self, seconds: float) -> None:
@@ -188,8 +196,11 @@ class Batcher:
         self._dispatch()
 
     def _send(self, upstream: Upstream, batch: list[Item], kind: Kind) -> None:
+        self._owed.discard(kind)
         if kind is Kind.SUSPECT:
             self._clearing = None
+            if self._preferred is not None and monotonic() - self._preferred > PATIENCE:
+                self._owed = {Kind.SHORT, Kind.LONG}  # suspects may be many: from now on they take turns with others
         call = self._calls.take_off(upstream, batch, kind)
         call.task = self._loop.create_task(self._make(call))
         call.task.add_done_callback(lambda _: self._over(call))
