@@ -26,6 +26,7 @@ from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
 from qwen3emb_launch.gateway import config
 from qwen3emb_launch.probe import Answer, Verdict
 from qwen3emb_launch.up import gateway_runner
+from qwen3emb_launch.up import runner as engine_runner
 from qwen3emb_launch.up.events import Event, Probe, Probed
 from qwen3emb_launch.up.gateway_runner import GatewayRunner, GatewaySpec
 from qwen3emb_launch.up.link import GatewayLink
@@ -34,6 +35,7 @@ from qwen3emb_launch.up.room import available_memory
 from qwen3emb_launch.up.runner import EngineRunner, engine_spec
 from qwen3emb_launch.up.sockets import short_path
 from qwen3emb_launch.up.starvation import starved
+from qwen3emb_launch.weights import weights_sample
 
 
 def test_private_ports_leave_room_for_sglangs_second_one() -> None:
@@ -287,8 +289,8 @@ def checkpoint(folder: Path, value: int) -> None:
 
 
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path) -> None:
-    """Another checkpoint in the place of the first is refused before it is loaded; the same one written anew is not,
-    and one that cannot be read is the engine's to complain of."""
+    """Another checkpoint in the place of the first is refused before it is loaded, and so is one that cannot be read;
+    the same one written anew is not."""
     checkpoint(tmp_path, 1)
     spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
     claim = state.claim("weights")
@@ -301,8 +303,76 @@ def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path) -> None
         runner.command(claim.logs / "c.log")
     assert refused.value.code == "model_changed"
     (tmp_path / "model.safetensors").unlink()
-    runner.command(claim.logs / "d.log")
+    with pytest.raises(UnfitError, match="cannot be read") as unreadable:
+        runner.command(claim.logs / "d.log")
+    assert unreadable.value.code == "model_changed"
     checkpoint(tmp_path, 1)
     runner.command(claim.logs / "e.log")
+    runner.close()
+    claim.release()
+
+
+def test_weights_that_cannot_be_read_at_first_are_the_engines_to_complain_of(tmp_path: Path) -> None:
+    """A folder without safetensors is started, again and again: there is nothing to compare."""
+    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
+    claim = state.claim("weights")
+    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
+    for name in "ab":
+        runner.command(claim.logs / f"{name}.log")
+    runner.close()
+    claim.release()
+
+
+def test_weights_on_a_file_system_that_hangs_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A restart fails after a bounded wait, and a later one goes on when the look is over: one thread hangs, however
+    often it is tried."""
+    checkpoint(tmp_path, 1)
+    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
+    claim = state.claim("weights")
+    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
+    answers, looks = threading.Event(), 0
+
+    def hangs(folder: Path) -> str | None:
+        nonlocal looks
+        looks += 1
+        answers.wait(60)
+        return weights_sample(folder)
+
+    def command(wait: float) -> None:
+        monkeypatch.setattr(engine_runner, "LOOK_FOR", wait)
+        runner.command(claim.logs / "a.log")
+
+    command(60)
+    monkeypatch.setattr(engine_runner, "weights_sample", hangs)
+    for _ in range(2):
+        with pytest.raises(UnfitError, match="were not read within"):
+            command(0.05)
+    assert looks == 1
+    answers.set()
+    command(60)
+    assert looks == 1
+    runner.close()
+    claim.release()
+
+
+def test_weights_that_were_replaced_while_the_engine_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first good answer of a start counts only if the weights are still those of before the start. Half written
+    ones are asked for again; and what the engine has read stays, whatever happens on the disk later."""
+    monkeypatch.setattr(engine_runner, "embed_once", lambda *_: Answer(Verdict.OK, 0.01))
+    checkpoint(tmp_path, 1)
+    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
+    claim = state.claim("weights")
+    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
+    runner.command(claim.logs / "a.log")
+    checkpoint(tmp_path, 2)
+    assert runner.ask(1)().verdict is Verdict.WRONG
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    assert runner.ask(1)().verdict is Verdict.UNREACHABLE
+    checkpoint(tmp_path, 1)
+    assert runner.ask(1)().ok
+    checkpoint(tmp_path, 2)
+    assert runner.ask(1)().ok
     runner.close()
     claim.release()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.ports import check_free, private_port
 from qwen3emb_launch.errors import UnfitError
 from qwen3emb_launch.facts import LaunchPlan
-from qwen3emb_launch.probe import Answer, Target, embed_once
+from qwen3emb_launch.probe import Answer, Target, Verdict, embed_once
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.check import CheckOrder, CheckProcess, CheckResult
 from qwen3emb_launch.up.events import Check, Checked, Event
@@ -21,6 +22,9 @@ from qwen3emb_launch.up.keys import Keys, read_keys, take_keys
 from qwen3emb_launch.up.process_runner import ProcessRunner
 from qwen3emb_launch.up.stages import DOOMED
 from qwen3emb_launch.weights import weights_sample
+
+LOOK_FOR = 10.0  # seconds for a sample of the weights, which takes milliseconds
+SILENT = f"were not read within {LOOK_FOR:g} s, so they may not be those that"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,29 @@ class Door:
     key: str | None
 
 
+class Look:
+    """A sample of the weights, taken in a thread of its own: reading from a file system that hangs cannot be ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.found: str | None = None
+        self._over = threading.Event()
+        self._folder = folder
+        try:
+            threading.Thread(target=self._look, name="weights", daemon=True).start()
+        except RuntimeError:  # no thread to be had: nothing was seen
+            self._over.set()
+
+    def _look(self) -> None:
+        try:
+            self.found = weights_sample(self._folder)
+        finally:
+            self._over.set()
+
+    def over(self, timeout: float) -> bool:
+        """Whether it is over, after so many seconds at most; then `found` is what it saw."""
+        return self._over.wait(timeout)
+
+
 class EngineRunner(ProcessRunner):
     """The effects of one engine's unit. `number` is its own within the supervisor's life: it names its keys' file."""
 
@@ -107,6 +134,8 @@ class EngineRunner(ProcessRunner):
         self._text = probe_text
         self._probes = 0
         self._weights: str | None = None  # what the first start loaded
+        self._looking: Look | None = None  # at the weights, before a start
+        self._settled = threading.Event()  # of the current start: the weights did not change while it read them
         self._check: CheckProcess | None = None
 
     @property
@@ -140,9 +169,10 @@ class EngineRunner(ProcessRunner):
         """The plan's command and a file with keys; a private engine goes to another port where its own is taken.
 
         Raises UnfitError `model_changed` where another checkpoint lies in the place of the one that it was started
-        with: its vectors would not be those of the index that is searched with them.
+        with, or none that can be read: its vectors would not be those of the index that is searched with them.
         """
         self._same_weights()
+        self._settled = threading.Event()
         try:
             check_free(self.spec.host, self.spec.port)
         except UnfitError:
@@ -170,23 +200,56 @@ class EngineRunner(ProcessRunner):
         )
 
     def _same_weights(self) -> None:
-        """By a sample of every tensor, in milliseconds. Weights that cannot be read are the engine's to complain of."""
-        found = weights_sample(self.spec.model_path) if self.spec.model_path else None
-        if found and self._weights and found != self._weights:
+        """By a sample of every tensor, in milliseconds. At a first start, weights that cannot be read are the engine's
+        to complain of.
+
+        Nothing else is decided meanwhile, so a file system that hangs is waited for LOOK_FOR seconds: a start that has
+        to be compared fails then, and the next one waits on for the same look.
+        """
+        if not self.spec.model_path:
+            return
+        self._looking = self._looking or Look(self.spec.model_path)
+        over = self._looking.over(LOOK_FOR)
+        found = self._looking.found if over else None
+        if over:
+            self._looking = None
+        if self._weights and found != self._weights:
+            how = "are not those that" if found else "cannot be read, or are no safetensors, unlike those that"
             name = f"qwen3emb down {self._claim.name}"
             raise UnfitError(
                 "model_changed",
-                f"the weights in {self.spec.model_path} are not those that this instance was started with",
+                f"the weights in {self.spec.model_path} {how if over else SILENT} this instance was started with",
                 f"put those back; or, to serve the new ones: {name}, then qwen3emb up again",
             )
         self._weights = self._weights or found
 
+    def _embedded(self, answer: Answer, settled: threading.Event) -> Answer:
+        """The answer to a probe, unless the weights are others than before the engine read them; in the probe's thread.
+
+        Once a start: what it has read stays. Weights that cannot be read now may be half written: it is asked again.
+        """
+        if not answer.ok or settled.is_set() or not self.spec.model_path:
+            return answer
+        found = weights_sample(self.spec.model_path)
+        if self._weights and found is None:
+            return replace(answer, verdict=Verdict.UNREACHABLE, detail="it embeds, but its weights cannot be read")
+        if self._weights and found != self._weights:
+            return replace(answer, verdict=Verdict.WRONG, detail="its weights were replaced while it read them")
+        self._weights = found
+        settled.set()
+        return answer
+
     def ask(self, timeout: float) -> Callable[[], Answer]:
-        """One embedding of a text of its own: an answer from a cache would prove nothing."""
+        """One embedding of a text of its own: an answer from a cache would prove nothing.
+
+        Before a start's first good answer counts, the weights are compared once more: they may have been replaced
+        between the look before the start and the engine's own.
+        """
         self._probes += 1
         text = f"{self._text} {self._probes}"
         target = Target(self.spec.connect_host, self.spec.port, self.spec.model, self.spec.dims, self.key)
-        return lambda: embed_once(target, text, timeout)
+        settled = self._settled
+        return lambda: self._embedded(embed_once(target, text, timeout), settled)
 
     def begin_check(self, action: Check, door: Door) -> None:
         """Run the smoke test against the engine, or against the gateway before it."""
