@@ -5,7 +5,8 @@ the supervisor and decides what to say when:
 
     starting      STATUS, and EXTEND_TIMEOUT_USEC again and again: the supervisor keeps the start's deadline itself
     ready         READY=1 once, after the smoke test; MAINPID; WATCHDOG_USEC where the unit's is too short
-    serving       WATCHDOG=1 for each proof that the engine embeds, and for nothing else
+    serving       WATCHDOG=1 for each probe that speaks for the engine (an embedding came back, it was seen to work, or
+                  its machine starved it: an excuse, of which there are so many in a row), and for nothing else
     restarting    WATCHDOG=1 while the supervisor's loop turns: it is at work, within deadlines of its own
     stopping      STOPPING=1, and EXTEND_TIMEOUT_USEC until the engine is gone
 
@@ -40,6 +41,7 @@ def watchdog_seconds(deadlines: Deadlines) -> float:
     """The shortest watchdog that leaves a hung engine to the supervisor, which restarts just the engine.
 
     It notices one at the next probe and after `probe_failures` of them, each of `probe` seconds and a pause of one.
+    Probes that are excused come before those and feed the watchdog, so they add nothing.
     """
     return deadlines.probe_every + deadlines.probe_failures * (deadlines.probe + 1) + deadlines.reap + WATCHDOG_MARGIN
 
@@ -129,7 +131,7 @@ class ServiceManager:
         self._send({"STATUS": f"{self._state}: {text}"} | (self._alive() if self._ready else _extension()))
 
     def pulse(self, lives: bool) -> None:
-        """The supervisor's loop went round; `lives`: the engine proved itself since the last time."""
+        """The supervisor's loop went round; `lives`: a probe spoke for the engine since the last time."""
         if self._state in (State.READY, State.DEGRADED):
             if lives:
                 self._send(self._alive())

@@ -90,8 +90,8 @@ def test_ready_is_said_once_and_names_the_endpoint(manager: Manager) -> None:
     assert again["WATCHDOG"] == "1"
 
 
-def test_only_an_embedding_keeps_the_watchdog_quiet_while_serving(manager: Manager) -> None:
-    """A loop that turns is no proof: without a good probe nothing is sent, however often it turns."""
+def test_only_a_probe_keeps_the_watchdog_quiet_while_serving(manager: Manager) -> None:
+    """A loop that turns is no proof: nothing is sent without a probe that speaks for the engine."""
     to, clock = listener(manager)
     move(to, State.STARTING, State.READY)
     before = len(manager.read())

@@ -69,7 +69,7 @@ class Supervisor:
         self.changed = threading.Condition()  # notified after every event
         self._check_argv = check_argv
         self._reporter = Reporter(plan, claim, listeners, needs_key=gateway is not None and gateway.secured)
-        self._pulse = pulse  # called at least every PULSE_EVERY; True: an engine has just proved that it lives
+        self._pulse = pulse  # called at least every PULSE_EVERY; True: a probe has just spoken for an engine
         self._clock = clock
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._numbers = 0
