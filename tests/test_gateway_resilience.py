@@ -14,6 +14,10 @@ import pytest
 from qwen3emb_launch.gateway import batcher
 from qwen3emb_launch.gateway.config import UpstreamConfig
 from qwen3emb_launch.gateway.disk_cache import DiskCache
+from qwen3emb_launch.gateway.embeddings import Served as Counts
+from qwen3emb_launch.gateway.http_client import Answer
+from qwen3emb_launch.gateway.http_messages import Request, Response
+from qwen3emb_launch.gateway.keys import Allowance, Client
 from qwen3emb_launch.gateway.killers import MOST, REMEMBERED, Killers
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.work import Level, Wait
@@ -535,6 +539,30 @@ def test_a_change_of_model_waits_for_texts_that_are_being_counted(tmp_path, monk
             await asked
             await change
             await checked(gw, new, "long")
+
+    run(main())
+
+
+def test_a_request_that_a_change_of_model_overtakes_is_counted_once() -> None:
+    """It begins anew with the new model: neither its rates nor the cache's counts see that."""
+
+    async def main() -> None:
+        old, new = NullEngine(64), NullEngine(64, seed=2)
+        async with Served(old) as one, Served(new) as two, gateway(one) as gw:
+            await checked(gw, old, "cached")
+            metrics = gw.service.metrics
+            before = metrics.hits["memory"], metrics.misses
+            request = Request("POST", "/v1/embeddings", "", {}, "127.0.0.1")
+            request.body = b'{"model": "null", "input": ["cached", "not cached"]}'
+            client = Client("c", requests=Allowance(1), tokens=Allowance(60))
+            answer = gw.service.endpoint.handle(request, client, Counts())
+            assert not isinstance(answer, Response)
+            await gw.service.new_model("new", [UpstreamConfig(two.url)])  # before the answer's first step
+            told = await answer
+            assert told.status == 200
+            vectors = rows(Answer(200, {}, bytes(told.body)))
+            assert np.array_equal(vectors, [new.vector("cached"), new.vector("not cached")])
+            assert (metrics.hits["memory"], metrics.misses) == (before[0] + 1, before[1] + 1)
 
     run(main())
 

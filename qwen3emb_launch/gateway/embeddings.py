@@ -70,6 +70,7 @@ class Job:
     chosen: Chosen
     client: Client
     served: Served
+    counted: bool = False  # in the rates and metrics: one that is begun anew is not counted again
 
 
 class Embeddings:
@@ -124,7 +125,7 @@ class Embeddings:
         if asked.count > STEP or (asked.ids and sum(map(len, asked.ids)) > INLINE_IDS):
             return self._embed_in_steps(model, job, reply)
         payloads = self._payloads(asked, chosen)
-        self._look_up(model, reply, payloads, 0)
+        self._look_up(model, job, reply, payloads, 0)
         return self._rest(model, job, reply, payloads)
 
     async def _embed_in_steps(self, model: Model, job: Job, reply: _Reply) -> Response:
@@ -134,21 +135,23 @@ class Embeddings:
         else:
             payloads = self._payloads(asked, chosen)
         for start in range(0, asked.count, STEP):
-            self._look_up(model, reply, payloads[start : start + STEP], start)
+            self._look_up(model, job, reply, payloads[start : start + STEP], start)
             await asyncio.sleep(0)
         answer = self._rest(model, job, reply, payloads)
         return answer if isinstance(answer, Response) else await answer
 
-    def _look_up(self, model: Model, reply: _Reply, payloads: Sequence[str | Prepared], start: int) -> None:
+    def _look_up(self, model: Model, job: Job, reply: _Reply, payloads: Sequence[str | Prepared], start: int) -> None:
         """What the caches know of some inputs, the first of which is the request's input number `start`."""
         keyer, cache, disk = model.keyer, model.cache, model.disk
+        hits, hit = self.metrics.hits, 0 if job.counted else 1
         for index, payload in enumerate(payloads, start):
             key = keyer.text(payload) if isinstance(payload, str) else keyer.prepared(payload)
             found = cache.get(key)
             if found is not None:
-                self.metrics.hits["memory"] += 1
-            elif disk is not None:
-                found = self._from_disk(disk, cache, key)
+                hits["memory"] += hit
+            elif disk is not None and (found := disk.get(key)) is not None:
+                hits["disk"] += hit
+                cache.put(key, *found)
             if found is None:
                 reply.missing.append((index, key))
             else:
@@ -160,11 +163,13 @@ class Embeddings:
         """After the caches: the answer, or what will bring it. Raises ApiError 429."""
         client, served, missing = job.client, job.served, reply.missing
         served.hits = len(payloads) - len(missing)
-        self.metrics.cached_tokens += reply.tokens
-        if client.requests.per_minute or client.tokens.per_minute:
-            client.check_rate(sum(estimate(p) if isinstance(p, str) else p.tokens for p in payloads))
-        if missing:
+        if not job.counted:
+            job.counted = True
+            self.metrics.cached_tokens += reply.tokens
+            if client.requests.per_minute or client.tokens.per_minute:
+                client.check_rate(sum(estimate(p) if isinstance(p, str) else p.tokens for p in payloads))
             self.metrics.misses += len(missing)
+        if missing:
             wait = self._wait(model, client, job.request, len(missing))
             wait.span = served.span
             return self._misses(model, wait, job, reply, [payloads[i] for i, _ in missing])
@@ -177,13 +182,6 @@ class Embeddings:
         whose = client.name or request.peer  # without keys, fair shares go by address
         model.batcher.admit(whose, count)
         return Wait(whose, count, request.received + self.timeout, asyncio.get_running_loop())
-
-    def _from_disk(self, disk: SecondLevel, cache: VectorCache, key: bytes) -> tuple[Vector, int] | None:
-        found = disk.get(key)
-        if found is not None:
-            self.metrics.hits["disk"] += 1
-            cache.put(key, *found)
-        return found
 
     async def _misses(
         self, model: Model, wait: Wait, job: Job, reply: _Reply, payloads: Sequence[str | Prepared]
