@@ -1,6 +1,7 @@
 """What a unit of the tests runs: the supervisor around the fake engine, told by FAKE_ENGINE, in quick deadlines.
 
 `python notified_service.py NAME PORT [gateway]`; prints nothing. The watchdog's period is the unit's, however short.
+GATEWAY_WORKERS is how many the gateway has, 0 for no gateway.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from qwen3emb_launch.up.supervisor import Supervisor
 def main() -> int:
     name, port = sys.argv[1], int(sys.argv[2])
     notify.WATCHDOG_MARGIN = 0.0  # the shortest period that QUICK allows: 8 s
-    if "gateway" in sys.argv:
+    workers = int(os.environ.pop("GATEWAY_WORKERS", "1"))
+    if "gateway" in sys.argv and workers:
         plan = gateway_plan(name=name, deadlines=QUICK, restart=EAGER)
-        plan = replace(plan, port=port, gateway={**plan.gateway, "port": port})
+        plan = replace(plan, port=port, gateway={**plan.gateway, "port": port, "workers": workers})
     else:
         plan = fake_plan(name=name, port=port, engine_port=port, deadlines=QUICK, restart=EAGER)
         argv = (*plan.argv[:4], "--port", str(port), "--is-embedding")

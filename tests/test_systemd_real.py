@@ -175,6 +175,21 @@ def test_who_connects_while_the_service_restarts_waits(machine: Machine) -> None
         socket.create_connection(("127.0.0.1", one.port), timeout=5)
 
 
+def test_a_service_is_not_in_its_own_way(machine: Machine) -> None:
+    """A restart with more gateway workers, and one without a gateway: each is ready at its first try, and systemd keeps
+    what that start listens on, and nothing of the one before."""
+    one = Endpoint(machine, "changes", gateway=True)
+    one.start()
+    for workers, kept in (("2", "2"), ("0", "0"), ("1", "1")):
+        setting = f"[Service]\nEnvironment=GATEWAY_WORKERS={workers}\n"
+        write(machine, f"/etc/systemd/system/{one.unit}.d/workers.conf", setting)
+        machine.must("systemctl", "daemon-reload")
+        machine.must("systemctl", "restart", one.unit)
+        assert one.see("NRestarts", "NFileDescriptorStore") == {"NRestarts": "0", "NFileDescriptorStore": kept}
+        assert embed_once(Target("127.0.0.1", one.port, "fake", 64), f"{workers} workers", 30).ok
+    one.stop()
+
+
 def test_the_watchdog_ends_a_supervisor_that_hangs(machine: Machine) -> None:
     """SIGSTOP to the supervisor: the engine still answers, and systemd restarts all of it within the period."""
     one = Endpoint(machine, "hangs", watchdog=8)
