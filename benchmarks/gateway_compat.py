@@ -29,7 +29,17 @@ from qwen3emb_launch.engine_process.ports import private_port
 from tests.null_engine import NullEngine
 
 NODE = {"openai": "7.57.0"}
-PYTHON = ("langchain-openai==1.7.3", "llama-index-embeddings-openai==0.7.0")
+PYTHON = ROOT / "requirements" / "compat.txt"  # langchain-openai and llama-index-embeddings-openai
+NO_REGISTRY = 75  # the exit status of a run that could not fetch the Node client: EX_TEMPFAIL of sysexits.h
+OUT_OF_REACH = (
+    "ENOTFOUND",
+    "EAI_AGAIN",
+    "ECONNREFUSED",
+    "ECONNRESET",
+    "ETIMEDOUT",
+    "ERR_SOCKET_TIMEOUT",
+    "ENETUNREACH",
+)
 TEXTS = ["how do I return a parcel?", "包裹没有到怎么办"]
 
 NODE_SCRIPT = """
@@ -74,15 +84,23 @@ print(json.dumps({"vectors": vectors, "small": small, "refused": ""}))
 def installed(folder: Path) -> Path:
     """The python with the packages; node_modules lie in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    stamp, wanted = folder / "installed.json", json.dumps([NODE, PYTHON, sys.version])
+    stamp, wanted = folder / "installed.json", json.dumps([NODE, PYTHON.read_text(), sys.version])
     python = folder / "venv" / "bin" / "python"
     if not stamp.is_file() or stamp.read_text() != wanted:
         venv.create(folder / "venv", with_pip=True, clear=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *PYTHON], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", "-r", str(PYTHON)], check=True)
         (folder / "package.json").write_text(json.dumps({"private": True, "type": "module", "dependencies": NODE}))
-        subprocess.run(["npm", "install", "--silent", "--no-audit", "--no-fund"], cwd=folder, check=True)
+        _npm_install(folder)
         stamp.write_text(wanted)
     return python
+
+
+def _npm_install(folder: Path) -> None:
+    argv = ["npm", "install", "--no-audit", "--no-fund", "--fetch-retries=1"]
+    ran = subprocess.run(argv, cwd=folder, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        sys.stderr.write(ran.stderr[-3000:])
+        raise SystemExit(NO_REGISTRY if any(code in ran.stderr for code in OUT_OF_REACH) else 1)
 
 
 def ask(argv: list[str], script: str, suffix: str, folder: Path, port: int) -> dict[str, object]:
@@ -132,7 +150,7 @@ def main() -> None:
                 assert found["small"] == 64, name
                 rows[name] = {"off_by": worst, "refused": found["refused"]}
     if args.json:
-        print(json.dumps({"node": NODE, "python": PYTHON, "clients": rows}))
+        print(json.dumps({"node": NODE, "python": PYTHON.read_text().splitlines()[1:], "clients": rows}))
         return
     for name, row in rows.items():
         print(f"{name}: vectors right within {row['off_by']:.1e}; bad input: {row['refused'] or 'not asked'}")

@@ -12,6 +12,8 @@ import pytest
 
 from qwen3emb_launch.paths import paths
 
+# Packages of the clients that test_gateway_compat.py runs: fetched once, like the engine.
+KEPT = "compat"
 FOUND = pytest.StashKey[set[str]]()
 
 
@@ -19,7 +21,13 @@ def names() -> set[str]:
     """Environments, instances, settings and units that are there, with what lies in them."""
     user = paths()
     roots = (user.engines, user.state, user.config, user.cache, Path("/var/lib/qwen3emb"))
-    found = {str(path) for root in roots for depth in ("*", "*/*") for path in root.glob(depth)}
+    found = {
+        str(path)
+        for root in roots
+        for depth in ("*", "*/*")
+        for path in root.glob(depth)
+        if path.relative_to(root).parts[0] != KEPT
+    }
     return found | {str(path) for path in Path("/etc/systemd/system").glob("*qwen3emb*")}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_REGISTRY = 75  # as benchmarks/gateway_compat.py ends where npm reaches no registry
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no Node.js here")
@@ -19,6 +20,8 @@ def test_the_real_clients_get_each_texts_vector_and_errors_in_openai_form() -> N
     refused with the setting that mends it."""
     argv = [sys.executable, str(ROOT / "benchmarks" / "gateway_compat.py"), "--json"]
     ran = subprocess.run(argv, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    if ran.returncode == NO_REGISTRY:
+        pytest.skip(f"the Node client cannot be fetched: {ran.stderr.strip()[-300:]}")
     assert ran.returncode == 0, ran.stderr[-3000:]
     clients = json.loads(ran.stdout)["clients"]
     assert set(clients) == {"openai for Node", "LangChain", "LlamaIndex"}
