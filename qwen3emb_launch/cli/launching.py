@@ -174,7 +174,7 @@ def _check_address(host: str, port: int, workers: int) -> None:
     """
     from contextlib import ExitStack
 
-    from qwen3emb_launch.engine_process.ports import await_free, check_free
+    from qwen3emb_launch.engine_process.ports import check_free, let_go
     from qwen3emb_launch.listening import fits, kept, take_kept
     from qwen3emb_launch.notify import drop_stored
 
@@ -185,10 +185,7 @@ def _check_address(host: str, port: int, workers: int) -> None:
     if not found:
         check_free(host, port)  # the supervisor looks again before each start
         return
-    for one in take_kept(os.environ):
-        one.close()
-    drop_stored(os.environ)
-    await_free(host, port)
+    let_go(take_kept(os.environ), lambda: drop_stored(os.environ), host, port)
 
 
 def _check_gateway(settings: Mapping[str, Any]) -> None:

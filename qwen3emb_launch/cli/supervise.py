@@ -19,7 +19,7 @@ from typing import Any
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
-from qwen3emb_launch.engine_process.ports import await_free
+from qwen3emb_launch.engine_process.ports import let_go
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.lifecycle import State
@@ -78,7 +78,10 @@ def gateway_spec(
 ) -> GatewaySpec | None:
     """The plan's gateway as the supervisor runs it. `kept` sockets are from before; the manager keeps the new ones."""
     if plan.gateway is None:
-        let_go(plan, kept, manager)
+        if kept:  # the engine itself is to listen there now
+            drop = (lambda: manager.store(())) if manager else (lambda: None)
+            with contextlib.suppress(LaunchError):  # its start says it
+                let_go(kept, drop, plan.host, plan.port)
         return None
 
     def admin(path: str, method: str, route: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Any:
@@ -96,16 +99,6 @@ def gateway_spec(
         keep=manager.store if manager else None,
         secured=bool(plan.gateway.get("keys_file") or os.environ.get(KEYS_VARIABLE)),
     )
-
-
-def let_go(plan: LaunchPlan, kept: Sequence[socket.socket], manager: ServiceManager | None) -> None:
-    """The engine itself is to listen where a gateway did before: nobody else may hold the address any longer."""
-    for one in kept:
-        one.close()
-    if kept and manager:
-        manager.store(())
-        with contextlib.suppress(LaunchError):  # the engine's start says it
-            await_free(plan.host, plan.port)
 
 
 def finish(view: UpView, outcome: Outcome) -> int:

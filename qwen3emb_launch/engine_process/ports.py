@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
@@ -57,9 +58,14 @@ def check_free(host: str, port: int) -> None:
             raise _taken(host, port, error) from error
 
 
-def await_free(host: str, port: int, within: float = RELEASED) -> None:
-    """As `check_free`, of an address that somebody is about to leave: waits so many seconds for that."""
-    end = time.monotonic() + within
+def let_go(sockets: Sequence[socket.socket], drop: Callable[[], None], host: str, port: int) -> None:
+    """Free an address that sockets from before hold: close them, have the service manager close its copies (`drop`),
+    and wait for that, since it does so a moment after it is told. Raises as `check_free`.
+    """
+    for one in sockets:
+        one.close()
+    drop()
+    end = time.monotonic() + RELEASED
     while not _binds(host, port, listen=True) and time.monotonic() < end:
         time.sleep(LOOK_EVERY)
     check_free(host, port)

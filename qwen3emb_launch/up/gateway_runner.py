@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.log_tail import last_lines
-from qwen3emb_launch.engine_process.ports import RELEASED, await_free
+from qwen3emb_launch.engine_process.ports import check_free, let_go
 from qwen3emb_launch.errors import Exit, LaunchError, UnfitError
 from qwen3emb_launch.facts import Deadlines, RestartPolicy
 from qwen3emb_launch.listening import fits, listen
@@ -130,25 +130,22 @@ class GatewayRunner(ProcessRunner):
         self._sockets = []
 
     def _listen(self) -> list[socket.socket]:
-        """The address that users call, taken at the first start. Raises as `await_free`, UnfitError `cannot_listen`."""
+        """The address that users call, taken at the first start. Raises as `check_free`, UnfitError `cannot_listen`."""
         host, port = str(self.spec.settings["host"]), int(self.spec.settings["port"])
-        kept = list(self.spec.kept)
+        kept, keep = list(self.spec.kept), self.spec.keep or (lambda _: None)
         if fits(kept, host, port, self.spec.workers):
             return kept
-        for one in kept:
-            one.close()
-        if kept and self.spec.keep:
-            self.spec.keep(())  # another address now: the old one is not to be held any longer
-        # Who keeps copies closes them a moment after it is told, and until then the port is taken.
-        await_free(host, port, RELEASED if kept else 0.0)
+        if kept:  # of another address, or for other workers
+            let_go(kept, lambda: keep(()), host, port)
+        else:
+            check_free(host, port)
         try:
             made = listen(host, port, self.spec.workers)
         except OSError as error:
             raise UnfitError(
                 "cannot_listen", f"cannot listen on {host}:{port}: {error.strerror or error}", "qwen3emb up --port N"
             ) from error
-        if self.spec.keep:
-            self.spec.keep(made)
+        keep(made)
         return made
 
     def close(self) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from qwen3emb_launch.engine_process import (
     Doomed,
@@ -47,6 +47,17 @@ from qwen3emb_launch.up.starvation import LATE
 SWEEP_EVERY = 0.05
 SWEEP_FOR = 10.0
 LOST_WITHIN = 50  # lines of the log
+
+
+T = TypeVar("T")
+
+
+def _seen(look: Callable[[], T]) -> T | None:
+    """What a look at the machine shows; what cannot be looked at is no evidence."""
+    try:
+        return look()
+    except Exception:  # noqa: BLE001 - whatever it is
+        return None
 
 
 class ProcessRunner:
@@ -166,22 +177,16 @@ class ProcessRunner:
         root = self._process.guard_pid if self._process else None
 
         def ask() -> None:
-            # What cannot be looked at is no evidence. That the probe is over is told whatever happens: of a probe that
-            # is never over there is no next one.
-            tail, watch, progress, strain = None, None, False, None
-            with contextlib.suppress(Exception):
-                tail = LogTail(log, from_end=True) if log else None
-            with contextlib.suppress(Exception):
-                watch = Watch(root, action.timeout) if root else None
+            # Told whatever happens: of a probe that is never over there is no next one.
+            tail = _seen(lambda: LogTail(log, from_end=True)) if log else None
+            watch = _seen(lambda: Watch(root, action.timeout)) if root else None
             begin = time.monotonic()
             try:
                 answer = question()
             except Exception as error:  # noqa: BLE001 - whatever it is, there is no answer
                 answer = Answer(Verdict.UNREACHABLE, time.monotonic() - begin, f"{type(error).__name__}: {error}")
-            with contextlib.suppress(Exception):
-                strain = watch.end(slow=answer.verdict is Verdict.SLOW) if watch else None
-            with contextlib.suppress(Exception):
-                progress = tail is not None and not answer.ok and any(map(works, tail.poll()))
+            strain = _seen(lambda: watch.end(slow=answer.verdict is Verdict.SLOW)) if watch else None
+            progress = bool(tail and not answer.ok and _seen(lambda: any(map(works, tail.poll()))))
             self._tell(Probed(action.start, answer, progress, strain))
 
         try:
