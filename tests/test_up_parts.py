@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -288,50 +288,50 @@ def checkpoint(folder: Path, value: int) -> None:
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes([value] * 8))
 
 
-def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path) -> None:
+@pytest.fixture
+def weighed(tmp_path: Path) -> Iterator[EngineRunner]:
+    """The runner of an engine whose model is this test's folder."""
+    claim = state.claim("weights")
+    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
+    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
+    yield runner
+    runner.close()
+    claim.release()
+
+
+def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:
     """Another checkpoint in the place of the first is refused before it is loaded, and so is one that cannot be read;
     the same one written anew is not."""
     checkpoint(tmp_path, 1)
-    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
-    claim = state.claim("weights")
-    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
-    runner.command(claim.logs / "a.log")
+    weighed.command(tmp_path / "a.log")
     checkpoint(tmp_path, 1)
-    runner.command(claim.logs / "b.log")
+    weighed.command(tmp_path / "b.log")
     checkpoint(tmp_path, 2)
     with pytest.raises(UnfitError, match="not those that this instance was started with") as refused:
-        runner.command(claim.logs / "c.log")
+        weighed.command(tmp_path / "c.log")
     assert refused.value.code == "model_changed"
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UnfitError, match="cannot be read") as unreadable:
-        runner.command(claim.logs / "d.log")
+        weighed.command(tmp_path / "d.log")
     assert unreadable.value.code == "model_changed"
     checkpoint(tmp_path, 1)
-    runner.command(claim.logs / "e.log")
-    runner.close()
-    claim.release()
+    weighed.command(tmp_path / "e.log")
 
 
-def test_weights_that_cannot_be_read_at_first_are_the_engines_to_complain_of(tmp_path: Path) -> None:
+def test_weights_that_cannot_be_read_at_first_are_the_engines_to_complain_of(
+    tmp_path: Path, weighed: EngineRunner
+) -> None:
     """A folder without safetensors is started, again and again: there is nothing to compare."""
-    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
-    claim = state.claim("weights")
-    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
     for name in "ab":
-        runner.command(claim.logs / f"{name}.log")
-    runner.close()
-    claim.release()
+        weighed.command(tmp_path / f"{name}.log")
 
 
 def test_weights_on_a_file_system_that_hangs_are_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weighed: EngineRunner
 ) -> None:
     """A restart fails after a bounded wait, and a later one goes on when the look is over: one thread hangs, however
     often it is tried."""
     checkpoint(tmp_path, 1)
-    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
-    claim = state.claim("weights")
-    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
     answers, looks = threading.Event(), 0
 
     def hangs(folder: Path) -> str | None:
@@ -342,7 +342,7 @@ def test_weights_on_a_file_system_that_hangs_are_not_waited_for(
 
     def command(wait: float) -> None:
         monkeypatch.setattr(engine_runner, "LOOK_FOR", wait)
-        runner.command(claim.logs / "a.log")
+        weighed.command(tmp_path / "a.log")
 
     command(60)
     monkeypatch.setattr(engine_runner, "weights_sample", hangs)
@@ -353,26 +353,21 @@ def test_weights_on_a_file_system_that_hangs_are_not_waited_for(
     answers.set()
     command(60)
     assert looks == 1
-    runner.close()
-    claim.release()
 
 
-def test_weights_that_were_replaced_while_the_engine_read_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_were_replaced_while_the_engine_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weighed: EngineRunner
+) -> None:
     """The first good answer of a start counts only if the weights are still those of before the start. Half written
     ones are asked for again; and what the engine has read stays, whatever happens on the disk later."""
     monkeypatch.setattr(engine_runner, "embed_once", lambda *_: Answer(Verdict.OK, 0.01))
     checkpoint(tmp_path, 1)
-    spec = replace(engine_spec(fake_plan()), model_path=tmp_path)
-    claim = state.claim("weights")
-    runner = EngineRunner("engine", spec, claim, lambda _: None, set, check_argv=None)
-    runner.command(claim.logs / "a.log")
+    weighed.command(tmp_path / "a.log")
     checkpoint(tmp_path, 2)
-    assert runner.ask(1)().verdict is Verdict.WRONG
+    assert weighed.ask(1)().verdict is Verdict.WRONG
     (tmp_path / "model.safetensors").write_bytes(b"half")
-    assert runner.ask(1)().verdict is Verdict.UNREACHABLE
+    assert weighed.ask(1)().verdict is Verdict.UNREACHABLE
     checkpoint(tmp_path, 1)
-    assert runner.ask(1)().ok
+    assert weighed.ask(1)().ok
     checkpoint(tmp_path, 2)
-    assert runner.ask(1)().ok
-    runner.close()
-    claim.release()
+    assert weighed.ask(1)().ok
