@@ -9,7 +9,8 @@
 
 Prints the table of docs/reliability.md; exit status 1 when a row has a miss: a wrong vector, a process left over, a
 recovery longer than the engine's own start and two seconds, a hang noticed later than its period, a request lost
-behind the gateway. Root may do more (a disk of its own, memory groups); what could not be tried is said.
+behind the gateway. Root may do more (a disk of its own, memory groups); what could not be tried is said. It uses parts
+of the tests, and so needs what those need: the environment of `make test`.
 """
 
 from __future__ import annotations
