@@ -34,7 +34,7 @@ from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.tokens import TokenRules
 from qwen3emb_launch.gateway.tracing import Tracing
-from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool
+from qwen3emb_launch.gateway.upstream import Upstream, UpstreamPool, UpstreamState
 from qwen3emb_launch.gateway.work import BatchLimits
 
 log = logging.getLogger(__name__)
@@ -248,7 +248,8 @@ class Service:
 
     def settings(self) -> dict[str, Any]:
         """What a worker that is started again takes over. Holds keys: for the admin socket alone."""
-        rows = [{"url": u.url, "api_key": u.client.api_key} for u in self.pool.upstreams.values() if not u.draining]
+        kept = [u for u in self.pool.upstreams.values() if u.state is not UpstreamState.DRAINING]
+        rows = [{"url": u.url, "api_key": u.client.api_key} for u in kept]
         return {"fingerprint": self.config.fingerprint, "upstreams": rows}
 
     def add_upstream(self, upstream: UpstreamConfig) -> Upstream:

@@ -87,7 +87,6 @@ class Upstream:
         self.last_answer = monotonic()
         self.answered_calls = 0
         self.failed_calls = 0
-        self.draining = False
         self.prober: asyncio.Task[None] | None = None
         self.watch: Watch | None = None
         self.doubter: asyncio.Task[None] | None = None
@@ -144,7 +143,6 @@ class UpstreamPool:
         """Add an engine, or bring a draining one back; it gets traffic once it has proved itself."""
         known = self.upstreams.get(address.url)
         if known is not None:
-            known.draining = False
             if known.state is UpstreamState.DRAINING:
                 self._down(known, "brought back")
             return known
@@ -158,7 +156,6 @@ class UpstreamPool:
         upstream = self.upstreams.get(url)
         if upstream is None:
             return True
-        upstream.draining = True
         if upstream.prober is not None:
             upstream.prober.cancel()  # nor may its vector become the reference of a model that comes meanwhile
         self._move(upstream, UpstreamState.DRAINING, "asked to drain")
