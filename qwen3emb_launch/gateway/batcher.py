@@ -131,8 +131,8 @@ class Batcher:
             else:
                 self._air.pop(item.key, None)
         for call in {item.call for item in wait.items if item.call is not None}:
-            if call in self._calls.air and call.task is not None and not call.wanted:
-                call.task.cancel()
+            if call in self._calls.air and not call.wanted:
+                call.cancel()
         wait.items.clear()
 
     # -- out
@@ -382,9 +382,9 @@ class Batcher:
         for call in list(self._calls.air):
             upstream = call.upstream
             silent = now - max(upstream.last_answer, call.began)
-            if silent > self.limits.stall and any(u is not upstream for u in self.pool.up) and call.task is not None:
+            if silent > self.limits.stall and any(u is not upstream for u in self.pool.up):
                 self.pool.gone(upstream, f"no answer for {silent:.0f} s with calls in the air")
-                call.task.cancel()
+                call.cancel()
 
     async def close(self) -> None:
         """Fail what is left and stop."""
@@ -393,7 +393,6 @@ class Batcher:
         for wait in list(self._waits):
             wait.fail(ApiError(503, "shutting_down", "the gateway is stopping", retry_after=1))
         for call in list(self._calls.air):
-            if call.task is not None:
-                call.task.cancel()
+            call.cancel()
         if self._timer:
             self._timer.cancel()

@@ -33,6 +33,11 @@ class Call:
         """Whether any request still waits for something in it."""
         return any(item.waiters for item in self.batch)
 
+    def cancel(self) -> None:
+        """Give it up; its items are queued again or dropped."""
+        if self.task is not None:
+            self.task.cancel()
+
 
 class Calls:
     """Those of one batcher. `items` and `usual` are by kind: items in calls, seconds that a call took lately."""
