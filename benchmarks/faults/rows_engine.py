@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from faults import groups, processes
@@ -99,7 +100,7 @@ def starved(instance: Instance, reference: Reference) -> Row | str:
         misses.append("a healthy engine was replaced")
     if not any("starved" in event["reason"] for event in instance.events_since(wall)):
         misses.append("nobody said that it was starved")
-    return Row(**{**vars(row), "misses": tuple(misses)})
+    return replace(row, misses=tuple(misses))
 
 
 def port_stolen(instance: Instance, reference: Reference) -> Row:
@@ -240,5 +241,5 @@ def clock_jump(instance: Instance, reference: Reference, move: Callable[[str], N
     restarts = instance.record.restarts
     row = strike(instance, reference, f"wall clock jumps by {offset}", act, expect)
     if instance.record.restarts != restarts:
-        return Row(**{**vars(row), "misses": (*row.misses, "the engine was restarted")})
+        return replace(row, misses=(*row.misses, "the engine was restarted"))
     return row

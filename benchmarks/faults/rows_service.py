@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from faults import processes
@@ -50,10 +51,10 @@ def supervisor_stopped(instance: Instance, reference: Reference) -> Row:
         act, Expectation(noticed=period + ROOM),
     )  # fmt: skip
     if len(instance.service.barked) == barks:
-        return Row(**{**vars(row), "period": period, "misses": (*row.misses, "the watchdog did not fire")})
+        return replace(row, period=period, misses=(*row.misses, "the watchdog did not fire"))
     sure = instance.service.barked[barks] - begin
     late = () if sure <= period + ROOM else (f"the watchdog fired after {sure:.1f} s, {period:.0f} at most",)
-    return Row(**{**vars(row), "sure": sure, "period": period, "misses": (*row.misses, *late)})
+    return replace(row, sure=sure, period=period, misses=(*row.misses, *late))
 
 
 def gateway_signalled(instance: Instance, reference: Reference, number: signal.Signals) -> Row | None:
@@ -106,8 +107,9 @@ def _gateway_process(
             misses.append(f"replaced after {sure[0]:.1f} s, {period:.1f} at most")
         if row.gap is not None and row.gap > (period or 0.0) + GATEWAY_BACK:
             misses.append(f"no answer for {row.gap:.1f} s, {(period or 0.0) + GATEWAY_BACK:.1f} at most")
-    hang = {"sure": sure[0], "period": period} if period and sure else {}
-    return Row(**{**vars(row), **hang, "recovery": row.gap, "misses": tuple(misses)})
+    if period and sure:
+        row = replace(row, sure=sure[0], period=period)
+    return replace(row, recovery=row.gap, misses=tuple(misses))
 
 
 @contextlib.contextmanager
@@ -154,8 +156,8 @@ def disk_full(instance: Instance, reference: Reference, disk: Path) -> Row:
     with contextlib.suppress(LateError):
         instance.until(lambda: instance.record.restarts >= 2, "the record to be written again", 120)
         instance.until(lambda: instance.state == "ready", "ready again", 120)
-        return Row(**{**vars(row), "recovery": row.gap, "misses": tuple(misses)})
-    return Row(**{**vars(row), "misses": (*misses, "the record was not written again")})
+        return replace(row, recovery=row.gap, misses=tuple(misses))
+    return replace(row, misses=(*misses, "the record was not written again"))
 
 
 def broken_files(instance: Instance) -> list[str]:
@@ -192,7 +194,7 @@ def second_up(instance: Instance, reference: Reference) -> Row:
     )
     right = bool(said) and said[0].startswith("exit 3") and "already" in said[0]
     misses = row.misses if right else (*row.misses, f"the second one: {said}")
-    return Row(**{**vars(row), "seen": f"second: {said[0] if said else '?'}", "misses": misses})
+    return replace(row, seen=f"second: {said[0] if said else '?'}", misses=misses)
 
 
 def hub_gone() -> Row:
