@@ -60,26 +60,22 @@ def supervisor_stopped(instance: Instance, reference: Reference) -> Row:
 def gateway_signalled(instance: Instance, reference: Reference, number: signal.Signals) -> Row | None:
     """The gateway killed or stopped: it comes back alone, the engine keeps running, and nobody is refused meanwhile.
     None without a gateway."""
-    pid = instance.pid("gateway")
-    if pid is None:
-        return None
-    period = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else None
-    return _gateway_process(instance, reference, f"{number.name} gateway", pid, number, period)
+    return _gateway_process(instance, reference, "gateway", f"{number.name} gateway", number)
 
 
 def worker_signalled(instance: Instance, reference: Reference, number: signal.Signals) -> Row | None:
     """One of several gateway workers killed or stopped. A killed one comes back alone; a stopped one takes the whole
     gateway along, since its parent does not ask it for signs of life. None where there is one only."""
-    pid = instance.pid("worker")
-    if pid is None:
-        return None
-    period = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else None
-    return _gateway_process(instance, reference, f"{number.name} gateway worker", pid, number, period)
+    return _gateway_process(instance, reference, "worker", f"{number.name} gateway worker", number)
 
 
 def _gateway_process(
-    instance: Instance, reference: Reference, fault: str, pid: int, number: signal.Signals, period: float | None
-) -> Row:
+    instance: Instance, reference: Reference, role: str, fault: str, number: signal.Signals
+) -> Row | None:
+    pid = instance.pid(role)
+    if pid is None:
+        return None
+    period = PROBE_EVERY + PROBE_FAILURES * (PROBE + 1) if number == signal.SIGSTOP else None
     engine = instance.pid("http")
     count = instance.setup.workers if instance.setup.workers > 1 else 0
     sure: list[float] = []
