@@ -8,8 +8,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOTS = {"memory": (Path("/sys/fs/cgroup/memory"),), "cpu": (Path("/sys/fs/cgroup/cpu"),)}
-UNIFIED = Path("/sys/fs/cgroup")
+ROOT = Path("/sys/fs/cgroup")  # version 2; version 1 has a folder in it for each resource
 MEMORY = ("memory.limit_in_bytes", "memory.max")
 PERIOD = 1_000_000  # microseconds
 
@@ -55,7 +54,7 @@ class Group:
 def make(resource: str) -> Group | None:
     """A group for `memory` or `cpu`; None where this user may not make one."""
     wanted = MEMORY if resource == "memory" else ("cpu.cfs_quota_us", "cpu.max")
-    for root in (*ROOTS[resource], UNIFIED):
+    for root in (ROOT / resource, ROOT):
         folder = root / f"qwen3emb-chaos-{os.getpid()}-{time.monotonic_ns()}"
         try:
             folder.mkdir()
