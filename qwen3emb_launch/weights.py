@@ -22,7 +22,7 @@ def weights_sample(folder: Path) -> str | None:
 
     The same weights give the same value however they are split into files. Training moves nearly all numbers of a
     tensor, so another checkpoint is another value; a few edited rows of a large tensor may be missed, which
-    `weights_sha256` does not. 8 GB take 10 ms. None when the folder has no safetensors or they cannot be read.
+    `weights_sha256` does not. None when the folder has no safetensors or they cannot be read.
     """
     found = hashlib.sha256()
     try:
