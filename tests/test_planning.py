@@ -16,6 +16,7 @@ from qwen3emb_launch import planning, profile_files, recorded_flags
 from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.planning.ledger import setting_keys
 from qwen3emb_launch.planning.memory import CUDA_CONTEXT, LOADER, kv_bytes_per_token
+from qwen3emb_launch.planning.rules import GRAPH_PADDING
 from qwen3emb_launch.profile import Profile
 
 COMBINATIONS = [
@@ -91,6 +92,9 @@ def test_prefill_graphs_are_sized_by_hand(name: str) -> None:
     sizes = [int(size) for size in said(made, "--cuda-graph-bs-prefill")]
     chunk = made.setting("chunked_prefill_size")
     assert sizes == sorted(sizes)
+    for tokens in range(2, max(sizes)):
+        fitting = next(size for size in sizes if size >= tokens)
+        assert fitting <= GRAPH_PADDING * tokens, f"{tokens} tokens would run without a graph"
     assert max(sizes) <= (chunk if chunk > 0 else made.context_length)
     assert said(made, "--disable-decode-cuda-graph") == []
     if chunk == -1:

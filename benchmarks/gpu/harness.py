@@ -204,7 +204,7 @@ def measure(config: dict[str, Any], args: argparse.Namespace, model: Path, state
         "weights": "random weights" if args.weights else "--load-format dummy",
         "rounds": rounds,
         "seconds": seconds,
-        "baseline": config.get("baseline", "vllm"),
+        "baseline": report.baseline(config.get("baseline", "vllm"), [s.name for s in up]),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "servers": [vars(s) for s in up],
         "loads": loads,

@@ -33,6 +33,12 @@ def ratios(rounds: Sequence[Mapping[str, Any]], server: str, against: str, load:
     return [pair[server] / pair[against] for pair in by_round.values() if len(pair) == 2 and pair[against]]
 
 
+def baseline(wanted: str | list[str], running: list[str]) -> str:
+    """What the others are held against: the first of those wanted that runs."""
+    names = [wanted] if isinstance(wanted, str) else wanted
+    return next((name for name in names if name in running), names[0])
+
+
 def markdown(record: Mapping[str, Any]) -> str:
     """The record as a page: hardware and versions, one table a load, ratios against the baseline."""
     versions = ", ".join(f"{k} {v}" for k, v in record["versions"].items())
