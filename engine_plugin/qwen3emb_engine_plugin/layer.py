@@ -2,8 +2,8 @@
 
 `attention` replaces norm, rotation and copy of queries and keys (bfloat16 and float8 alike); `fp8_layer` replaces a
 whole layer of `--quantization fp8`, and takes the faster of two products by the number of tokens. Both look at each
-layer once, and leave what they do not know to the stock code. `attention` has passed `verify --level full` on an H100;
-`fp8_layer` only its quick level so far, and is off until its speed and its vectors are on record.
+layer once, and leave what they do not know to the stock code. `verify --level full` passed with `attention` on an H100;
+`fp8_layer`'s vectors are nearer to transformers' emulation of fp8 than that is to float32 (docs/benchmarks).
 """
 
 from __future__ import annotations

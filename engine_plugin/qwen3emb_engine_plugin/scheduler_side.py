@@ -100,7 +100,7 @@ PARTS = [
     ("snapshots", True, snapshots),
     ("full_graph", True, full_graph),
     ("attention", True, attention),
-    ("fp8_layer", False, fp8_layer),
+    ("fp8_layer", True, fp8_layer),
     ("heap", True, heap),
     ("norms", True, norms),
 ]
