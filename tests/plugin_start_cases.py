@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import types
 import unittest
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, serve
 from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 
@@ -61,6 +69,190 @@ class Compiling(unittest.TestCase):
             torch.compile(module, mode="reduce-overhead")
         self.assertEqual(self.asked, [(module, {"mode": "reduce-overhead"})])
         self.assertEqual(torch.compile, self.stock)
+
+
+class Bytecode(unittest.TestCase):
+    """A package of one module, imported by an interpreter that is told to write no bytecode."""
+
+    def setUp(self) -> None:
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.folder = Path(scratch.name)
+        self.source = self.folder / "packages" / "engine" / "__init__.py"
+        self.source.parent.mkdir(parents=True)
+        self.write("found = 1")
+
+    def write(self, text: str) -> None:
+        self.source.write_text(text)
+        os.utime(self.source, (1_700_000_000, 1_700_000_000))
+
+    def run_it(self, **environ: str) -> str:
+        """What the package says, or why nothing is kept."""
+        program = "from qwen3emb_engine_plugin import bytecode; said = bytecode.keep('engine'); import engine, sys\n"
+        found = subprocess.run(
+            [sys.executable, "-c", program + "print(engine.found, said, sys.dont_write_bytecode, sys.pycache_prefix)"],
+            env={
+                "PYTHONPATH": os.pathsep.join([str(self.folder / "packages"), os.environ["PYTHONPATH"]]),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "QWEN3EMB_CACHE_DIR": str(self.folder / "cache"),
+                **environ,
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return found.stdout.strip()
+
+    def kept(self) -> list[Path]:
+        return sorted((self.folder / "cache").rglob("engine/*.pyc"))
+
+    def test_it_is_kept_in_a_folder_of_its_own_and_used_from_there(self) -> None:
+        """Nothing is written beside the source, and the interpreter's own settings are as they were."""
+        self.assertEqual(self.run_it(), "1 None True None")
+        (kept,) = self.kept()
+        self.assertEqual([path.name for path in self.source.parent.iterdir()], ["__init__.py"])
+        self.assertEqual((self.folder / "cache" / "bytecode").stat().st_mode & 0o777, 0o700)
+        other = compile("found = 2", str(self.source), "exec")
+        kept.write_bytes(importlib._bootstrap_external._code_to_timestamp_pyc(other, 1_700_000_000, 9))  # type: ignore[attr-defined]
+        self.assertEqual(self.run_it(), "2 None True None")
+
+    def test_a_changed_source_is_compiled_anew(self) -> None:
+        self.run_it()
+        self.write("found = 1 + 1")
+        self.assertEqual(self.run_it(), "2 None True None")
+
+    def test_what_lies_beside_the_source_is_used_and_where_python_writes_it_nothing_is_kept(self) -> None:
+        self.assertEqual(self.run_it(PYTHONDONTWRITEBYTECODE=""), "1 None False None")
+        self.assertTrue((self.source.parent / "__pycache__").is_dir())
+        self.run_it()
+        self.assertEqual(self.kept(), [])
+
+    def test_a_folder_that_somebody_chose_is_theirs(self) -> None:
+        chosen = str(self.folder / "chosen")
+        self.assertEqual(self.run_it(PYTHONPYCACHEPREFIX=chosen), f"1 None True {chosen}")
+        self.assertEqual(self.kept(), [])
+
+    def test_a_folder_that_others_may_write_to_is_not_read(self) -> None:
+        place = self.folder / "cache" / "bytecode"
+        place.mkdir(parents=True)
+        place.chmod(0o777)
+        self.assertEqual(self.run_it(), f"1 others may write to {place} True None")
+        self.assertEqual(self.kept(), [])
+
+    def test_other_packages_mean_another_folder_and_the_old_one_goes(self) -> None:
+        self.run_it()
+        (before,) = self.kept()
+        (self.folder / "packages" / "engine-2.dist-info").mkdir()
+        self.run_it()
+        (after,) = self.kept()
+        self.assertNotEqual(before, after)
+
+    def test_the_folder_is_the_launcher_s_or_the_user_s(self) -> None:
+        def place(environ: dict[str, str]) -> Path:
+            return bytecode.folder_of(environ, []).parents[1]
+
+        self.assertEqual(place({"QWEN3EMB_CACHE_DIR": "/one"}), Path("/one/bytecode"))
+        self.assertEqual(place({"XDG_CACHE_HOME": "/two"}), Path("/two/qwen3emb/bytecode"))
+        self.assertEqual(place({}), Path.home() / ".cache/qwen3emb/bytecode")
+
+
+class OneTokenizer(unittest.TestCase):
+    def setUp(self) -> None:
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.folder = scratch.name
+        (Path(scratch.name) / "tokenizer.json").write_text("{}")
+        self.loaded: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.is_fast = True
+
+    def get_tokenizer(  # the engine's signature
+        self,
+        tokenizer_name: str,
+        *args: Any,
+        tokenizer_mode: str = "auto",
+        trust_remote_code: bool = False,
+        tokenizer_revision: str | None = None,
+        tokenizer_backend: str = "huggingface",
+        **kwargs: Any,
+    ) -> Any:
+        self.loaded.append((args, kwargs))
+        return types.SimpleNamespace(is_fast=self.is_fast, number=len(self.loaded))
+
+    def places(self, **loaders: Any) -> list[Any]:
+        """Modules in place of the engine's, which import the loader by name."""
+        stock = self.get_tokenizer
+        modules = {name: types.SimpleNamespace(get_tokenizer=loaders.get(name, stock)) for name in ("one", "two")}
+        patched = (
+            mock.patch.object(one_tokenizer, "PLACES", tuple(modules)),
+            mock.patch.object(one_tokenizer.importlib, "import_module", modules.__getitem__),
+        )
+        for patch in patched:
+            patch.start()
+            self.addCleanup(patch.stop)
+        return list(modules.values())
+
+    def test_only_plain_arguments_have_it_loaded(self) -> None:
+        """An embedding server of a local folder, and no option that asks for another tokenizer."""
+        asked = one_tokenizer.folder_asked_for
+        plain = ["--is-embedding", "--model-path", self.folder, "--port", "1"]
+        self.assertEqual(asked(plain), self.folder)
+        self.assertEqual(asked(["--is-embedding", f"--model-path={self.folder}"]), self.folder)
+        self.assertEqual(asked([*plain, "--tokenizer-path", f"{self.folder}/"]), f"{self.folder}/")
+        self.assertIsNone(asked(plain[1:]))
+        self.assertIsNone(asked([*plain, "--tokenizer-path", "Qwen/Qwen3-Embedding-0.6B"]))
+        self.assertIsNone(asked(["--is-embedding", "--model-path"]))
+        for option in one_tokenizer.OTHERWISE:
+            self.assertIsNone(asked([*plain, option]), option)
+            self.assertIsNone(asked([*plain, f"{option}=x"]), option)
+
+    def test_the_call_that_asks_for_just_it_is_given_it(self) -> None:
+        """In every process and place; any other call loads as ever."""
+        one, two = self.places()
+        self.assertIsNone(one_tokenizer.load(self.folder))
+        self.assertEqual(len(self.loaded), 1)
+        self.assertEqual(one.get_tokenizer(self.folder, **one_tokenizer.ASKED).number, 1)
+        self.assertEqual(two.get_tokenizer(self.folder, **one_tokenizer.ASKED).number, 1)
+        self.assertEqual(two.get_tokenizer(self.folder, **{**one_tokenizer.ASKED, "revision": "main"}).number, 2)
+        self.assertEqual(two.get_tokenizer(self.folder).number, 3)
+        self.assertEqual(two.get_tokenizer("elsewhere", **one_tokenizer.ASKED).number, 4)
+
+    def test_an_engine_that_is_not_the_one_read_loads_as_ever(self) -> None:
+        def other(name: str) -> None: ...
+
+        one, two = self.places(two=other)
+        self.assertEqual(one_tokenizer.load(self.folder), "get_tokenizer is not one function everywhere")
+        one.get_tokenizer = other
+        self.assertIn("other(name) instead of (tokenizer_name", one_tokenizer.load(self.folder) or "")
+        self.assertEqual((one.get_tokenizer, two.get_tokenizer, self.loaded), (other, other, []))
+
+    def test_a_slow_one_is_not_shared(self) -> None:
+        one, _ = self.places()
+        self.is_fast = False
+        self.assertEqual(one_tokenizer.load(self.folder), "SimpleNamespace is no fast tokenizer")
+        self.assertEqual(one.get_tokenizer(self.folder, **one_tokenizer.ASKED).number, 2)
+
+    def test_a_file_that_cannot_be_read_is_the_workers_to_report(self) -> None:
+        """The start goes on, and the log says why nothing is shared."""
+
+        def fails(folder: str) -> None:
+            raise OSError("broken tokenizer.json")
+
+        with (
+            mock.patch.object(sys, "argv", ["serve", "--is-embedding", "--model-path", self.folder]),
+            mock.patch.object(one_tokenizer, "load", fails),
+            self.assertLogs("qwen3emb_engine_plugin") as said,
+        ):
+            serve.load_tokenizer()
+        self.assertIn("tokenizer stands aside: OSError: broken tokenizer.json", said.output[0])
+
+    def test_its_switch_leaves_it_out(self) -> None:
+        self.places()
+        with (
+            mock.patch.object(sys, "argv", ["serve", "--is-embedding", "--model-path", self.folder]),
+            mock.patch.dict(os.environ, {"QWEN3EMB_PLUGIN_TOKENIZER": "0"}),
+        ):
+            serve.load_tokenizer()
+        self.assertEqual(self.loaded, [])
 
 
 if __name__ == "__main__":

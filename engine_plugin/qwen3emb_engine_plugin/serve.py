@@ -1,8 +1,9 @@
 """`python -m qwen3emb_engine_plugin.serve ARGUMENTS`: sglang.launch_server with its arguments, ready sooner.
 
 Before SGLang's own main begins, only the model classes that the checkpoint needs are let in, everything is imported
-once, and a template of the process is forked for the workers (`template`). QWEN3EMB_PLUGIN_TEMPLATE=0 leaves that out,
-QWEN3EMB_PLUGIN=0 everything.
+once, from bytecode that is kept where Python keeps none (`bytecode`), the tokenizer is loaded once (`one_tokenizer`),
+and a template of the process is forked for the workers (`template`). QWEN3EMB_PLUGIN_TEMPLATE=0 leaves out template and
+tokenizer, _TOKENIZER=0 and _BYTECODE=0 one of the others, QWEN3EMB_PLUGIN=0 everything.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen3emb_engine_plugin import bytecode, one_tokenizer
 from qwen3emb_engine_plugin.switches import misfit_of_version, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -32,17 +34,33 @@ def main() -> None:
     import setproctitle  # noqa: F401
 
     if switched_on(None) and chosen() and not misfit_of_version():
+        if switched_on("bytecode"):
+            _say("bytecode", bytecode.keep())
         leave_out_models(sys.argv[1:])
         if switched_on("template"):
             # numpy's and scipy's own threads, which nothing here uses: the template has to be without any.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from qwen3emb_engine_plugin import template
 
-            problem = template.start()
-            if problem:
-                # SGLang sets up logging later; until then warnings go to stderr as they are.
-                logger.warning("qwen3emb plugin: template stands aside: %s", problem)
+            _say("template", template.start(load=load_tokenizer))
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def _say(part: str, problem: str | None) -> None:
+    """What SGLang's log is for: it sets up logging later, and until then warnings go to stderr as they are."""
+    if problem:
+        logger.warning("qwen3emb plugin: %s stands aside: %s", part, problem)
+
+
+def load_tokenizer() -> None:
+    """Load the tokenizer that the workers will ask for, if it is plain which one that is."""
+    folder = one_tokenizer.folder_asked_for(sys.argv[1:]) if switched_on("tokenizer") else None
+    if folder:
+        try:
+            problem = one_tokenizer.load(folder)
+        except Exception as error:  # a file that cannot be read is reported by the workers, as it always was
+            problem = f"{type(error).__name__}: {error}"
+        _say("tokenizer", problem)
 
 
 def chosen() -> bool:

@@ -49,14 +49,18 @@ READ_AT_EXEC = "LD_PRELOAD"
 HARMLESS = ("jemalloc_bg_thd", "cuda0")
 
 
-def start(modules: Sequence[str] = MODULES) -> str | None:
-    """Import `modules` and fork the template from this process. Returns why it was not done, or None."""
+def start(modules: Sequence[str] = MODULES, load: Callable[[], None] = lambda: None) -> str | None:
+    """Import `modules`, `load` what the workers share besides, and fork the template from this process.
+
+    Returns why it was not done, or None.
+    """
     problem = _misfit()
     if problem:
         return problem
     with answered_by_nvml(), compiled_when_called(), _uncollected():
         for module in modules:
             importlib.import_module(module)
+        load()
     if not cuda_untouched():
         return "an import initialised CUDA"
     threads = [name for name in _native_threads() if not name.startswith(HARMLESS)]

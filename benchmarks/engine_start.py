@@ -1,0 +1,144 @@
+"""Seconds from the start of an engine to its first embedding, with and without parts of the plugin, on a CPU.
+
+    python benchmarks/engine_start.py --without tokenizer          # what this part gives
+    python benchmarks/engine_start.py --without bytecode --uncompiled
+    python benchmarks/engine_start.py --stock --json
+
+One thin layer under the shape and tokenizer of the 4B model's stand-in (`gpu/make_model.py`), random weights, so that
+what is timed is the start. Each variant is started in turn, once uncounted, then --rounds times. `--uncompiled` starts
+them from links to the environment's files without their bytecode, under PYTHONDONTWRITEBYTECODE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from gpu.make_model import hf_config, make
+from plugin_cpu import START_SECONDS, Engine, _answers, _free_port, engine_environment, versions
+
+from qwen3emb_launch.catalog import CATALOG
+from qwen3emb_launch.engines.plugin_wheel import build_plugin_wheel
+
+
+def thin_model(folder: Path) -> Path:
+    """The 4B's stand-in with one narrow layer; its weights are drawn by the engine (`--load-format dummy`)."""
+    shape = replace(CATALOG["4b"].shape, layers=1, hidden_size=256, heads=4, kv_heads=2, head_dim=64, mlp_size=128)
+    make(folder, shape, weights=False)
+    (folder / "config.json").write_text(json.dumps(hf_config(shape)))
+    return folder
+
+
+def uncompiled(python: Path, folder: Path) -> Path:
+    """The environment of `python` as links, without the bytecode beside its sources; its python."""
+    prefix = python.parents[1]
+    for place, folders, files in os.walk(prefix):
+        copy = folder / Path(place).relative_to(prefix)
+        copy.mkdir(parents=True)
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        for name in [*files, *links]:
+            (copy / name).symlink_to(Path(place) / name)
+        folders[:] = [name for name in folders if name != "__pycache__" and name not in links]
+    return folder / "bin" / python.name
+
+
+def start(argv: list[str], environ: Mapping[str, str], log: Path) -> dict[str, float]:
+    """One start: seconds to the first embedding, and what all its processes had used by then."""
+    port = _free_port()
+    begin = time.perf_counter()
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [*argv, "--port", str(port)], stdout=out, stderr=out, env=environ, start_new_session=True
+        )
+    engine = Engine("start", port, process)
+    try:
+        while not _answers(port):
+            if process.poll() is not None or time.perf_counter() - begin > START_SECONDS:
+                raise SystemExit(f"the engine did not start:\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(0.05)
+        return {"ready_s": time.perf_counter() - begin, "cpu_s": sum(engine.cpu_seconds())}
+    finally:
+        engine.signal(signal.SIGKILL)
+        process.wait(30)
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine-python", type=Path, help="python of a CPU engine (default: the installed one)")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--without", action="append", default=[], metavar="PART", help="one more variant")
+    parser.add_argument("--stock", action="store_true", help="SGLang as anybody starts it, too")
+    parser.add_argument("--uncompiled", action="store_true", help="from packages that nobody has compiled")
+    parser.add_argument("--flag", action="append", default=[], help="one more engine argument")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    python = options.engine_python or engine_environment()
+    variants: dict[str, dict[str, str]] = {"plugin": {}}
+    variants |= {f"without {part}": {f"QWEN3EMB_PLUGIN_{part.upper()}": "0"} for part in options.without}
+    if options.stock:
+        variants["stock"] = {"QWEN3EMB_PLUGIN": "0"}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    with tempfile.TemporaryDirectory(prefix="engine-start-") as scratch:
+        folder = Path(scratch)
+        with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
+            wheel.extractall(folder / "site")
+        engine_python = uncompiled(python, folder / "engine") if options.uncompiled else python
+        common = [
+            "--model-path", str(thin_model(folder / "thin")), "--load-format", "dummy", "--device", "cpu",
+            "--is-embedding", "--context-length", "4096", "--max-total-tokens", "32768", "--disable-radix-cache",
+            "--host", "127.0.0.1", *options.flag,
+        ]  # fmt: skip
+        environ = {
+            **os.environ,
+            "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(folder / "site"), "QWEN3EMB_CACHE_DIR": str(folder / "cache"),
+        }  # fmt: skip
+        environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        if options.uncompiled:
+            environ["PYTHONDONTWRITEBYTECODE"] = "1"
+        for round_ in range(-1, options.rounds):
+            for name, own in variants.items():
+                module = "sglang.launch_server" if name == "stock" else "qwen3emb_engine_plugin.serve"
+                took = start([str(engine_python), "-m", module, *common], {**environ, **own}, folder / "log")
+                print(f"{name}, {took['ready_s']:.2f} s{' (not counted)' * (round_ < 0)}", file=sys.stderr)
+                if round_ >= 0:
+                    found[name].append(took)
+    result: dict[str, Any] = {
+        "variants": {
+            name: {
+                "ready_s": round(statistics.median(one["ready_s"] for one in each), 2),
+                "cpu_s": round(statistics.median(one["cpu_s"] for one in each), 2),
+                "each_s": [round(one["ready_s"], 2) for one in each],
+            }
+            for name, each in found.items()
+        },
+        "uncompiled": options.uncompiled,
+        "versions": versions(python),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+    }
+    if options.json:
+        print(json.dumps(result))
+        return
+    for name, figures in result["variants"].items():
+        print(f"{name:20} ready after {figures['ready_s']} s, {figures['cpu_s']} s of CPU; each {figures['each_s']}")
+
+
+if __name__ == "__main__":
+    main()
