@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,12 +23,14 @@ from null_server import Behaviour, NullEndpoint, null_server
 
 from qwen3emb_launch.bench import connection, lengths, load
 from qwen3emb_launch.bench.answers import AnswerChecker
-from qwen3emb_launch.bench.calibrate import calibrate
+from qwen3emb_launch.bench.calibrate import MOST_REQUESTS, calibrate
 from qwen3emb_launch.bench.connection import Connection, Target
 from qwen3emb_launch.bench.figures import figures_of
 from qwen3emb_launch.bench.spec import LoadSpec, Phase, Vocabulary
 from qwen3emb_launch.bench.texts import CorpusTexts, RepeatingTexts, WordTexts, capacity
+from qwen3emb_launch.bench.word_costs import word_costs
 from qwen3emb_launch.bench.words import WORDS
+from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.errors import InvalidInputError
 
 
@@ -72,7 +75,16 @@ def words_tokenizer(text: str) -> int:
     return sum(2 if word in ("tony", "sept") else 1 for word in text.split()) + 1
 
 
-@pytest.mark.parametrize("tokenizer", [bytes_tokenizer, words_tokenizer])
+def code_tokenizer(text: str) -> int:
+    """One to three tokens a word, whichever by its letters, a letter a token otherwise: trained on something else."""
+    costs = {word: 1 + sum(word.encode()) * 7 % 3 for word in WORDS}
+    return sum(costs.get(word, len(word)) for word in text.split()) + 2
+
+
+TOKENIZERS = [bytes_tokenizer, words_tokenizer, code_tokenizer]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
 @pytest.mark.parametrize("tokens", [7, 33, 512, 513, 2048, 400_001])
 def test_texts_have_exactly_the_tokens_asked_for(tokenizer, tokens) -> None:
     """Calibrated by counting alone, whatever a word costs."""
@@ -82,18 +94,106 @@ def test_texts_have_exactly_the_tokens_asked_for(tokenizer, tokens) -> None:
     assert {tokenizer(json.loads(source.next())) for _ in range(5)} == {tokens}
 
 
-def test_calibration_drops_words_that_cost_otherwise_in_few_requests() -> None:
-    """Two odd words among five hundred are found by halving, not one by one."""
-    asked = []
-    vocabulary = calibrate(lambda text: asked.append(text) or words_tokenizer(text))
-    assert set(WORDS) - set(vocabulary.words) == {"tony", "sept"}
-    assert len(asked) < 60
+class Asked:
+    """A tokenizer that keeps what it was asked."""
+
+    def __init__(self, tokenizer: Callable[[str], int | None]) -> None:
+        self.tokenizer = tokenizer
+        self.texts: list[str] = []
+
+    def __call__(self, text: str) -> int | None:
+        self.texts.append(text)
+        return self.tokenizer(text)
+
+
+@pytest.mark.parametrize(("tokenizer", "words", "most"), [(bytes_tokenizer, 491, 14), (words_tokenizer, 363, 10)])
+def test_where_words_cost_the_same_a_dozen_requests_do(tokenizer, words: int, most: int) -> None:
+    """Words in whose company one costs otherwise are done without: hundreds are left."""
+    asked = Asked(tokenizer)
+    vocabulary = calibrate(asked)
+    assert len(asked.texts) <= most
+    assert len(vocabulary.words) == words
+    assert not {"tony", "sept"} & set(vocabulary.words) or tokenizer is bytes_tokenizer
+
+
+def mixed(seed: int, shares: tuple[float, ...]) -> Callable[[str], int]:
+    """A tokenizer to which words cost 1, 2, 3… by these shares."""
+    source = random.Random(seed)
+    costs = {word: source.choices(range(1, len(shares) + 1), shares)[0] for word in WORDS}
+    return lambda text: sum(costs.get(word, len(word)) for word in text.split()) + 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "shares", [(0.6, 0.4), (0.3, 0.3, 0.2, 0.2), (0.1, 0.5, 0.4), (0.2,) * 5, (0.05, 0.05, 0.9), (0.9, 0.1)]
+)
+def test_whatever_words_cost_calibration_is_bounded_and_right(seed: int, shares: tuple[float, ...]) -> None:
+    """Never more requests than the cap; each word kept costs what is said, and texts stay unique for millions."""
+    tokenizer = mixed(seed, shares)
+    asked = Asked(tokenizer)
+    vocabulary = calibrate(asked)
+    assert len(asked.texts) <= MOST_REQUESTS
+    assert vocabulary.exact
+    assert {tokenizer(f" {word}") - vocabulary.overhead for word in vocabulary.words} == {vocabulary.per_word}
+    assert capacity(vocabulary, 6 * vocabulary.per_word + vocabulary.overhead) > 1e8
+    assert sum(map(len, asked.texts)) < 40_000
+
+
+def test_a_tokenizer_at_hand_spares_the_weighing() -> None:
+    """All words of the commonest cost, confirmed by the endpoint; a file of another model is found out."""
+    asked = Asked(code_tokenizer)
+    known = calibrate(asked, costs=lambda words: {word: code_tokenizer(word) - 2 for word in words})
+    assert known.exact
+    assert len(asked.texts) <= 20
+    assert len(known.words) > 100
+    wrong = calibrate(code_tokenizer, costs=lambda words: dict.fromkeys(words, 1))
+    assert wrong.exact
+    assert {code_tokenizer(word) - 2 for word in wrong.words} == {wrong.per_word}
+    assert calibrate(code_tokenizer, costs=lambda words: None).exact
+
+
+def test_a_tokenizers_file_says_what_words_cost(tmp_path: Path) -> None:
+    """The demo model's: a byte a token, nothing added. Another file, or none, says nothing."""
+    folder = make_demo_model(tmp_path / "demo")
+    assert word_costs(folder / "tokenizer.json", ["able", "é"]) == {"able": 5, "é": 3}
+    assert word_costs(folder / "config.json", ["able"]) is None
+    assert word_costs(tmp_path / "none.json", ["able"]) is None
+
+
+@pytest.mark.parametrize(
+    ("requests", "exact", "words"), [(1, False, 491), (9, False, 491), (40, True, 16), (96, True, 64)]
+)
+def test_calibration_goes_on_with_what_it_has_when_its_requests_are_spent(requests, exact, words) -> None:
+    """With fewer words, still of a known cost, or with lengths in words."""
+    asked = Asked(mixed(1, (0.3, 0.3, 0.2, 0.2)))
+    vocabulary = calibrate(asked, requests=requests)
+    assert len(asked.texts) <= requests
+    assert vocabulary.exact is exact
+    assert len(vocabulary.words) >= words
+
+
+def test_a_slow_endpoint_is_asked_no_more_after_its_time() -> None:
+    """Each look at the clock a second: six rounds of requests are sent, and what they found is used."""
+    asked = Asked(code_tokenizer)
+    vocabulary = calibrate(asked, seconds=6.5, clock=iter(range(100)).__next__)
+    assert len(asked.texts) == 2 + 8 + 4 * 8
+    assert vocabulary.exact
+    assert len(vocabulary.words) >= 16
 
 
 @pytest.mark.parametrize("tokenizer", [lambda _: None, lambda _: 5, lambda text: len(text) // 3])
 def test_an_endpoint_that_does_not_count_gives_inexact_texts(tokenizer) -> None:
     """No usage, a constant, or a count that words do not explain: lengths are in words, and it is said."""
     assert not calibrate(tokenizer).exact
+
+
+def test_few_words_make_longer_serial_numbers() -> None:
+    """Sixteen words: texts of eight and more are all different, as those of four are with hundreds."""
+    few = Vocabulary(WORDS[:16], exact=True)
+    source = WordTexts(few, lengths.parse("9"), seed=1, start=0, step=1)
+    assert len({source.next() for _ in range(100_000)}) == 100_000
+    assert capacity(few, 33) == 16**8
+    assert capacity(few, 3) == 16**3
 
 
 def test_a_hundred_thousand_texts_are_all_different_in_every_process() -> None:

@@ -12,6 +12,7 @@ import ssl
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from qwen3emb_launch.bench.answers import AnswerChecker
@@ -32,11 +33,8 @@ def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[
         raise InvalidInputError(
             "bad_url", f"no http(s) URL: {spec.url!r}", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
         )
-    context = ssl.create_default_context()
-    if not spec.verify_tls:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context))
+    https = urllib.request.HTTPSHandler(context=_tls(spec.verify_tls))
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(url, data=data, headers=headers)  # noqa: S310 - http(s) checked above
@@ -52,6 +50,16 @@ def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[
         raise NetworkError(
             "endpoint_down", f"nothing answers at {url}: {reason}", "is it up? `qwen3emb status` lists local instances"
         ) from exc
+
+
+@cache
+def _tls(verify: bool) -> ssl.SSLContext:
+    """Made once: reading the machine's certificates takes longer than a short request."""
+    context = ssl.create_default_context()
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def served_model(spec: LoadSpec) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qwen3emb_launch.bench import calibrate, endpoint, lengths
+from qwen3emb_launch.bench import calibrate, endpoint, lengths, word_costs
 from qwen3emb_launch.bench.spec import Encoding, LoadSpec, Vocabulary
 from qwen3emb_launch.bench.texts import capacity, source_of
 from qwen3emb_launch.bench.words import WORDS
@@ -22,7 +22,8 @@ class Target:
     """An endpoint as the user named it: NVML index of its GPU, its local processes, and facts for the record.
 
     `pids` tells its engines' processes of the moment: one that was started again is another process.
-    `plan` is an instance's plan file; `shape` its model's where that is known, `fingerprint` what decides its vectors.
+    `plan` is an instance's plan file; `shape` its model's where that is known, `fingerprint` what decides its vectors,
+    `tokenizer` the file of the model's tokenizer where it is at hand.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Target:
     plan: Path | None = None
     shape: ModelShape | None = None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,10 @@ class Ready:
     notes: tuple[str, ...] = ()
 
 
-def prepare(target: Target, work: Work) -> Ready:
+def prepare(target: Target, work: Work, vocabulary: Vocabulary | None = None) -> Ready:
     """Name the model, calibrate the texts, send one request of the load's own form.
+
+    A `vocabulary` found earlier, on an endpoint of the same model, is taken as it is: the one request checks it.
 
     Raises the LaunchError that says what is wrong with the endpoint or the load.
     """
@@ -120,16 +124,23 @@ def prepare(target: Target, work: Work) -> Ready:
         spec = replace(spec, model=endpoint.served_model(spec))
     notes: list[str] = []
     if not work.corpus:
-        vocabulary = calibrate.vocabulary_of(spec)
+        if vocabulary is None:
+            vocabulary = calibrate.vocabulary_of(spec, _costs(target.tokenizer))
         spec = replace(spec, vocabulary=vocabulary)
         notes += _vocabulary_notes(target, vocabulary, work)
     _rehearse(spec, notes)
     return Ready(target, spec, tuple(notes))
 
 
+def _costs(file: Path | None) -> calibrate.Costs | None:
+    return None if file is None else lambda words: word_costs.word_costs(file, words)
+
+
 def _vocabulary_notes(target: Target, vocabulary: Vocabulary, work: Work) -> list[str]:
     if not vocabulary.exact:
-        return [f"{target.name} does not count tokens in a way that words explain: text lengths are in words"]
+        return [
+            f"{target.name} does not count tokens in a way that a few short requests explain: text lengths are in words"
+        ]
     shortest = lengths.parse(work.tokens).low
     count = capacity(vocabulary, shortest)
     if count < len(WORDS) ** 3:

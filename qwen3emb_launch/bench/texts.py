@@ -6,6 +6,7 @@ first token on, so that no prefix cache helps, and cheap (0.5 microseconds for a
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from qwen3emb_launch.bench.spec import LoadSpec, Vocabulary
 from qwen3emb_launch.bench.words import WORDS
 
 _POOL_WORDS = 1 << 16
-_SERIAL_WORDS = 4
+_SERIAL_WORDS = 4  # at least
+_SERIALS = 1 << 32  # texts that have a serial number of their own, if they are long enough
 _RECENT = 1024  # a repeated text is one of this many sent last
 _STRIDE = 2_654_435_761  # odd, large: neighbouring serials differ in every word
 _WIDTH = 5  # a space and four letters
@@ -46,6 +48,7 @@ class WordTexts:
         self._words = [" " + w for w in words]
         mixed = random.Random(1).choices(self._words, k=_POOL_WORDS)  # noqa: S311
         self._pool = "".join(mixed)
+        self._digits = _serial_words(len(words))
 
     def next(self) -> bytes:
         """A text nobody has seen, unless it is too short to be unique (`capacity`)."""
@@ -58,8 +61,8 @@ class WordTexts:
         if count == 0:
             count, rest = 1, 0  # nobody embeds an empty text
         tail = vocabulary.fillers[rest] if rest < len(vocabulary.fillers) else ""
-        serial = self._spell(min(count, _SERIAL_WORDS))
-        left = count - _SERIAL_WORDS
+        serial = self._spell(min(count, self._digits))
+        left = count - self._digits
         if left <= 0:
             return f'"{serial}{tail}"'
         body = self._slice(left)
@@ -92,7 +95,12 @@ class WordTexts:
 def capacity(vocabulary: Vocabulary, tokens: int) -> int:
     """How many different texts of `tokens` tokens there are before the serial numbers repeat."""
     count = max(1, (tokens - vocabulary.overhead) // vocabulary.per_word)
-    return int(len(vocabulary.words) ** min(count, _SERIAL_WORDS))
+    return int(len(vocabulary.words) ** min(count, _serial_words(len(vocabulary.words))))
+
+
+def _serial_words(base: int) -> int:
+    """Words of a serial number: more where there are few to choose from."""
+    return next(n for n in itertools.count(_SERIAL_WORDS) if base**n >= _SERIALS)
 
 
 class CorpusTexts:
