@@ -106,7 +106,7 @@ def versus(word: str, model: str | None, key_variable: str | None, verify_tls: b
 
 
 def introduced(target: Target) -> Target:
-    """The target with what it says of itself: fingerprint, engine, dtype, its model's shape.
+    """The target with what it says of itself: fingerprint, engine, dtype, its model's shape and tokenizer.
 
     What cannot be told stays unknown: an endpoint that does not answer is the load's business to report.
     """
@@ -138,7 +138,8 @@ def introduced(target: Target) -> Target:
         with suppress(LaunchError, OSError, ValueError):
             shape = shape_from_config(json.loads((identity.folder / "config.json").read_text(encoding="utf-8")))
     facts = {**{k: v for k, v in told.items() if v is not None}, **target.facts}
-    return replace(target, facts=facts, shape=shape, fingerprint=fingerprint)
+    tokenizer = identity.folder / "tokenizer.json" if identity.folder else None
+    return replace(target, facts=facts, shape=shape, fingerprint=fingerprint, tokenizer=tokenizer)
 
 
 def distinct(targets: list[Target]) -> list[Target]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.bench.figures import Figures
     from qwen3emb_launch.bench.modes import Campaign
     from qwen3emb_launch.bench.record import Run
+    from qwen3emb_launch.bench.spec import Vocabulary
     from qwen3emb_launch.bench.target import Ready, Work
     from qwen3emb_launch.cli.launching import Chosen, LaunchOptions
     from qwen3emb_launch.facts import LaunchPlan
@@ -42,7 +43,8 @@ ANSWERED = 0.9  # share of the arrivals of an open loop that must be answered wh
 class Engines:
     """The machine of a run: plans, starts, proves and measures configurations of one plan.
 
-    `fixed` are the user's own `--set` words; `changing` names the settings that may change the vectors.
+    `fixed` are the user's own `--set` words; `changing` names the settings that may change the vectors. `vocabulary` is
+    found on the first engine that is loaded: all serve one model.
     """
 
     options: LaunchOptions
@@ -60,6 +62,7 @@ class Engines:
     baseline: ReferenceSet | None = None
     texts: int = 0  # where the next load's texts begin: none is sent twice
     warned: set[str] = field(default_factory=set)
+    vocabulary: Vocabulary | None = None
 
     def plan(self, moves: Moves) -> str:
         """The command, without what differs from start to start."""
@@ -245,8 +248,10 @@ class Served:
                 api_key=_key(),
                 gpu=self.gpu,
                 pids=lambda: tuple(e.pid for e in self.record.engines),
+                tokenizer=self.engines.plan_now.model.path / "tokenizer.json",
             )
-            self._ready = prepare(target, self.engines.work)
+            self._ready = prepare(target, self.engines.work, self.engines.vocabulary)
+            self.engines.vocabulary = self._ready.spec.vocabulary
         return self._ready
 
     def _tell(self, campaign: Campaign) -> None:
