@@ -24,7 +24,7 @@ from qwen3emb_launch.bench import html as html_report
 from qwen3emb_launch.bench import modes, report
 from qwen3emb_launch.bench.compare import compared
 from qwen3emb_launch.bench.corpus import convert
-from qwen3emb_launch.bench.figures import ClientLoad, Figures, Latency
+from qwen3emb_launch.bench.figures import ClientLoad, Figures, Latency, client_note
 from qwen3emb_launch.bench.histogram import LatencyHistogram
 from qwen3emb_launch.bench.record import Record, Run, TargetInfo, from_dict, load, merged, rows_of, save
 from qwen3emb_launch.bench.seed import floor_seconds
@@ -490,6 +490,21 @@ def test_rounds_merge_by_median_and_common_histogram() -> None:
     assert both.error_rate == pytest.approx(3 / 303)
     assert both.latency.p50 == pytest.approx(20, rel=0.01)
     assert both.latency.max == pytest.approx(30, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("client", "said"),
+    [
+        (ClientLoad(0.95, 0.0, 1.0, 1, 2, True), "--processes 4"),
+        (ClientLoad(0.06, 2.0, 2.7, 1, 4, False), None),
+        (ClientLoad(0.20, 30.0, 40.0, 1, 1, False), "had to wait for a core"),
+        (ClientLoad(0.20, 90.0, 1.0, 1, 1, False), None),  # late for want of a free connection
+    ],
+)
+def test_what_the_client_had_to_do_with_the_figures_is_said(client: ClientLoad, said: str | None) -> None:
+    """Busy itself, kept waiting by others on its machine, or neither."""
+    note = client_note(figures(10.0, 100.0, client=client))
+    assert (said in note) if said and note else note is said
 
 
 def test_a_load_shorter_than_its_requests_says_so(capsys) -> None:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from qwen3emb_launch.bench import connection, lengths, load
 from qwen3emb_launch.bench.answers import AnswerChecker
 from qwen3emb_launch.bench.calibrate import MOST_REQUESTS, calibrate
 from qwen3emb_launch.bench.connection import Connection, Target
-from qwen3emb_launch.bench.figures import figures_of
+from qwen3emb_launch.bench.figures import client_limits, figures_of
 from qwen3emb_launch.bench.spec import LoadSpec, Phase, Vocabulary
 from qwen3emb_launch.bench.texts import CorpusTexts, RepeatingTexts, WordTexts, capacity
 from qwen3emb_launch.bench.word_costs import word_costs
@@ -454,6 +455,36 @@ def test_warm_up_is_sent_but_not_measured() -> None:
     figures = figures_of(result, result.phases[-1], None)
     assert endpoint.answered > figures.requests
     assert figures.requests_per_s == pytest.approx(40, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "late", "lag", "latency", "limits"),
+    [
+        (0.95, 0.0, 0.001, 0.02, True),  # a closed loop of a process at its core's end
+        (0.91, 0.0005, 0.001, None, True),
+        (0.83, 0.0, 0.004, 0.02, False),
+        (0.70, 0.004, 0.006, 0.020, True),  # busy, and a fifth of the tail is its own lateness
+        (0.70, 0.004, 0.006, 0.200, False),
+        (0.70, 0.0006, 0.006, 0.005, False),
+        (0.06, 0.0010, 0.0027, 0.0277, False),  # an H100 behind a client with nothing to do: the tail has other causes
+        (0.12, 0.0020, 0.0027, 0.0554, False),
+        (0.06, 0.0020, 0.0027, 0.0341, False),
+        (0.60, 5.0, 0.002, 6.0, False),  # every connection taken by an endpoint that does not keep up
+        (0.60, 0.5, 0.5, None, False),
+    ],
+)
+def test_the_client_is_the_limit_where_it_was_busy(cpu, late, lag, latency, limits: bool) -> None:
+    """Near the end of its core, or half busy with its own lateness visible in the tail; else the endpoint is."""
+    assert client_limits(cpu, late, lag, latency) is limits
+
+
+def test_a_busy_client_is_in_the_figures() -> None:
+    """The busiest process's core decides, whichever phase it was."""
+    with null_server(Behaviour(delay=0.005)) as (url, _):
+        result = load.run(closed(url, 2, 0.5))
+    phase = result.phases[-1]
+    found = [figures_of(result, replace(phase, cpu=cpu), None).client for cpu in (0.1, 0.95)]
+    assert [(client.cpu, client.limited) for client in found] == [(0.1, False), (0.95, True)]
 
 
 def test_a_burst_changes_the_number_of_clients() -> None:

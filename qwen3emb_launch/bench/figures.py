@@ -12,7 +12,11 @@ from qwen3emb_launch.bench.load import Batch, LoadResult, PhaseTimes
 from qwen3emb_launch.statistics import Slo, percentile
 
 BUSY_CLIENT = 0.85  # share of a core above which the client may be what was measured
-LATE_SHARE = 0.05  # of p50: open-loop sends later than this make the client visible in the latency
+# Late sends are the client's doing where it is half busy: below that, few of its moments fall into another's work.
+LATE_CLIENT = 0.5
+LATE_SHARE = 0.05  # of the latency, 99th percentile beside 99th percentile: what makes the client visible in it
+LEAST_LATE = 0.001  # seconds
+STARVED = 0.25  # of p99: sends so late from a client with little to do, whose event loop was as late
 TIMELINE_BUCKETS = 120
 
 
@@ -138,7 +142,6 @@ def figures_of(result: LoadResult, phase: PhaseTimes, slo: Slo | None, queue_ms:
     error_rate = wrong / (wrong + len(latencies)) if wrong else 0.0
     percentiles = {at: seen for at in (slo.limits if slo else ()) if (seen := histogram.at(at)) is not None}
     late_p99 = percentile(late, 99) if late else 0.0
-    middle = histogram.at(50)
     return Figures(
         seconds=seconds,
         requests=len(latencies),
@@ -148,7 +151,7 @@ def figures_of(result: LoadResult, phase: PhaseTimes, slo: Slo | None, queue_ms:
         tokens_per_s=token_share / seconds if counted else None,
         tokens_per_text=tokens / counted / spec.batch if counted else None,
         error_rate=error_rate,
-        latency=Latency(*(_ms(v) for v in (histogram.mean(), middle, *(histogram.at(p) for p in (90, 95, 99, 100))))),
+        latency=Latency(*(_ms(v) for v in (histogram.mean(), *(histogram.at(p) for p in (50, 90, 95, 99, 100))))),
         goodput_per_s=good / seconds if limit is not None else None,
         slo_misses=tuple(slo.misses(percentiles, error_rate)) if slo else (),
         queue_ms=queue_ms,
@@ -158,12 +161,40 @@ def figures_of(result: LoadResult, phase: PhaseTimes, slo: Slo | None, queue_ms:
             lag_ms=result.lag * 1000,
             peak_rss=result.peak_rss,
             processes=spec.processes,
-            limited=phase.cpu > BUSY_CLIENT or (middle is not None and late_p99 > max(0.001, LATE_SHARE * middle)),
+            limited=client_limits(phase.cpu, late_p99, result.lag, histogram.at(99)),
         ),
         details={k: v for k, v in result.details.items() if k in failed},
         timeline=_timeline(result.batch, began, ended),
         histogram=histogram.encode() if latencies else "",
     )
+
+
+def client_limits(cpu: float, late: float, lag: float, latency: float | None) -> bool:
+    """Whether the figures may be the load generator's own, not the endpoint's.
+
+    `cpu` is its busiest process's share of a core, `late` and `latency` 99th percentiles, `lag` the worst of its event
+    loop, in seconds. Sends wait for a free connection too, at an endpoint that does not keep up: then the loop is on
+    time, and the endpoint is what was measured.
+    """
+    if cpu > BUSY_CLIENT:
+        return True
+    return cpu > LATE_CLIENT and latency is not None and min(late, lag) > max(LEAST_LATE, LATE_SHARE * latency)
+
+
+def client_note(figures: Figures) -> str | None:
+    """What the load generator had to do with the figures, if anything."""
+    client, tail = figures.client, figures.latency.p99
+    if client.limited:
+        return (
+            f"the client may be the limit (its busiest process used {client.cpu:.0%} of a core, sends up to "
+            f"{client.late_ms:.1f} ms late): repeat with --processes {2 * client.processes}"
+        )
+    if tail and min(client.late_ms, client.lag_ms) > STARVED * tail:
+        return (
+            f"the client had to wait for a core (sends up to {client.late_ms:.1f} ms late at {client.cpu:.0%} of one): "
+            "latencies include it; load from another machine, or leave this one a core"
+        )
+    return None
 
 
 def _overlap(sent: float, done: float, began: float, ended: float) -> float:

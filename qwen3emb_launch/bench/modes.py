@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from qwen3emb_launch.bench import endpoint
-from qwen3emb_launch.bench.figures import Figures, figures_of
+from qwen3emb_launch.bench.figures import Figures, client_note, figures_of
 from qwen3emb_launch.bench.load import Batch, LoadResult
 from qwen3emb_launch.bench.load import run as send
 from qwen3emb_launch.bench.record import Comparison, Record, Run, TargetInfo, this_tool
@@ -116,13 +116,7 @@ class Campaign:
         notes = []
         if abs(result.clock_jump) > 1:
             notes.append(f"the wall clock jumped by {result.clock_jump:.1f} s; figures use the monotonic clock")
-        for run in runs:
-            client = run.figures.client
-            if client.limited:
-                notes.append(
-                    f"the client may be the limit (its busiest process used {client.cpu:.0%} of a core, sends up to "
-                    f"{client.late_ms:.1f} ms late): repeat with --processes {2 * client.processes}"
-                )
+        notes += [note for run in runs if (note := client_note(run.figures))]
         corpus_texts = result.texts_taken
         if result.spec.corpus and corpus_texts:
             notes += _corpus_note(result)
