@@ -291,6 +291,44 @@ def test_a_record_can_be_shown_and_compared(capsys, tmp_path: Path) -> None:
     assert {line["measure"] for line in envelope["result"]["lines"]} >= {"requests/s", "p95 ms"}
 
 
+LAUNCHED = {
+    "engine": "sglang 0.5.16 cuda", "dtype": "bfloat16", "profile": "h100", "profile_hash": "65ad5edb8f73ab78",
+    "packages": " ".join(f"{p}={n}.1" for n, p in enumerate(("torch", *(f"package-{n}" for n in range(14))))),
+    "model": "m", "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.159.04", "plan": "unreadable", "revision": None,
+}  # fmt: skip
+
+
+def launched(*facts: dict[str, object]) -> Record:
+    targets = tuple(TargetInfo(f"t{n}", "http://h/v1", "m", f, fingerprint={"id": "f1"}) for n, f in enumerate(facts))
+    return Record("versus", {"batch": 1, "tokens": "33"}, targets, (one("t0"),), "now", 1)
+
+
+def test_a_terminal_has_room_for_what_a_target_is(tmp_path: Path, capsys) -> None:
+    """Lines of a screen's width, nothing but packages left out, and those counted; a kept page has them all."""
+    record = launched(LAUNCHED, {})
+    shown = report.headline(record, whole=False)
+    assert max(len(f"{name:15}  {value}") for name, value in shown) <= 120
+    assert ("  packages", "torch 0.1, 14 more in the record") in shown
+    words = "\n".join(value for _, value in shown)
+    assert all(str(v) in words for k, v in LAUNCHED.items() if k not in ("packages", "revision"))
+    assert [name for name, _ in shown if name.startswith("t")] == ["texts a request", "t0", "t1"]
+    assert "revision" not in words
+    assert "package-13 14.1" in report.markdown(record)
+    assert "  - on: NVIDIA H100 80GB HBM3, driver 580.159.04\n" in report.markdown(record)
+    save(record, tmp_path / "r.json")
+    assert run(["bench", "show", str(tmp_path / "r.json")]) == 0
+    assert "package-13" not in capsys.readouterr().out
+
+
+def test_packages_that_differ_are_named_one_by_one() -> None:
+    """A comparison says which package moved, not two lists of fifteen; a record without them is another matter."""
+    before, after = (launched({"packages": f"torch={v} numpy=2.5"}) for v in ("2.11", "2.12"))
+    assert compared([("x", before), ("y", after)]).differences == ("y: torch is 2.12, was 2.11",)
+    unknown = launched({})
+    assert compared([("x", unknown), ("y", after)]).differences == ("y: packages is torch=2.12 numpy=2.5, was None",)
+    assert not compared([("x", unknown), ("y", unknown)]).differences
+
+
 def test_records_of_other_vectors_say_so_when_compared() -> None:
     """A faster engine that answers other vectors is no faster engine: the fingerprints' difference is named."""
     runs = (one(),)

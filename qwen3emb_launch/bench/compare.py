@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from qwen3emb_launch.bench.record import Record, Row, rows_of
 from qwen3emb_launch.errors import InvalidInputError
 
 SETTINGS = ("batch", "tokens", "corpus", "repeat_rate", "dims", "encoding", "shape", "requests")
-FACTS = ("engine", "gpu", "driver", "revision", "profile", "profile_hash", "packages")
+FACTS = ("engine", "gpu", "driver", "revision", "profile", "profile_hash")
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,9 @@ def _differences(records: Sequence[tuple[str, Record]]) -> list[str]:
                 found.append(f"{name}: {key} is {b}, not {a}: the loads are not alike")
         if first.targets and record.targets:
             one, other = first.targets[0], record.targets[0]
-            found += [
-                f"{name}: {key} is {other.facts.get(key)}, was {one.facts.get(key)}"
-                for key in FACTS
-                if one.facts.get(key) != other.facts.get(key)
-            ]
+            facts = [(key, one.facts.get(key), other.facts.get(key)) for key in FACTS]
+            facts += _packages(one.facts.get("packages"), other.facts.get("packages"))
+            found += [f"{name}: {key} is {now}, was {then}" for key, then, now in facts if now != then]
             ids = [t.fingerprint.get("id") for t in (one, other)]
             if None not in ids and ids[0] != ids[1]:
                 found.append(f"{name}: fingerprint is {ids[1]}, was {ids[0]}: other vectors (qwen3emb diff)")
@@ -98,3 +97,11 @@ def _differences(records: Sequence[tuple[str, Record]]) -> list[str]:
     if first.partial:
         found.append(f"{records[0][0]}: is partial")
     return found
+
+
+def _packages(then: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """Package by package, where both records have them: (name, version then, version now)."""
+    if not (isinstance(then, str) and isinstance(now, str)):
+        return [("packages", then, now)]
+    one, other = (dict(part.split("=", 1) for part in text.split() if "=" in part) for text in (then, now))
+    return [(package, one.get(package), other.get(package)) for package in sorted({*one, *other})]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen3emb_launch.bench.compare import Compared
-from qwen3emb_launch.bench.record import Comparison, Drift, Record, Row, rows_of
+from qwen3emb_launch.bench.record import Comparison, Drift, Record, Row, TargetInfo, rows_of
 from qwen3emb_launch.statistics import Ratio, number
 
 LATENCIES = ("p50", "p90", "p95", "p99", "max")
@@ -71,8 +71,38 @@ def errors_of(row: Row) -> str:
     return f"{row.figures.error_rate:.2%} ({kinds})"
 
 
-def headline(record: Record) -> list[tuple[str, str]]:
-    """What was done, as name and value."""
+# What a target is, line by line; values that name themselves stand without their key.
+ABOUT: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("  served by", ("engine", "dtype", "quantization")),
+    ("  on", ("gpu", "driver")),
+    ("  known as", ("profile", "profile_hash", "launcher", "revision", "fingerprint")),
+)
+BARE = ("engine", "gpu")
+TOLD = ("torch", "transformers", "sglang-kernel", "flashinfer-python")  # packages that a terminal's line has room for
+
+
+def about(target: TargetInfo, whole: bool) -> list[tuple[str, str]]:
+    """What was measured, a line each for where it is, what serves it, on what, and how it was launched."""
+    known = {**target.facts, "fingerprint": target.fingerprint.get("id")}
+    facts = {k: str(v) for k, v in known.items() if v is not None}
+    packages = facts.pop("packages", "").split()
+    if facts.get("model") == target.model:
+        del facts["model"]
+    pairs = [(target.name, f"{target.url} {target.model}")]
+    for name, keys in ABOUT:
+        told = [value if key in BARE else f"{key} {value}" for key in keys if (value := facts.pop(key, None))]
+        pairs += [(name, ", ".join(told))] if told else []
+    pairs += [("  also", ", ".join(f"{k} {v}" for k, v in facts.items()))] if facts else []
+    if packages:
+        shown = packages if whole else [p for p in packages if p.partition("=")[0] in TOLD]
+        more = len(packages) - len(shown)
+        words = [p.replace("=", " ", 1) for p in shown] + ([f"{more} more in the record"] if more else [])
+        pairs.append(("  packages", ", ".join(words)))
+    return pairs
+
+
+def headline(record: Record, whole: bool = True) -> list[tuple[str, str]]:
+    """What was done, as name and value; a terminal has no room for the `whole` of it."""
     load = record.load
     texts = f"{load.get('batch', 1)} x {load.get('tokens')} tokens"
     if load.get("corpus"):
@@ -90,9 +120,7 @@ def headline(record: Record) -> list[tuple[str, str]]:
     if load.get("repeat_rate"):
         pairs.append(("repeated texts", f"{load['repeat_rate']:.0%}"))
     for target in record.targets:
-        known = {**target.facts, "fingerprint": target.fingerprint.get("id")}
-        facts = ", ".join(f"{k} {v}" for k, v in known.items() if v is not None)
-        pairs.append((target.name, f"{target.url} {target.model}" + (f" ({facts})" if facts else "")))
+        pairs += about(target, whole)
     tool = record.tool
     pairs.append(("made by", f"qwen3emb {tool.get('version')}, seed {record.seed}, {record.created}"))
     return pairs
@@ -187,7 +215,7 @@ def compared_rows(result: Compared) -> list[list[str]]:
 def markdown(record: Record) -> str:
     """The record as a Markdown page."""
     parts = [f"# Bench: {record.mode}" + (" (partial)" if record.partial else ""), ""]
-    parts += [f"- {name}: {value}" for name, value in headline(record)]
+    parts += [f"{'  ' * name.startswith(' ')}- {name.strip()}: {value}" for name, value in headline(record)]
     parts += ["", *_table(columns(record), [cells(record, r) for r in rows_of(record)])]
     if record.comparisons:
         parts += ["", *_table(COMPARISON_COLUMNS, comparison_rows(record.comparisons))]

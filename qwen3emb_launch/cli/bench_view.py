@@ -97,7 +97,7 @@ def sparkline(values: list[int]) -> str:
 
 def show(console: Console, record: Record) -> None:
     """The record on stdout."""
-    console.fields(report.headline(record))
+    console.fields(report.headline(record, whole=False))
     console.text("")
     console.table(report.columns(record), [report.cells(record, r) for r in rows_of(record)])
     tables: list[tuple[tuple[str, ...], list[list[str]]]] = [
