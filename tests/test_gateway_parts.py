@@ -10,6 +10,7 @@ import re
 import sqlite3
 import stat
 from collections import OrderedDict
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from qwen3emb_launch.gateway.cache import Keyer, VectorCache
 from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.fair_queue import FairQueue, share
 from qwen3emb_launch.gateway.tokens import Prepared, TokenRules
+from qwen3emb_launch.gateway.waiting_room import WaitingRoom
+from qwen3emb_launch.gateway.work import BatchLimits, Item, Wait
 
 
 def vector(seed: int, width: int = 8) -> np.ndarray:
@@ -246,6 +249,19 @@ def test_shares_of_the_queue() -> None:
     assert share(100, 1) == 75
     assert share(100, 2) == 50
     assert share(100, 100) == 12
+
+
+@given(limit=st.integers(1, 40), waiting=st.lists(st.integers(0, 9), max_size=12), count=st.integers(1, 12))
+def test_who_may_wait_is_decided_by_the_share_alone(limit, waiting, count) -> None:
+    """The short way for an almost empty queue refuses and lets in as the rule does."""
+    room = WaitingRoom(BatchLimits(queue=limit))
+    with closing(asyncio.new_event_loop()) as loop:
+        for number, client in enumerate(waiting):
+            item = Item(number.to_bytes(15, "big"), Prepared("x", 1, exact=True))
+            room.push(item, Wait(str(client), 1, 0.0, loop))
+    mine, others = waiting.count(0), len(set(waiting))
+    over_all, over_share = len(waiting) + count > limit, mine > 0 and mine + count > share(limit, others)
+    assert (room.full_for("0", count) is not None) == (over_all or over_share)
 
 
 # -- tasks
@@ -524,8 +540,10 @@ def bpe_rules(page: Path = Path(__file__)) -> TokenRules:
     return TokenRules(tokenizer, vocab_size=tokenizer.get_vocab_size())
 
 
-def test_another_tokenizers_ids_are_told_from_our_own_whole_or_cut() -> None:
-    r = bpe_rules()
+@pytest.mark.parametrize("page", [__file__, tasks.__file__])
+def test_another_tokenizers_ids_are_told_from_our_own_whole_or_cut(page: str) -> None:
+    """Whatever the tokenizer: one that never saw a character makes several ids of it, which a cut may part."""
+    r = bpe_rules(Path(page))
     assert r.tokenizer is not None
     text = "def test_the_cache_beats_lru(): the request is answered when 包裹 is back — naïve 🙂 at last"
     own = r.tokenizer.encode(text).ids

@@ -237,7 +237,7 @@ class TokenRules:
         if self.tokenizer is None:
             return ids
         for _ in range(PARTS_OF_A_CHARACTER):
-            if ids and self.tokenizer.decode(ids[:1]).startswith(BROKEN):
+            if ids and self.tokenizer.decode(ids).startswith(BROKEN):
                 ids = ids[1:]
             if ids and self.tokenizer.decode(ids).endswith(BROKEN):
                 ids = ids[:-1]
