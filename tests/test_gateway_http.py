@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 from qwen3emb_launch.demo_model import EOS_ID, make_demo_model
 from qwen3emb_launch.gateway.calls import token_flags
 from qwen3emb_launch.gateway.tokens import Prepared
-from qwen3emb_launch.gateway.work import ESTIMATED, Item
+from qwen3emb_launch.gateway.work import ESTIMATED, Item, Wait
 from tests.gateway_bench import error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
@@ -55,6 +56,25 @@ def test_fewer_dims_are_a_slice_brought_back_to_norm_1_cold_and_warm() -> None:
                     wanted = full[:dims] / np.linalg.norm(full[:dims]) if dims < 128 else full
                     assert np.allclose(got, wanted, atol=1e-7)
             assert engine.items == 2  # the probe and one text: every size came from the one cached vector
+
+    run(main())
+
+
+def test_answered_requests_leave_nothing_for_the_garbage_collector() -> None:
+    """Texts, vectors and answers go with their request. Left in cycles they lie in memory until somebody looks for
+    such, and every new one takes memory that no cache holds."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            gc.collect()
+            gc.disable()
+            try:
+                await gw.vectors(["one", "two", "one"])
+                await asyncio.gather(*(gw.vectors(f"text {i}") for i in range(20)))
+                left = [type(found).__name__ for found in gc.get_objects() if isinstance(found, (Item, Wait, Prepared))]
+            finally:
+                gc.enable()
+            assert left == []
 
     run(main())
 

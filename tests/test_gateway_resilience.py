@@ -560,7 +560,7 @@ def test_a_request_that_a_change_of_model_overtakes_is_counted_once() -> None:
             await gw.service.new_model("new", [UpstreamConfig(two.url)])  # before the answer's first step
             told = await answer
             assert told.status == 200
-            vectors = rows(Answer(200, {}, bytes(told.body)))
+            vectors = rows(Answer(200, {}, b"".join(told.body)))
             assert np.array_equal(vectors, [new.vector("cached"), new.vector("not cached")])
             assert (metrics.hits["memory"], metrics.misses) == (before[0] + 1, before[1] + 1)
 

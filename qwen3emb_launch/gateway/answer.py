@@ -34,8 +34,8 @@ def encode(vector: Vector, encoding: Encoding) -> bytes:
     return b'"' + pybase64.b64encode(vector.tobytes()) + b'"'
 
 
-def embeddings(vectors: Sequence[bytes], model: str, tokens: int) -> bytes:
-    """The body of a good answer, from encoded vectors in the request's order."""
+def embeddings(vectors: Sequence[bytes], model: str, tokens: int) -> list[bytes]:
+    """The body of a good answer in pieces, from encoded vectors in the request's order."""
     parts = [b'{"object":"list","data":[']
     last = len(vectors) - 1
     for index, vector in enumerate(vectors):
@@ -45,4 +45,4 @@ def embeddings(vectors: Sequence[bytes], model: str, tokens: int) -> bytes:
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (orjson.dumps(model), tokens, tokens)
     )
-    return b"".join(parts)
+    return parts

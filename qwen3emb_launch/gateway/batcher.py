@@ -122,6 +122,7 @@ class Batcher:
         """The request is answered, failed or its client gone: what nobody else wants is dropped."""
         self._waits.discard(wait)
         if wait.left == 0:
+            wait.items.clear()  # each knows the other: left so, text and vector stay until cycles are looked for
             return
         for item in wait.items:
             item.waiters = [(w, i) for w, i in item.waiters if w is not wait]

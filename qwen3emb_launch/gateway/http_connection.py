@@ -255,9 +255,10 @@ class HttpConnection(asyncio.Protocol):
         if self._transport is None:
             return
         body = response.body
+        size = sum(map(len, body))
         parts = [
             b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n"
-            % (response.status, REASONS.get(response.status, b"Status"), response.content_type.encode(), len(body))
+            % (response.status, REASONS.get(response.status, b"Status"), response.content_type.encode(), size)
         ]
         if response.headers:
             parts += [f"{k}: {v}\r\n".encode("latin-1", "replace") for k, v in response.headers.items()]
@@ -266,7 +267,7 @@ class HttpConnection(asyncio.Protocol):
             parts.append(f"access-control-allow-origin: {allowed}\r\nvary: origin\r\n".encode("latin-1", "replace"))
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
         if not head:
-            parts.append(body)
+            parts += body
         self._transport.write(b"".join(parts))
 
     def _refuse(self, error: ApiError) -> None:

@@ -56,15 +56,15 @@ class Request:
 
 
 class Response:
-    """One answer, ready to be written."""
+    """One answer, ready to be written. A body in pieces is put together once, with its head."""
 
     __slots__ = ("body", "content_type", "headers", "status")
 
     def __init__(
-        self, status: int, body: bytes, content_type: str = JSON, headers: Mapping[str, str] | None = None
+        self, status: int, body: bytes | list[bytes], content_type: str = JSON, headers: Mapping[str, str] | None = None
     ) -> None:
         self.status = status
-        self.body = body
+        self.body = [body] if isinstance(body, bytes) else body
         self.content_type = content_type
         self.headers = headers
 

@@ -25,6 +25,8 @@ class WaitingRoom:
     def full_for(self, client: str, count: int) -> tuple[str, int] | None:
         """Why there is no room for `count` more of a client, and how many are ahead of it; None when there is."""
         limit = self._limits.queue
+        if self._count + count <= share(limit, limit):
+            return None  # all that wait are fewer than the smallest share there is
         if self._count + count > limit:
             return f"{self._count} inputs are waiting, the queue takes {limit}", self._count
         lanes = self._busy.values()
