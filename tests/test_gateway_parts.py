@@ -550,7 +550,7 @@ def test_another_tokenizers_ids_are_told_from_our_own_whole_or_cut(page: str) ->
     for start in range(len(own) - 1):
         for end in range(start + 1, len(own) + 1):
             assert not r.looks_foreign(own[start:end]), r.tokenizer.decode(own[start:end])
-    foreign = bpe_rules(Path(tasks.__file__)).tokenizer.encode(text).ids
+    foreign = bpe_rules(Path(keys.__file__)).tokenizer.encode(text).ids
     assert r.looks_foreign(foreign)
     with pytest.raises(ApiError) as caught:
         r.ids(foreign)
