@@ -20,6 +20,7 @@ from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, InvalidI
 from qwen3emb_launch.profile_text import parse_profile
 from qwen3emb_launch.statistics import parse_slo
 from qwen3emb_launch.tune import contest, levels, report, strategy, winner
+from qwen3emb_launch.tune.budget import Estimates, next_step
 from qwen3emb_launch.tune.contest import Verdict
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Setup
@@ -246,6 +247,11 @@ def test_a_trial_that_fails_is_a_result_with_its_reason(tmp_path: Path, what, st
     assert all(A not in t.moves for t in run.journal.trials if t.stage is Stage.COMBINATION)
     if status in (Status.REFUSED, Status.SAME):
         assert (A,) not in run.machine.started
+        assert failed.number == 0
+        assert report.set_aside(run.journal.trials) == (f"a=1: {status}: {failed.reason}",)
+    assert [t.number for t in run.journal.trials if t.number] == list(range(1, len(run.tried) + (failed.number > 0)))
+    rows = [row[1] for row in report.rows(run.journal.trials, THROUGHPUT, False)]
+    assert ("a=1" in rows) is (failed.number > 0)
 
 
 def test_a_baseline_that_does_not_serve_ends_the_run(tmp_path: Path) -> None:
@@ -289,10 +295,79 @@ def test_the_budget_is_never_exceeded(tmp_path: Path, budget: float) -> None:
 
 def test_a_budget_for_the_baseline_alone_claims_nothing_of_the_rest(tmp_path: Path) -> None:
     """What was not tried is not said to be worse; what the planner refuses is known all the same."""
-    run = tune(tmp_path, A, B, budget=60, refuses=frozenset({B}))
+    run = tune(tmp_path, A, B, budget=45, refuses=frozenset({B}))
     assert run.tuning.untried == ["a=1"]
     assert run.tried == {"baseline": Status.OK, "b=1": Status.REFUSED}
     assert run.verdict == Verdict((), "nothing but the baseline was measured")
+
+
+@pytest.mark.parametrize(
+    ("budget", "tried", "rounds"),
+    [
+        (45, [], 0),
+        (70, ["a=1"], 0),
+        (130, ["a=1", "b=1", "c=1", "a=1 b=1"], 0),  # no final would fit after any of them: none is waited for
+        (190, ["a=1"], 5),  # the first one helped, and a final of shorter loads still fits: it is held
+        (260, ["a=1", "b=1"], 3),
+        (300, ["a=1", "b=1", "a=1 b=1"], 3),  # two that helped go together before a third by itself
+    ],
+)
+def test_a_tight_budget_is_spent_on_what_fits(tmp_path: Path, budget: float, tried: list[str], rounds: int) -> None:
+    """Trials where no final fits, a final as soon as there is something to hold it for; what was left out is named."""
+    run = tune(tmp_path, A, B, C, budget=budget, gives={A: 1.3, B: 1.2})
+    assert list(run.tried) == ["baseline", *tried]
+    assert len(run.journal.rounds) == rounds
+    assert run.clock.now <= budget
+    assert run.verdict.winner == (() if not rounds else (A, B) if "a=1 b=1" in tried else (A,))
+    notes = " ".join(run.tuning.notes)
+    assert ("untried: " in notes) is bool(run.tuning.untried)
+    assert ("loads of 6 s, not 12" in notes) is (budget == 190)
+    assert ("no time was left for a final" in run.verdict.sentence) is (bool(tried) and not rounds)
+    assert ("which the final is to have" in notes) is bool(rounds)
+
+
+def test_what_was_tried_without_a_final_has_it_on_resume(tmp_path: Path) -> None:
+    """The same budget once more, and nothing is tried twice: the final first, since something helped."""
+    first = tune(tmp_path, A, B, C, budget=130, gives={A: 1.3})
+    assert first.verdict.winner == ()
+    second = tune(tmp_path, A, B, C, budget=180, gives={A: 1.3}, resume=True)
+    assert second.verdict.winner == (A,)
+    assert second.machine.started == [(), (A,)]
+
+
+MOVE, PAIR = strategy.Step(Stage.MOVE, (C,)), strategy.Step(Stage.COMBINATION, (A, B))
+
+
+@pytest.mark.parametrize(
+    ("left", "steps", "candidate", "chosen"),
+    [
+        (700, [MOVE], False, MOVE),
+        (490, [MOVE, PAIR], True, MOVE),  # 70 + 80 + 220, with time to spare
+        (360, [MOVE, PAIR], True, PAIR),
+        (295, [MOVE, PAIR], True, MOVE),
+        (285, [MOVE, PAIR], True, None),
+        (285, [MOVE], False, MOVE),
+        (170, [MOVE], True, MOVE),
+        (75, [MOVE], True, MOVE),
+        (75, [PAIR], True, None),
+        (69, [MOVE], False, None),
+    ],
+)
+def test_time_goes_to_what_it_is_worth_most_for(left: float, steps, candidate: bool, chosen) -> None:
+    """A setting takes 70 s, a pair 80, a final 220 or, of shorter loads, 175."""
+    assert next_step(steps, Estimates(left, 70, 80, 220, 175, candidate)) == chosen
+
+
+def test_a_budget_of_minutes_on_a_real_start_still_tries_settings(tmp_path: Path) -> None:
+    """An engine that starts in 48 s, loads of 8 s, 260 s in all: three settings, and a final's time said."""
+    clock = Clock()
+    machine = Machine(clock, ready=48.0, gives={A: 1.2}, base_peak=2400.0, base_alone=30.0)
+    with Journal_(tmp_path) as journal:
+        tuning = Tuning(Setup(THROUGHPUT, factors(A, B, C), 64, False, 8, 1, 260, 3), machine, journal, clock)
+        verdict = tuning.run()
+    assert [t.label for t in journal.trials] == ["baseline", "a=1", "b=1", "c=1"]
+    assert "no time was left for a final, which takes 218 s or more" in verdict.sentence
+    assert "a=1 gave 1.200 times the baseline's score, which is not enough" in verdict.sentence
 
 
 def test_without_a_final_the_baseline_stays(tmp_path: Path) -> None:
@@ -381,7 +456,7 @@ def test_a_finished_final_is_not_held_again(tmp_path: Path) -> None:
 
 def test_a_bigger_budget_tries_what_was_left(tmp_path: Path) -> None:
     """The first run names what it had no time for; the resumed one tries it."""
-    first = tune(tmp_path, A, B, C, budget=150, gives={C: 1.5})
+    first = tune(tmp_path, A, B, C, budget=90, gives={C: 1.5})
     assert "c=1" in first.tuning.untried
     second = tune(tmp_path, A, B, C, budget=3600, gives={C: 1.5}, resume=True)
     assert second.verdict.winner == (C,)

@@ -19,6 +19,7 @@ import pytest
 from null_server import Behaviour, null_server
 
 from qwen3emb_launch import __version__, state
+from qwen3emb_launch.bench import calibrate
 from qwen3emb_launch.bench.figures import GpuFigures
 from qwen3emb_launch.bench.target import Work
 from qwen3emb_launch.cli import tune as command
@@ -114,7 +115,7 @@ def test_the_winner_becomes_a_profile(trials: Trials, capsys) -> None:
     assert result["winner"] == {"sleep_on_idle": "false"}
     assert result["confirmed"]
     assert result["final"][1]["ratio"]["low"] > 1
-    assert [t["status"] for t in result["trials"]][:4] == ["ok", "ok", "ok", "refused"]
+    assert [t["status"] for t in result["trials"]][:4] == ["ok", "refused", "ok", "ok"]
     assert not result["partial"]
     profile = load("./mine.yaml")
     assert profile.settings.sleep_on_idle is False
@@ -130,7 +131,10 @@ def test_people_see_the_trials_and_the_sentence(trials: Trials, capsys) -> None:
     assert run(["tune", *QUICK, *words]) == 0
     seen = capsys.readouterr()
     assert "trial 2, move: sleep_on_idle=false" in seen.err
-    assert "refused: sglang 0.5.15.post1: more than one tokenizer worker" in seen.out
+    assert "not tried, tokenizer_workers=2: refused: " in seen.err
+    lines = [line for line in seen.out.splitlines() if "tokenizer_workers" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("Not tried: tokenizer_workers=2: refused: sglang 0.5.15.post1: more than one tokenizer")
     assert "Wrote" in seen.out
     assert "qwen3emb up --profile ./mine.yaml" in seen.out
 
@@ -156,7 +160,7 @@ def test_ctrl_c_keeps_what_is_known_and_resume_goes_on(trials: Trials, capsys) -
     status, envelope = tune(capsys, "--goal", "latency")
     assert status == 130
     assert envelope["result"]["partial"]
-    assert [t["status"] for t in envelope["result"]["trials"]] == ["ok", "ok", "interrupted"]
+    assert [t["status"] for t in envelope["result"]["trials"]] == ["ok", "refused", "ok", "interrupted"]
     assert not Path("mine.yaml").exists()
     trials.started.clear()
     trials.before = lambda number: None
@@ -185,7 +189,7 @@ def test_an_engine_that_died_under_load_has_no_figures(trials: Trials, capsys) -
     trials.dies.add("sleep_on_idle=false")
     status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0")
     assert status == 0
-    failed = envelope["result"]["trials"][1]
+    failed = next(t for t in envelope["result"]["trials"] if t["label"] == "sleep_on_idle=false")
     assert (failed["status"], failed["code"]) == ("failed", "engine_died")
 
 
@@ -202,6 +206,21 @@ def test_a_trial_is_loaded_by_bench(trials: Trials, capsys, monkeypatch, words: 
     assert measured["objective_ms"] == pytest.approx(measured["p95"])
     assert measured["memory_bytes"] > 1 << 20
     assert not any("ms" in miss for miss in measured["misses"])  # there is no objective
+
+
+def test_a_run_calibrates_once(trials: Trials, capsys, monkeypatch) -> None:
+    """What a word costs is found on the first engine that is loaded; the others serve the same model."""
+    Path("one.yaml").write_text("sleep_on_idle: [false]\nbatch_tokenize: [singles]\n")
+    monkeypatch.setattr(tune_trials.Served, "measure", MEASURE)
+    found = []
+    real = calibrate.vocabulary_of
+    monkeypatch.setattr(calibrate, "vocabulary_of", lambda *words: found.append(words) or real(*words))
+    status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0", "--space", "one.yaml")
+    assert status == 0, envelope
+    assert len(trials.started) == 3
+    assert len(found) == 1
+    rates = [m for t in envelope["result"]["trials"] for m in t["measurements"]]
+    assert all(m["tokens_per_s"] == pytest.approx(33 * m["texts_per_s"]) for m in rates)
 
 
 def test_a_profile_that_cannot_be_written_loses_no_figures(trials: Trials, capsys, monkeypatch) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from qwen3emb_launch.tune.machine import Listener
-from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows
+from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows, set_aside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,7 +30,8 @@ class Talk(Listener):
 
     def tried(self, trial: Trial, verdict: str) -> None:
         ready = f", ready after {trial.ready_s:.1f} s" if trial.ready_s is not None else ""
-        self._say(f"trial {trial.number}, {trial.label}: {verdict}{ready}")
+        what = f"trial {trial.number}, {trial.label}" if trial.number else f"not tried, {trial.label}"
+        self._say(f"{what}: {verdict}{ready}")
 
     def said(self, text: str) -> None:
         self._say(text)
@@ -59,6 +60,8 @@ def show(console: Console, outcome: Outcome, objective: Objective) -> None:
         console.table(final_columns(objective), final_rows(outcome, objective))
     console.text("")
     console.text("* is on the front: none is better in one of texts/s, p95 and memory without being worse in another.")
+    for line in set_aside(outcome.trials):
+        console.text(f"Not tried: {line}.")
     console.text(outcome.sentence[0].upper() + outcome.sentence[1:] + ".")
     if outcome.nearest:
         near = outcome.nearest

@@ -12,6 +12,8 @@ SAFETY = 1.15  # on estimates of time
 STOPPING = 4.0  # seconds to end an engine
 LATEST = 3  # trials that an estimate looks at: a first start may compile kernels
 SETTLING = 2  # loads that a finalist takes before its first round
+FEWEST_ROUNDS = 3  # of a final; fewer give no interval
+BRIEF = 0.5  # share of a final's load where there is no time for whole ones
 
 
 class OutOfTimeError(Exception):
@@ -56,13 +58,65 @@ class Budget:
         loads = max((len(t.measurements) for t in _started(trials)), default=1)
         return self.start_time(trials) + loads * (self.seconds * strategy.SHARE[stage] + self.warmup) * SAFETY
 
-    def round_time(self, entries: int) -> float:
-        """Seconds of one round of a final whose engines run side by side."""
-        return entries * (self.seconds + self.warmup) * SAFETY
+    def round_time(self, entries: int, share: float = 1.0) -> float:
+        """Seconds of one round of a final whose engines run side by side, each load `share` of a whole one."""
+        return entries * (self.seconds * share + self.warmup) * SAFETY
 
-    def final_time(self, entries: int, rounds: int, trials: Sequence[Trial]) -> float:
+    def final_time(self, entries: int, rounds: int, trials: Sequence[Trial], share: float = 1.0) -> float:
         """Seconds of such a final, from the first start on."""
-        return entries * self.start_time(trials) + self.round_time(entries) * (SETTLING + rounds)
+        return entries * self.start_time(trials) + self.round_time(entries, share) * (SETTLING + rounds)
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Seconds left, and what a single setting, a combination and the least final would take of them.
+
+    `brief` is a final of shorter loads; both finals are 0 where none is asked for. `candidate` tells whether something
+    tried did better than the baseline: what a final would be held for.
+    """
+
+    left: float
+    single: float
+    combination: float
+    final: float
+    brief: float
+    candidate: bool
+
+    def of(self, step: strategy.Step) -> float:
+        """Of a step by itself."""
+        return self.single if step.stage is Stage.MOVE else self.combination
+
+
+def estimates(budget: Budget, trials: Sequence[Trial], rounds: int, candidate: bool) -> Estimates:
+    """As of now."""
+    fewest = min(FEWEST_ROUNDS, rounds)
+    final, brief = (budget.final_time(2, fewest, trials, share) if rounds else 0.0 for share in (1.0, BRIEF))
+    single, together = (budget.trial_time(stage, trials) for stage in (Stage.MOVE, Stage.COMBINATION))
+    return Estimates(budget.left, single, together, final, brief, candidate)
+
+
+def next_step(steps: Sequence[strategy.Step], seen: Estimates) -> strategy.Step | None:
+    """The step to spend time on, None to hold the final or to end.
+
+    The first one, as long as its final fits after it, and a combination too while single settings are tried. In less
+    time: winners together before one more setting; that setting, with its final; the final, if there is a candidate
+    for it; that setting with a brief final; and last, since time left over is worth nothing, whatever fits by itself.
+    """
+
+    def fits(step: strategy.Step, beside: float) -> bool:
+        return seen.of(step) + beside <= seen.left
+
+    first = steps[0]
+    if fits(first, seen.final + (seen.combination if first.stage is Stage.MOVE else 0.0)):
+        return first
+    together = next((s for s in steps if s.stage is Stage.COMBINATION), None)
+    if together and fits(together, seen.final):
+        return together
+    if fits(first, seen.final):
+        return first
+    if seen.candidate and 0 < seen.brief <= seen.left:
+        return None
+    return next((s for beside in (seen.brief, 0.0) for s in steps if fits(s, beside)), None)
 
 
 def _started(trials: Sequence[Trial]) -> list[Trial]:

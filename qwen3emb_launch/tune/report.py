@@ -11,7 +11,7 @@ from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import Ratio, number
 from qwen3emb_launch.tune.contest import Verdict, words
 from qwen3emb_launch.tune.objective import Goal, Objective
-from qwen3emb_launch.tune.trials import Measurement, Moves, Status, Trial, label
+from qwen3emb_launch.tune.trials import SET_ASIDE, Measurement, Moves, Status, Trial, label
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,14 @@ def columns(objective: Objective) -> tuple[str, ...]:
 
 
 def rows(trials: Sequence[Trial], objective: Objective, open_loop: bool) -> list[tuple[str, ...]]:
-    """One row a trial; `*` marks the front, the score is over the baseline's."""
+    """One row a trial that was started; `*` marks the front, the score is over the baseline's."""
     marked = front(trials, objective)
     base = next((t for t in trials if not t.moves), None)
     scale = objective.best(base) if base else None
     found = []
     for trial in trials:
+        if trial.status in SET_ASIDE:
+            continue
         best = objective.best(trial)
         near = objective.nearest([trial])
         shown = best or (near[1] if near else None)
@@ -142,6 +144,11 @@ def rows(trials: Sequence[Trial], objective: Objective, open_loop: bool) -> list
             )
         )
     return found
+
+
+def set_aside(trials: Sequence[Trial]) -> tuple[str, ...]:
+    """A line for each configuration that took no start: refused by the planner, or known by another name."""
+    return tuple(f"{t.label}: {t.status}: {t.reason}" for t in trials if t.status in SET_ASIDE)
 
 
 def result(trial: Trial, shown: Measurement | None) -> str:

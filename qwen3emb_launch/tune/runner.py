@@ -12,15 +12,22 @@ from datetime import UTC, datetime
 
 from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.tune import levels, strategy
-from qwen3emb_launch.tune.budget import Budget, OutOfTimeError
+from qwen3emb_launch.tune.budget import (
+    BRIEF,
+    FEWEST_ROUNDS,
+    Budget,
+    Estimates,
+    OutOfTimeError,
+    estimates,
+    next_step,
+)
 from qwen3emb_launch.tune.contest import BASELINE, Verdict, judge
 from qwen3emb_launch.tune.final import Final
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Listener, Machine, Running, Setup
 from qwen3emb_launch.tune.objective import SEARCHED
-from qwen3emb_launch.tune.trials import Measurement, Moves, Proof, Stage, Status, Trial, label
+from qwen3emb_launch.tune.trials import SET_ASIDE, Measurement, Moves, Proof, Stage, Status, Trial, label
 
-FEWEST_ROUNDS = 3  # fewer give no interval
 FINER = 1.5  # step of the search once the baseline's level is known
 
 
@@ -63,59 +70,63 @@ class Tuning:
         for trial in self.journal.trials:
             self._learn(trial)
         while steps := self._steps():
-            step = steps[0]
-            refused = self._refused(step)
-            if refused:
-                self._keep(refused)
+            if steps[0].stage is Stage.BASELINE:
+                baseline = self._try(steps[0])
+                self._keep(baseline)
+                self._check_baseline(baseline)
                 continue
-            needed = self._budget.trial_time(step.stage, self.journal.trials) + self._reserve(step)
-            if step.stage is not Stage.BASELINE and self._budget.left < needed:
-                self._leave(steps, needed)
+            aside = next(filter(None, map(self._set_aside, steps)), None)
+            if aside:
+                self._keep(aside)
+                continue
+            seen = self._estimates()
+            step = next_step(steps, seen)
+            if step is None:
+                self._leave(steps, seen)
                 return
-            trial = self._try(step)
-            self._keep(trial)
-            if step.stage is Stage.BASELINE:
-                self._check_baseline(trial)
+            self._keep(self._try(step))
 
-    def _leave(self, steps: Sequence[strategy.Step], needed: float) -> None:
-        """No time for these; what would not have been started anyway is a result all the same."""
-        refused = [trial for step in steps[1:] if (trial := self._refused(step))]
-        for number, trial in enumerate(refused, len(self.journal.trials) + 1):
-            self._keep(replace(trial, number=number))
-        done = {trial.moves for trial in refused}
-        self.untried = _names([s for s in steps if s.moves not in done])
+    def _estimates(self) -> Estimates:
+        trials = self.journal.trials
+        candidate = bool(strategy.finalists(trials, self.setup.objective))
+        return estimates(self._budget, trials, self.setup.rounds, candidate)
+
+    def _leave(self, steps: Sequence[strategy.Step], seen: Estimates) -> None:
+        """No time for these, or none but the final's."""
+        self.untried = _names(steps)
+        least = min(map(seen.of, steps))
+        kept = seen.candidate and seen.brief and least <= seen.left
+        what = f"which the final is to have (one more trial takes about {least:.0f} s)"
+        other = f"and one more trial takes about {least:.0f} s"
         self.notes.append(
-            f"{self._budget.left:.0f} s of the budget are left, and a trial with its final takes about {needed:.0f} s: "
-            f"untried: {', '.join(self.untried)}"
+            f"{seen.left:.0f} s of the budget were left, {what if kept else other}: "
+            f"untried: {', '.join(self.untried)}; --resume tries them"
         )
 
     def _learn(self, trial: Trial) -> None:
         """A trial of an earlier run: its command needs no second one."""
         try:
-            if trial.status not in (Status.REFUSED, Status.SAME):
+            if trial.status not in SET_ASIDE:
                 self._commands.setdefault(self.machine.plan(trial.moves), trial.moves)
         except LaunchError:
             return
 
-    def _refused(self, step: strategy.Step) -> Trial | None:
-        """The trial without a start, where the planner refuses it or knows its command already."""
-        number = len(self.journal.trials) + 1
+    def _set_aside(self, step: strategy.Step) -> Trial | None:
+        """The result without a start, where the planner refuses it or knows its command already."""
         at = self.now().isoformat(timespec="seconds")
         try:
             command = self.machine.plan(step.moves)
         except (InvalidInputError, UnfitError) as error:
-            if step.stage is Stage.BASELINE:
-                raise
-            return Trial(number, step.stage, step.moves, Status.REFUSED, error.message, error.code, at=at)
+            return Trial(0, step.stage, step.moves, Status.REFUSED, error.message, error.code, at=at)
         earlier = self._commands.get(command)
-        if earlier is not None:
-            why = f"the same command as {label(earlier)}"
-            return Trial(number, step.stage, step.moves, Status.SAME, why, "same_command", at=at)
-        self._commands[command] = step.moves
-        return None
+        if earlier in (None, step.moves):
+            return None
+        why = f"the same command as {label(earlier or ())}"
+        return Trial(0, step.stage, step.moves, Status.SAME, why, "same_command", at=at)
 
     def _try(self, step: strategy.Step) -> Trial:
-        number = len(self.journal.trials) + 1
+        number = 1 + max((t.number for t in self.journal.trials), default=0)
+        self._commands.setdefault(self.machine.plan(step.moves), step.moves)
         self.listener.trying(number, step.stage, label(step.moves))
         began, at = self.clock(), self.now().isoformat(timespec="seconds")
         trial = Trial(number, step.stage, step.moves, Status.OK, at=at)
@@ -205,12 +216,6 @@ class Tuning:
             dict(trial.details),
         )
 
-    def _reserve(self, step: strategy.Step) -> float:
-        """What is kept back for the final, and for one combination while single settings are tried."""
-        budget, trials = self._budget, self.journal.trials
-        final = budget.final_time(2, min(FEWEST_ROUNDS, self.setup.rounds), trials) if self.setup.rounds else 0.0
-        return final + (budget.trial_time(Stage.COMBINATION, trials) if step.stage is Stage.MOVE else 0.0)
-
     # ---- the final ------------------------------------------------------------------------------------------------
 
     def _final(self) -> Verdict:
@@ -230,14 +235,22 @@ class Tuning:
             return judge(held, objective)  # a resumed run with nothing new
         if not self.setup.rounds:
             return self._unconfirmed("a final was not asked for (--rounds 0)")
-        entries, trials = list(levels_of), self.journal.trials
-        while len(entries) > 2 and self._budget.left < self._budget.final_time(len(entries), FEWEST_ROUNDS, trials):
+        budget, entries, trials = self._budget, list(levels_of), self.journal.trials
+        while len(entries) > 2 and budget.left < budget.final_time(len(entries), FEWEST_ROUNDS, trials):
             entries.pop()
-        spare = self._budget.left - self._budget.final_time(len(entries), 0, trials)
-        rounds = min(self.setup.rounds, int(spare / self._budget.round_time(len(entries))))
+        fewest = min(FEWEST_ROUNDS, self.setup.rounds)
+        share = 1.0 if budget.left >= budget.final_time(len(entries), fewest, trials) else BRIEF
+        spare = budget.left - budget.final_time(len(entries), 0, trials, share)
+        rounds = min(self.setup.rounds, int(spare / budget.round_time(len(entries), share)))
         if rounds < 1:
-            return self._unconfirmed("no time was left for the final")
-        final = Final(self.setup, self.machine, self.journal, self._budget, self.listener, self.notes)
+            takes = budget.final_time(2, fewest, trials)
+            return self._unconfirmed(f"no time was left for a final, which takes {takes:.0f} s or more (--resume)")
+        setup = replace(self.setup, seconds=share * self.setup.seconds)
+        if setup != self.setup:
+            self.notes.append(
+                f"there was time for a final of loads of {setup.seconds:.3g} s, not {self.setup.seconds:g}"
+            )
+        final = Final(setup, self.machine, self.journal, budget, self.listener, self.notes)
         final.hold({m: levels_of[m] for m in entries}, rounds)
         if not self.journal.rounds:
             return self._unconfirmed("the final could not be held")
@@ -272,4 +285,4 @@ def _names(steps: Sequence[strategy.Step]) -> list[str]:
     """Single settings by name; what would have been combined is not known yet, so only how many."""
     single = [label(s.moves) for s in steps if s.stage in (Stage.BASELINE, Stage.MOVE)]
     rest = len(steps) - len(single)
-    return [*single, *([f"{rest} combinations"] if rest else [])]
+    return [*single, *([f"{rest} combination{'s' * (rest > 1)}"] if rest else [])]

@@ -36,6 +36,9 @@ class Status(StrEnum):
     INTERRUPTED = "interrupted"  # by the user: no result, tried again on --resume
 
 
+SET_ASIDE = frozenset({Status.REFUSED, Status.SAME})  # without a start
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One load on one configuration. `level` is clients or requests a second; latencies are milliseconds.
@@ -76,7 +79,10 @@ class Proof:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration tried. `seconds` is all the time it took, `ready_s` from its start to serving."""
+    """One configuration tried. `seconds` is all the time it took, `ready_s` from its start to serving.
+
+    `number` counts what was started, from 1; 0 was set aside without a start: refused, or the same command as another.
+    """
 
     number: int
     stage: Stage
