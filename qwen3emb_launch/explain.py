@@ -50,6 +50,7 @@ class Ask:
     engine: str | None = None
     settings: Sequence[str] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
+    gateway_workers: int = 1
 
 
 def explain(profile: Profile, ask: Ask) -> Explanation:
@@ -69,6 +70,7 @@ def explain(profile: Profile, ask: Ask) -> Explanation:
             gpu=gpu,
             overrides=planning.read_overrides(list(ask.settings)),
             environ=ask.environ,
+            gateway_workers=ask.gateway_workers,
         )
     )
     return Explanation(plan, tuple(notes), profile.to_dict().get("evidence", "none"))

@@ -29,6 +29,7 @@ from qwen3emb_launch.gateway.api_errors import ApiError, clean, from_engine
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
 from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.fair_queue import FairQueue, share
+from qwen3emb_launch.gateway.host import usable_cores
 from qwen3emb_launch.gateway.tokens import Prepared, TokenRules
 from qwen3emb_launch.gateway.waiting_room import WaitingRoom
 from qwen3emb_launch.gateway.work import BatchLimits, Item, Wait
@@ -334,6 +335,22 @@ def test_keys_names_limits_and_admin(tmp_path: Path) -> None:
     assert 0 < caught.value.retry_after <= 60
 
 
+def test_a_key_with_limits_makes_the_ring_a_limited_one(tmp_path: Path) -> None:
+    """What holds in one process only is known before several are started."""
+    assert not keyring(tmp_path, "alice sk-alice\nroot sk-root admin\n").limited
+    assert keyring(tmp_path, "alice sk-alice\nbob sk-bob tpm=1000\n").limited
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("200000 100000\n", 2), ("50000 100000\n", 1), ("max 100000\n", None), (None, None)]
+)
+def test_cores_are_those_that_a_quota_pays_for(tmp_path: Path, text: str | None, cores: int | None) -> None:
+    if text is not None:
+        (tmp_path / "cpu.max").write_text(text)
+    here = len(os.sched_getaffinity(0))
+    assert usable_cores(tmp_path) == min(here, cores or here)
+
+
 @pytest.mark.parametrize("text", ["", "# only\n", "a b c\n", "a k rpm=0\n", "a k rpm=x\n", "a k xpm=3\n", "k\nn k\n"])
 def test_a_bad_keys_file_is_refused_without_showing_a_key(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
@@ -540,17 +557,17 @@ def bpe_rules(page: Path = Path(__file__)) -> TokenRules:
     return TokenRules(tokenizer, vocab_size=tokenizer.get_vocab_size())
 
 
-@pytest.mark.parametrize("page", [__file__, tasks.__file__])
+@pytest.mark.parametrize("page", ["test_gateway_parts.py", "test_gateway_http.py"])
 def test_another_tokenizers_ids_are_told_from_our_own_whole_or_cut(page: str) -> None:
     """Whatever the tokenizer: one that never saw a character makes several ids of it, which a cut may part."""
-    r = bpe_rules(Path(page))
+    r = bpe_rules(Path(__file__).with_name(page))
     assert r.tokenizer is not None
     text = "def test_the_cache_beats_lru(): the request is answered when 包裹 is back — naïve 🙂 at last"
     own = r.tokenizer.encode(text).ids
     for start in range(len(own) - 1):
         for end in range(start + 1, len(own) + 1):
             assert not r.looks_foreign(own[start:end]), r.tokenizer.decode(own[start:end])
-    foreign = bpe_rules(Path(keys.__file__)).tokenizer.encode(text).ids
+    foreign = bpe_rules(Path(tasks.__file__)).tokenizer.encode(text).ids
     assert r.looks_foreign(foreign)
     with pytest.raises(ApiError) as caught:
         r.ids(foreign)

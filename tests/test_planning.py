@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, model, plan, request, said, shipped
+from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, load, model, plan, request, said, shipped
 
 from qwen3emb_launch import planning, profile_files, recorded_flags
 from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.planning.front import workers_for
 from qwen3emb_launch.planning.ledger import setting_keys
 from qwen3emb_launch.planning.memory import CUDA_CONTEXT, LOADER, kv_bytes_per_token
 from qwen3emb_launch.planning.rules import GRAPH_PADDING
@@ -111,6 +112,31 @@ def test_the_cpu_gets_no_gpu_options_and_a_small_pool() -> None:
     assert made.memory.terms["KV pool"] < 32e6
     assert made.env["SGLANG_USE_CPU_ENGINE"] == "1"
     assert made.gpu is None
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpu", "limited", "workers"),
+    [(1, True, False, 1), (4, True, False, 1), (7, True, False, 1), (8, True, False, 2), (16, True, False, 4),
+     (208, True, False, 8), (208, False, False, 1), (16, True, True, 1)],
+)  # fmt: skip
+def test_gateway_workers_go_by_cores_before_a_gpu(cores: int, gpu: bool, limited: bool, workers: int) -> None:
+    """A CPU engine wants the cores itself; a key's limit a minute holds in one process."""
+    assert workers_for(cores, gpu=gpu, limited=limited) == workers
+
+
+def test_each_gateway_worker_has_a_cache_of_the_usual_size() -> None:
+    """Divided among workers the hot texts would lie in each part and leave less room; and who says a number has it."""
+    one, four = plan("h100").gateway, plan("h100", gateway_workers=4).gateway
+    assert (one["workers"], one["cache_bytes"]) == (1, 128 << 20)
+    assert (four["workers"], four["cache_bytes"]) == (4, 4 * one["cache_bytes"])
+    said_so = plan("h100", gateway_workers=4, overrides={"gateway.workers": "2", "gateway.cache_mb": "100"}).gateway
+    assert (said_so["workers"], said_so["cache_bytes"]) == (2, 100 << 20)
+
+
+def test_an_upgrade_keeps_the_number_of_gateway_workers() -> None:
+    made = plan("h100", gateway_workers=4)
+    asked = planning.again(made, load("h100"), made.engine, engine_port=12000, ram_bytes=None)
+    assert planning.plan(asked).gateway["workers"] == 4
 
 
 def test_batches_overlap_on_a_gpu_only() -> None:

@@ -124,11 +124,22 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
             port=options.port,
             engine_port=private_port("127.0.0.1"),
             ram_bytes=None if chosen.gpu else available_memory(),
+            gateway_workers=gateway_workers(chosen.profile, chosen.said("gateway.api_keys", options)),
         )
     )
     for warning in plan.warnings:
         console.warn(warning)
     return with_gateway(plan)
+
+
+def gateway_workers(profile: Profile, keys_file: str | None) -> int:
+    """Gateway processes on this machine where nobody says how many. Raises InvalidInputError `bad_keys`."""
+    from qwen3emb_launch.gateway import keys
+    from qwen3emb_launch.gateway.host import usable_cores
+    from qwen3emb_launch.planning.front import workers_for
+
+    limited = keys.load(Path(keys_file).expanduser() if keys_file else None).limited
+    return workers_for(usable_cores(), gpu=profile.engine.flavour == "cuda", limited=limited)
 
 
 def with_gateway(plan: LaunchPlan) -> LaunchPlan:
@@ -159,7 +170,8 @@ def check_front(options: LaunchOptions, chosen: Chosen) -> None:
 
     host, port = chosen.address(options)
     behind = chosen.said("gateway.enabled", options) is not False
-    _check_address(host, port, (chosen.said("gateway.workers", options) or 1) if behind else 0)
+    usual = gateway_workers(chosen.profile, chosen.said("gateway.api_keys", options)) if behind else 0
+    _check_address(host, port, (chosen.said("gateway.workers", options) or usual) if behind else 0)
     if not behind:
         return
     said = {GATEWAY_NAMES[key]: chosen.said(f"gateway.{key}", options) for key in ("api_keys", "tasks", "insecure")}

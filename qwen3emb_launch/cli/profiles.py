@@ -116,10 +116,12 @@ def explain(
     """
     with shell("profiles explain", json) as console:
         from qwen3emb_launch import profile_files
+        from qwen3emb_launch.cli.launching import gateway_workers
         from qwen3emb_launch.explain import Ask, explain
 
-        ask = Ask(model, engine, tuple(set_ or ()), dict(os.environ))
-        explained = explain(profile_files.load(name), ask)
+        profile = profile_files.load(name)
+        ask = Ask(model, engine, tuple(set_ or ()), dict(os.environ), gateway_workers(profile, None))
+        explained = explain(profile, ask)
         for warning in explained.plan.warnings:
             console.warn(warning)
         console.result(explained, lambda c: _show_explained(c, explained))

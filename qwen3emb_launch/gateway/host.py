@@ -1,11 +1,28 @@
-"""What the gateway needs of the machine it listens on: its certificate, and a descriptor a connection."""
+"""What the gateway needs of the machine it listens on: cores, its certificate, and a descriptor a connection."""
 
 from __future__ import annotations
 
+import os
 import ssl
+from pathlib import Path
 
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.config import GatewayConfig
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroups: Path = CGROUPS) -> int:
+    """Cores that this process may keep busy: of those it may run on, as many as its control group's quota pays for.
+
+    A container sees its own quota at the top; outside of one there is none there.
+    """
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroups / "cpu.max").read_text(encoding="ascii").split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # cgroup v1, or no quota: "max"
+        return cores
 
 
 def tls_context(config: GatewayConfig) -> ssl.SSLContext | None:

@@ -75,6 +75,11 @@ class Keyring:
     def __len__(self) -> int:
         return len(self._clients)
 
+    @property
+    def limited(self) -> bool:
+        """Whether any key may do only so much a minute."""
+        return any(c.requests.per_minute or c.tokens.per_minute for c in self._clients.values())
+
     def _digest(self, key: str) -> bytes:
         return blake2b(key.encode("utf-8", "surrogatepass"), key=self._salt, digest_size=32).digest()
 

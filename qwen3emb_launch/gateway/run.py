@@ -104,7 +104,9 @@ class Workers:
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stop)
         signal.signal(signal.SIGHUP, self._pass_on)
-        Service(self._config)  # a configuration that cannot work is found here, once, not in every worker
+        # A configuration that cannot work is found here, once, not in every worker.
+        if Service(self._config).app.keys.limited:
+            log.warning("limits of API keys hold in each of the %d workers for itself", self._config.workers)
         self._sockets = _given(self._config) or self._listen()
         reader, writer = self._context.Pipe(duplex=False)
         try:

@@ -37,6 +37,7 @@ def again(
         engine_port=engine_port,
         served_name=plan.served_model_name,
         ram_bytes=ram_bytes,
+        gateway_workers=int((plan.gateway or {}).get("workers", 1)),  # it goes on while the engine changes
     )
 
 

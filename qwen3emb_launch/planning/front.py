@@ -10,7 +10,9 @@ from qwen3emb_launch.planning.ledger import Ledger
 from qwen3emb_launch.planning.request import PlanRequest
 
 FIRST_PRIVATE_PORT = 12000
-CACHE_MB = 128
+CACHE_MB = 128  # a worker
+CORES_A_WORKER = 4
+MOST_WORKERS = 8
 CPU_HOLD, GPU_HOLD = 60.0, 120.0
 ANSWER_SECONDS = 90.0  # that a request may take beyond the wait for an engine
 # Settings of the gateway that are passed on where somebody gave them, by their names in its configuration.
@@ -23,6 +25,16 @@ GATEWAY_NAMES = {
     "access_log": "access_log",
     "admin_port": "admin_port",
 }
+
+
+def workers_for(cores: int, *, gpu: bool, limited: bool) -> int:
+    """Gateway processes that suit a machine: one for four cores, which leaves the engine what it keeps busy (an HTTP
+    process, a scheduler) and its clients some; eight at most, since a share of the cache goes with each.
+
+    One on a CPU engine, which computes on all cores itself, and where keys have limits a minute: each worker counts
+    for itself.
+    """
+    return max(1, min(MOST_WORKERS, cores // CORES_A_WORKER)) if gpu and not limited else 1
 
 
 def behind(request: PlanRequest) -> tuple[str, int]:
@@ -49,8 +61,18 @@ def settings(
                 "leave the gateway on, or --set replicas=1",
             )
         return None
-    workers = ledger.decide("gateway.workers", 1, "one process answers some thousand texts a second", origin="default")
-    cache = ledger.decide("gateway.cache_mb", CACHE_MB, "12,000 vectors of 2560 numbers", origin="default")
+    workers = ledger.decide(
+        "gateway.workers",
+        request.gateway_workers,
+        "one process answers some thousand texts a second; before a GPU one for four cores, unless keys have limits",
+        origin="rule" if request.gateway_workers > 1 else "default",
+    )
+    cache = ledger.decide(
+        "gateway.cache_mb",
+        CACHE_MB * workers,
+        "12,000 vectors of 2560 numbers" + (" in each worker" if workers > 1 else ""),
+        origin="rule" if workers > 1 else "default",
+    )
     hold = ledger.decide(
         "gateway.hold",
         GPU_HOLD if request.engine.flavour == "cuda" else CPU_HOLD,

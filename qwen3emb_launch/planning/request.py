@@ -20,7 +20,8 @@ class PlanRequest:
     `environ` is the launcher's environment; only QWEN3EMB_SET_* is read. `overrides` are the `--set` values by key.
     `host` and `port` are where users call. `engine_host`/`engine_port` is where the engine listens when the gateway
     stands between (left out: 127.0.0.1 and the first private port; the supervisor takes another where it is not free).
-    `ram_bytes` is the free host memory, for engines without a GPU; None is unknown.
+    `ram_bytes` is the free host memory, for engines without a GPU; None is unknown. `gateway_workers` is what suits the
+    machine where nobody says how many (`front.workers_for`).
     """
 
     profile: Profile
@@ -36,6 +37,7 @@ class PlanRequest:
     engine_port: int | None = None
     served_name: str | None = None
     ram_bytes: int | None = None
+    gateway_workers: int = 1
 
 
 def read_overrides(words: list[str]) -> dict[str, str]:
