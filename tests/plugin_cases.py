@@ -35,41 +35,40 @@ from starlette.routing import Match
 
 USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": None}
 
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"]}
+
 
 def body(**fields: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
 class Serving(unittest.TestCase):
-    def test_the_architecture_is_read_where_the_model_is_named(self) -> None:
-        """As one word or two; anything unreadable is no architecture, and nothing is left out then."""
+    def test_the_checkpoint_is_read_where_the_model_is_named(self) -> None:
+        """As one word or two; of anything unreadable nothing is known, and nothing is left out then."""
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
-            self.assertEqual(serve.architectures(["--port", "1", "--model-path", folder]), ["Qwen3ForCausalLM"])
-            self.assertEqual(serve.architectures([f"--model-path={folder}"]), ["Qwen3ForCausalLM"])
-            self.assertEqual(serve.architectures(["--model", folder]), ["Qwen3ForCausalLM"])
-            for broken in ("", "[]", '{"architectures": null}', "{}"):
+            Path(folder, "config.json").write_text(json.dumps(QWEN3))
+            self.assertEqual(serve.checkpoint(["--port", "1", "--model-path", folder]), QWEN3)
+            self.assertEqual(serve.checkpoint([f"--model-path={folder}"]), QWEN3)
+            self.assertEqual(serve.checkpoint(["--model", folder]), QWEN3)
+            for broken in ("", "[]", "3", "{}"):
                 Path(folder, "config.json").write_text(broken)
-                self.assertEqual(serve.architectures(["--model-path", folder]), [], broken)
-        self.assertEqual(serve.architectures(["--model-path", "Qwen/Qwen3-Embedding-4B"]), [])
-        self.assertEqual(serve.architectures(["--model-path"]), [])
-        self.assertEqual(serve.architectures([]), [])
+                self.assertEqual(serve.checkpoint(["--model-path", folder]), {}, broken)
+        self.assertEqual(serve.checkpoint(["--model-path", "Qwen/Qwen3-Embedding-4B"]), {})
+        self.assertEqual(serve.checkpoint(["--model-path"]), {})
+        self.assertEqual(serve.checkpoint([]), {})
 
     def test_only_the_classes_of_qwen3_are_let_in(self) -> None:
         """For its own checkpoints, through SGLang's own list; a list somebody set stays."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, let_in in (("Qwen3ForCausalLM", True), ("LlamaForCausalLM", False)):
-                Path(folder, "config.json").write_text(json.dumps({"architectures": [name]}))
-                with mock.patch.dict(os.environ):
-                    os.environ.pop(serve.DISABLED, None)
-                    serve.leave_out_models(["--model-path", folder])
-                    out = set(filter(None, os.environ.get(serve.DISABLED, "").split(",")))
-                    self.assertEqual("llama" in out, let_in)
-                    self.assertFalse(out & {"qwen3", "qwen2", "registry"})
-            Path(folder, "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
-            with mock.patch.dict(os.environ, {serve.DISABLED: "llama"}):
-                serve.leave_out_models(["--model-path", folder])
-                self.assertEqual(os.environ[serve.DISABLED], "llama")
+        for config, let_in in (({"architectures": ["LlamaForCausalLM"]}, False), ({}, False), (QWEN3, True)):
+            with mock.patch.dict(os.environ):
+                os.environ.pop(serve.DISABLED, None)
+                serve.leave_out_models(config)
+                out = set(filter(None, os.environ.get(serve.DISABLED, "").split(",")))
+                self.assertEqual("llama" in out, let_in)
+                self.assertFalse(out & {"qwen3", "qwen2", "registry"})
+        with mock.patch.dict(os.environ, {serve.DISABLED: "llama"}):
+            serve.leave_out_models(QWEN3)
+            self.assertEqual(os.environ[serve.DISABLED], "llama")
 
     def test_sglang_s_own_list_of_plugins_holds(self) -> None:
         """Before SGLang reads it."""

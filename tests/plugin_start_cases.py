@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import unittest
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import bytecode, one_tokenizer, serve
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, serve, switches, unused
 from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 
@@ -253,6 +254,123 @@ class OneTokenizer(unittest.TestCase):
         ):
             serve.load_tokenizer()
         self.assertEqual(self.loaded, [])
+
+
+class Unused(unittest.TestCase):
+    def test_only_a_plain_qwen3_is_served_without(self) -> None:
+        plain = {"architectures": ["Qwen3ForCausalLM"]}
+        self.assertTrue(unused.fits(plain, ["--quantization", "fp8"]))
+        self.assertFalse(unused.fits({}, []))
+        self.assertFalse(unused.fits({**plain, "quantization_config": {"quant_method": "torchao"}}, []))
+        self.assertFalse(unused.fits(plain, ["--torchao-config", "int4wo-128"]))
+        self.assertFalse(unused.fits(plain, ["--model-impl=transformers"]))
+
+    def test_transformers_is_told_so_while_it_is_imported(self) -> None:
+        """Who asked meanwhile is answered no for good; afterwards the answers are the stock ones."""
+        import transformers.utils
+        from transformers.utils import import_utils
+
+        stock = [getattr(import_utils, name) for name in unused.QUESTIONS]
+        with unused.said_to_be_missing():
+            during = [getattr(place, name) for place in (transformers.utils, import_utils) for name in unused.QUESTIONS]
+        self.assertEqual([ask() for ask in during], [False] * 6)
+        self.assertEqual([getattr(import_utils, name) for name in unused.QUESTIONS], stock)
+        self.assertEqual([getattr(transformers.utils, name) for name in unused.QUESTIONS], stock)
+
+
+class Prebuild(unittest.TestCase):
+    def kernels(self, **kernels: Any) -> None:
+        patched = mock.patch.object(prebuild, "KERNELS", kernels)
+        patched.start()
+        self.addCleanup(patched.stop)
+
+    def test_the_kernels_of_the_layers_that_this_server_runs(self) -> None:
+        """Where `attention` runs, queries and keys are not the stock kernels' work."""
+        for version, environ, found in (
+            ("0.5.16", {}, ["norm", "activation"]),
+            ("0.5.16", {"QWEN3EMB_PLUGIN_ATTENTION": "0"}, ["norm", "activation", "qknorm", "rope"]),
+            ("0.5.14", {}, ["norm", "activation", "qknorm", "rope"]),
+        ):
+            with (
+                mock.patch.object(prebuild, "sglang_version", return_value=version),
+                mock.patch.dict(os.environ, environ),
+            ):
+                self.assertEqual(prebuild.names(), found)
+
+    def test_a_kernel_that_cannot_be_built_is_left_to_its_first_use(self) -> None:
+        built: list[str] = []
+        self.kernels(good=lambda: lambda: built.append("good"), other=lambda: None, bad=lambda: lambda: 1 / 0)
+        with mock.patch("setproctitle.setproctitle"), self.assertLogs("qwen3emb_engine_plugin") as said:
+            for name in ("good", "other", "bad"):
+                prebuild.build(name)
+        self.assertEqual(built, ["good"])
+        self.assertEqual(len(said.output), 1)
+        self.assertIn("bad is left to its first use: ZeroDivisionError", said.output[0])
+
+    def test_the_engine_s_functions_are_the_ones_read(self) -> None:
+        """What each part of it would call, found in this engine; none is called."""
+        for name in ("activation", "qknorm", "rope"):
+            self.assertTrue(callable(prebuild.KERNELS[name]()), name)
+        with (
+            mock.patch.dict(prebuild.KERNELS, qknorm=lambda: prebuild._of_sglang("norm", "rmsnorm", "dtype")),
+            mock.patch("setproctitle.setproctitle"),
+            self.assertLogs("qwen3emb_engine_plugin") as said,
+        ):
+            prebuild.build("qknorm")
+        self.assertIn("TypeError: rmsnorm(input weight out eps) instead of (dtype)", said.output[0])
+
+    def test_it_is_not_needed_without_a_template_or_a_card(self) -> None:
+        self.assertEqual(prebuild.prebuild(), switches.NOT_NEEDED)
+        with (
+            mock.patch.object(prebuild.template, "running", return_value=True),
+            mock.patch.object(prebuild, "first_visible_card", return_value=None),
+        ):
+            self.assertEqual(prebuild.prebuild(), switches.NOT_NEEDED)
+        self.assertEqual(prebuild.await_builders(), switches.NOT_NEEDED)
+
+    def test_who_takes_too_long_is_ended_with_its_compilers(self) -> None:
+        """Those that have ended, or whose id is nobody's, are not waited for."""
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        slow = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+        assert slow.stdout
+        compiler = int(slow.stdout.readline())
+        with self.assertLogs("qwen3emb_engine_plugin") as said:
+            prebuild.wait({prebuild.BUILDERS: f"{ended.pid},{slow.pid}"}, 0.0)
+        self.assertEqual(slow.wait(10), -9)
+        self.assertIn("not built after 0 s", said.output[0])
+        slow.stdout.close()
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{compiler}").exists() and "Z" not in Path(f"/proc/{compiler}/stat").read_text():
+            self.assertLess(time.monotonic(), deadline, "its compiler goes on")
+
+    def test_builders_come_from_the_template_and_are_waited_for(self) -> None:
+        """Each in a process of its own; one that fails is no reason to wait, or to fail."""
+        code = (
+            "import os, sys\n"
+            "from qwen3emb_engine_plugin import prebuild, template\n"
+            "folder = sys.argv[1]\n"
+            "def built(name):\n"
+            "    open(os.path.join(folder, name), 'w').write(f'{os.getpid()} {os.getppid()}')\n"
+            "prebuild.KERNELS = {'one': lambda: lambda: built('one'), 'two': lambda: lambda: built('two'),\n"
+            "    'bad': lambda: lambda: 1 / 0}\n"
+            "prebuild.names = lambda: list(prebuild.KERNELS)\n"
+            "assert template.start(modules=[]) is None\n"
+            "prebuild.start()\n"
+            "prebuild.wait(os.environ)\n"
+            "print(sorted(os.listdir(folder)), os.environ[prebuild.BUILDERS], template.running())\n"
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            found = subprocess.run(
+                [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, check=False
+            )
+            self.assertEqual(found.returncode, 0, found.stderr)
+            builders = found.stdout.split("] ")[1].split()[0].split(",")
+            self.assertTrue(found.stdout.startswith("['one', 'two']"), found.stdout)
+            one, two = (Path(folder, name).read_text().split() for name in ("one", "two"))
+        self.assertEqual([one[0], two[0]], builders[:2])
+        self.assertEqual(one[1], two[1])
+        self.assertIn("bad is left to its first use: ZeroDivisionError", found.stderr)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def answered_by_nvml() -> Iterator[None]:
     """
     import torch
 
-    facts = _first_visible_card() if torch.version.cuda else None
+    facts = first_visible_card() if torch.version.cuda else None
     if facts is None:
         yield
         return
@@ -60,7 +60,7 @@ def answered_by_nvml() -> Iterator[None]:
             setattr(module, name, function)
 
 
-def _first_visible_card() -> SimpleNamespace | None:
+def first_visible_card() -> SimpleNamespace | None:
     """Compute capability, name and memory of the card that CUDA would call 0, or None."""
     try:
         import pynvml

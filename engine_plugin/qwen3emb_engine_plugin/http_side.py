@@ -14,6 +14,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from qwen3emb_engine_plugin import template
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.engine_calls import EngineCalls
+from qwen3emb_engine_plugin.prebuild import prebuild
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit
 
@@ -174,4 +175,4 @@ def workers() -> str | None:
     return None
 
 
-PARTS = [("answer", True, answer), ("route", True, route), ("workers", True, workers)]
+PARTS = [("answer", True, answer), ("route", True, route), ("workers", True, workers), ("prebuild", False, prebuild)]

@@ -11,6 +11,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.housekeeping import idle, snapshots
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
+from qwen3emb_engine_plugin.prebuild import await_builders
 from qwen3emb_engine_plugin.prefill_graph import full_graph
 from qwen3emb_engine_plugin.switches import misfit
 from qwen3emb_engine_plugin.wire import OUR_RIDS
@@ -103,4 +104,5 @@ PARTS = [
     ("fp8_layer", True, fp8_layer),
     ("heap", True, heap),
     ("norms", True, norms),
+    ("prebuild", False, await_builders),
 ]

@@ -1,9 +1,10 @@
 """`python -m qwen3emb_engine_plugin.serve ARGUMENTS`: sglang.launch_server with its arguments, ready sooner.
 
 Before SGLang's own main begins, only the model classes that the checkpoint needs are let in, everything is imported
-once, from bytecode that is kept where Python keeps none (`bytecode`), the tokenizer is loaded once (`one_tokenizer`),
-and a template of the process is forked for the workers (`template`). QWEN3EMB_PLUGIN_TEMPLATE=0 leaves out template and
-tokenizer, _TOKENIZER=0 and _BYTECODE=0 one of the others, QWEN3EMB_PLUGIN=0 everything.
+once, from bytecode that is kept where Python keeps none (`bytecode`) and without packages that nothing here calls
+(`unused`), the tokenizer is loaded once (`one_tokenizer`), and a template of the process is forked for the workers
+(`template`). QWEN3EMB_PLUGIN_BYTECODE=0, _UNUSED=0 and _TOKENIZER=0 leave one of them out, _TEMPLATE=0 the template and
+the latter two, QWEN3EMB_PLUGIN=0 everything.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import os
 import pkgutil
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
-from qwen3emb_engine_plugin import bytecode, one_tokenizer
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, unused
 from qwen3emb_engine_plugin.switches import misfit_of_version, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -36,13 +39,18 @@ def main() -> None:
     if switched_on(None) and chosen() and not misfit_of_version():
         if switched_on("bytecode"):
             _say("bytecode", bytecode.keep())
-        leave_out_models(sys.argv[1:])
+        config = checkpoint(sys.argv[1:])
+        leave_out_models(config)
         if switched_on("template"):
             # numpy's and scipy's own threads, which nothing here uses: the template has to be without any.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from qwen3emb_engine_plugin import template
 
-            _say("template", template.start(load=load_tokenizer))
+            lean = switched_on("unused") and unused.fits(config, sys.argv[1:])
+            _say(
+                "template",
+                template.start(load=load_tokenizer, importing=unused.said_to_be_missing if lean else nullcontext),
+            )
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
@@ -69,12 +77,12 @@ def chosen() -> bool:
     return not names or "qwen3emb" in names
 
 
-def leave_out_models(arguments: Sequence[str]) -> None:
+def leave_out_models(config: Mapping[str, Any]) -> None:
     """Let SGLang import the classes of Qwen3 alone: it imports all of some 200 models otherwise.
 
     Only for a checkpoint that says it is a Qwen3ForCausalLM, and where nobody has set the list.
     """
-    if DISABLED in os.environ or architectures(arguments) != [QWEN3]:
+    if DISABLED in os.environ or config.get("architectures") != [QWEN3]:
         return
     spec = importlib.util.find_spec("sglang")
     folders = [str(Path(place) / "srt" / "models") for place in (spec.submodule_search_locations or ())] if spec else []
@@ -83,18 +91,18 @@ def leave_out_models(arguments: Sequence[str]) -> None:
         os.environ[DISABLED] = ",".join(sorted(names - NEEDED))
 
 
-def architectures(arguments: Sequence[str]) -> list[str]:
-    """What the config.json of the folder after --model-path names; empty where that cannot be read."""
+def checkpoint(arguments: Sequence[str]) -> dict[str, Any]:
+    """The config.json of the folder after --model-path; empty where that cannot be read."""
     for position, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name in ("--model-path", "--model"):
             folder = value if equals else "".join(arguments[position + 1 : position + 2])
             try:
-                found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["architectures"]
-            except (OSError, ValueError, KeyError, TypeError):
-                return []
-            return found if isinstance(found, list) else []
-    return []
+                found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return {}
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 if __name__ == "__main__":

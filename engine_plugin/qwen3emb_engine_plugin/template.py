@@ -22,7 +22,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from multiprocessing import connection, forkserver, popen_forkserver, popen_spawn_posix, resource_tracker, spawn
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -49,17 +49,22 @@ READ_AT_EXEC = "LD_PRELOAD"
 HARMLESS = ("jemalloc_bg_thd", "cuda0")
 
 
-def start(modules: Sequence[str] = MODULES, load: Callable[[], None] = lambda: None) -> str | None:
-    """Import `modules`, `load` what the workers share besides, and fork the template from this process.
+def start(
+    modules: Sequence[str] = MODULES,
+    load: Callable[[], None] = lambda: None,
+    importing: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> str | None:
+    """Import `modules` (under `importing`), `load` what the workers share besides, and fork the template from here.
 
     Returns why it was not done, or None.
     """
     problem = _misfit()
     if problem:
         return problem
-    with answered_by_nvml(), compiled_when_called(), _uncollected():
-        for module in modules:
-            importlib.import_module(module)
+    with answered_by_nvml(), _uncollected():
+        with compiled_when_called(), importing():
+            for module in modules:
+                importlib.import_module(module)
         load()
     if not cuda_untouched():
         return "an import initialised CUDA"

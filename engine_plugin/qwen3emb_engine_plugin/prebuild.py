@@ -1,0 +1,165 @@
+"""Kernels that are compiled at their first use, compiled beside the start instead, all at once.
+
+The first pass of a Qwen3 layer has nvcc build SGLang's gating kernel and, where nvidia-cutlass-dsl is missing,
+flashinfer's norms, one after the other: most of a start with empty kernel caches. Each is built here in a process of
+its own, forked from the template, by the very function that would build it later; that one finds it, or waits at the
+same lock. The scheduler waits for them once its weights are there, so that nobody reads a file that is being written.
+What fails here is built, and reported, where it always was. Kernels that are there already cost each process a look.
+
+Off unless QWEN3EMB_PLUGIN_PREBUILD=1: no GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import select
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwen3emb_engine_plugin import template
+from qwen3emb_engine_plugin.card import answered_by_nvml, first_visible_card
+from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version, switched_on
+
+logger = logging.getLogger("qwen3emb_engine_plugin")
+
+BUILDERS = "QWEN3EMB_PLUGIN_BUILDERS"  # their process ids, for the scheduler
+HEAD = 128  # of every Qwen3 embedding model
+DEADLINE = 300.0  # seconds: nvcc takes 20 to 60 for one of these
+WORTH_SAYING = 2.0  # seconds
+JIT = "sglang.jit_kernel"
+
+
+def _norms() -> Callable[[], Any] | None:
+    """flashinfer's norms, or None where another kernel than nvcc's takes their place."""
+    if not importlib.import_module("flashinfer.norm")._USE_CUDA_NORM:
+        return None
+    spec = importlib.import_module("flashinfer.jit.norm").gen_norm_module()
+    return None if spec.is_aot else spec.build_and_load
+
+
+def _of_sglang(module: str, function: str, parameters: str, *arguments: Any) -> Callable[[], Any] | None:
+    import torch
+
+    found = getattr(importlib.import_module(f"{JIT}.{module}"), function)
+    problem = misfit(found, parameters)
+    if problem:
+        raise TypeError(problem)
+    return lambda: found(*arguments, torch.bfloat16)
+
+
+KERNELS: dict[str, Callable[[], Callable[[], Any] | None]] = {
+    "norm": _norms,
+    "activation": lambda: _of_sglang("activation", "_jit_activation_module", "dtype"),
+    "qknorm": lambda: _of_sglang("norm", "_jit_qknorm_module", "head_dim dtype", HEAD),
+    "rope": lambda: _of_sglang("rope", "_jit_fused_rope_module", "is_neox rope_dim dtype", True, HEAD),
+}
+
+
+def names() -> list[str]:
+    """The kernels that this server's layers use: `attention` has its own norm and rotation of queries and keys."""
+    own = switched_on("attention") and sglang_version() == "0.5.16"
+    return ["norm", "activation"] if own else list(KERNELS)
+
+
+def build(name: str) -> None:
+    """A builder's life: build one kernel, and say how long that took or why it failed."""
+    import setproctitle
+
+    setproctitle.setproctitle(f"sglang::build_{name}")
+    begin = time.monotonic()
+    try:
+        with answered_by_nvml():
+            make = KERNELS[name]()
+            if make:
+                make()
+    except Exception as error:
+        logger.warning("qwen3emb plugin: %s is left to its first use: %s: %s", name, type(error).__name__, error)
+        return
+    took = time.monotonic() - begin
+    if took > WORTH_SAYING:
+        logger.warning("qwen3emb plugin: %s was built in %.1f s, beside the start", name, took)
+
+
+def start() -> None:
+    """Start the builders, and leave their ids to the processes that come after."""
+    forked = template.TemplateContext().Process
+    builders = [forked(target=build, args=(name,), daemon=True) for name in names()]
+    for builder in builders:
+        builder.start()
+    os.environ[BUILDERS] = ",".join(str(builder.pid) for builder in builders)
+
+
+def prebuild() -> str | None:
+    """In the HTTP process: start the builders just before the scheduler."""
+    if not template.running():
+        return NOT_NEEDED
+    import torch
+
+    if torch.version.cuda is None or first_visible_card() is None:
+        return NOT_NEEDED
+    from sglang.srt.entrypoints import engine
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    problem = misfit(engine._set_envs_and_config, "server_args", 'mp.set_start_method("spawn", force=True)')
+    if problem:
+        return problem
+
+    def started(result: Any, *_: Any, **__: Any) -> Any:
+        start()
+        return result
+
+    HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", started, HookType.AFTER)
+    return None
+
+
+def await_builders() -> str | None:
+    """In the scheduler: before a kernel is used for the first time, those that are being built are waited for."""
+    if not os.environ.get(BUILDERS):
+        return NOT_NEEDED
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    problem = misfit(ModelRunner.load_model, "self")
+    if problem:
+        return problem
+
+    def loaded(result: Any, *_: Any, **__: Any) -> Any:
+        wait(os.environ)
+        return result
+
+    HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", loaded, HookType.AFTER)
+    return None
+
+
+def wait(environ: Mapping[str, str], seconds: float = DEADLINE) -> None:
+    """Until every builder has ended. One that takes longer than `seconds` is ended, with its compilers."""
+    begin = time.monotonic()
+    for pid in map(int, filter(None, environ.get(BUILDERS, "").split(","))):
+        try:
+            handle = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        try:
+            left = max(0.0, begin + seconds - time.monotonic())
+            if not select.select([handle], [], [], left)[0]:
+                logger.warning("qwen3emb plugin: a kernel is not built after %.0f s: left to its first use", seconds)
+                _end(pid)
+        finally:
+            os.close(handle)
+    if (took := time.monotonic() - begin) > WORTH_SAYING:
+        logger.info("qwen3emb plugin: waited %.1f s for kernels to be built", took)
+
+
+def _end(pid: int) -> None:
+    """Kill a builder and its compilers, so that its locks are free."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        builder = psutil.Process(pid)
+        for process in (builder, *builder.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
