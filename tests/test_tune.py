@@ -308,8 +308,8 @@ def test_a_budget_for_the_baseline_alone_claims_nothing_of_the_rest(tmp_path: Pa
         (70, ["a=1"], 0),
         (130, ["a=1", "b=1", "c=1", "a=1 b=1"], 0),  # no final would fit after any of them: none is waited for
         (190, ["a=1"], 5),  # the first one helped, and a final of shorter loads still fits: it is held
-        (260, ["a=1", "b=1"], 3),
-        (300, ["a=1", "b=1", "a=1 b=1"], 3),  # two that helped go together before a third by itself
+        (260, ["a=1", "b=1"], 5),
+        (300, ["a=1", "b=1", "a=1 b=1"], 5),  # two that helped go together before a third by itself
     ],
 )
 def test_a_tight_budget_is_spent_on_what_fits(tmp_path: Path, budget: float, tried: list[str], rounds: int) -> None:
@@ -324,6 +324,13 @@ def test_a_tight_budget_is_spent_on_what_fits(tmp_path: Path, budget: float, tri
     assert ("loads of 6 s, not 12" in notes) is (budget == 190)
     assert ("no time was left for a final" in run.verdict.sentence) is (bool(tried) and not rounds)
     assert ("which the final is to have" in notes) is bool(rounds)
+
+
+def test_a_final_has_as_many_rounds_as_there_is_time_for(tmp_path: Path) -> None:
+    """What is left at its end is less than two turns, and enough to end the engines."""
+    run = tune(tmp_path, A, budget=240, rounds=50, gives={A: 1.3})
+    assert 3 < len(run.journal.rounds) < 50
+    assert 2 * 4.0 < 240 - run.clock.now < 2 * 1.15 * 13 + 2 * 4.0
 
 
 def test_what_was_tried_without_a_final_has_it_on_resume(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_a_run_calibrates_once(trials: Trials, capsys, monkeypatch) -> None:
     monkeypatch.setattr(calibrate, "vocabulary_of", lambda *words: found.append(words) or real(*words))
     status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0", "--space", "one.yaml")
     assert status == 0, envelope
-    assert len(trials.started) == 3
+    assert len(trials.started) >= 3
     assert len(found) == 1
     rates = [m for t in envelope["result"]["trials"] for m in t["measurements"]]
     assert all(m["tokens_per_s"] == pytest.approx(33 * m["texts_per_s"]) for m in rates)

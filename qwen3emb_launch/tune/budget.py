@@ -43,9 +43,9 @@ class Budget:
         """Seconds that an engine may take to serve."""
         return max(1.0, self.left - STOPPING)
 
-    def check(self, seconds: float) -> None:
-        """Raise OutOfTimeError unless a load of so many seconds fits."""
-        if self.left < seconds + self.warmup + STOPPING:
+    def check(self, seconds: float, engines: int = 1) -> None:
+        """Raise OutOfTimeError unless a load of so many seconds fits, and the end of the engines that run."""
+        if self.left < (seconds + self.warmup) * SAFETY + STOPPING * engines:
             raise OutOfTimeError
 
     def start_time(self, trials: Sequence[Trial]) -> float:

@@ -31,8 +31,8 @@ class Final:
     notes: list[str] = field(default_factory=list)
 
     def hold(self, levels_of: Mapping[Moves, float], rounds: int) -> None:
-        """Side by side where all fit; else each is started again for every turn. Ends early with the budget."""
-        self.listener.said(f"final: {', '.join(map(label, levels_of))}; {rounds} rounds")
+        """Side by side where all fit; else each is started again for every turn. It ends early with the budget."""
+        self.listener.said(f"final: {', '.join(map(label, levels_of))}; up to {rounds} rounds")
         try:
             with ExitStack() as stack:
                 engines = {
@@ -64,9 +64,10 @@ class Final:
             measured: dict[Moves, Measurement] = {}
             for moves in list(chosen) if number % 2 else list(reversed(chosen)):
                 with self._engine(moves, engines) as engine:
+                    running = len(engines) if engines else 1
                     if number == 1:
-                        chosen[moves] = self._settle(engine, chosen[moves])
-                    self.budget.check(self.setup.seconds)
+                        chosen[moves] = self._settle(engine, chosen[moves], running)
+                    self.budget.check(self.setup.seconds, running)
                     found = engine.measure(chosen[moves], self.setup.seconds)
                 # Side by side the card's memory is everybody's: what the configuration took alone counts.
                 measured[moves] = replace(found, memory_bytes=self._alone(moves)) if engines else found
@@ -80,11 +81,11 @@ class Final:
         self.budget.check(self.budget.start_time(self.journal.trials) + self.setup.seconds)
         return self.machine.start(moves, 0, self.budget.for_a_start)
 
-    def _settle(self, engine: Running, level: float) -> float:
+    def _settle(self, engine: Running, level: float, running: int) -> float:
         """The highest level that holds, from the same level for all: which one a brief trial ended at is chance."""
         seconds, searched = self.setup.seconds / 2, self.setup.objective.goal in SEARCHED
         for _ in range(EASINGS):
-            self.budget.check(seconds)
+            self.budget.check(seconds, running)
             if self.setup.objective.meets(engine.measure(level, seconds)) or not searched:
                 break
             level = level / EASED if self.setup.open else float(max(1, min(int(level) - 1, round(level / EASED))))

@@ -240,9 +240,7 @@ class Tuning:
             entries.pop()
         fewest = min(FEWEST_ROUNDS, self.setup.rounds)
         share = 1.0 if budget.left >= budget.final_time(len(entries), fewest, trials) else BRIEF
-        spare = budget.left - budget.final_time(len(entries), 0, trials, share)
-        rounds = min(self.setup.rounds, int(spare / budget.round_time(len(entries), share)))
-        if rounds < 1:
+        if budget.left < budget.final_time(len(entries), 1, trials, share):
             takes = budget.final_time(2, fewest, trials)
             return self._unconfirmed(f"no time was left for a final, which takes {takes:.0f} s or more (--resume)")
         setup = replace(self.setup, seconds=share * self.setup.seconds)
@@ -251,7 +249,7 @@ class Tuning:
                 f"there was time for a final of loads of {setup.seconds:.3g} s, not {self.setup.seconds:g}"
             )
         final = Final(setup, self.machine, self.journal, budget, self.listener, self.notes)
-        final.hold({m: levels_of[m] for m in entries}, rounds)
+        final.hold({m: levels_of[m] for m in entries}, self.setup.rounds)
         if not self.journal.rounds:
             return self._unconfirmed("the final could not be held")
         return judge(self.journal.rounds, objective)
