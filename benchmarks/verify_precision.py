@@ -8,8 +8,9 @@
 The checkpoint is DIR, or is made with random weights: the official shape by benchmarks/gpu/make_model.py, the demo's by
 the launcher. transformers computes the reference on the same device, in float32, in bfloat16, and for fp8 with weights
 and activations rounded to e4m3 as the engine does. Each format's endpoint is the one given, or the real SGLang, started
-for it and killed afterwards (--engine-args adds to its command). No hub is asked. Prints Markdown; --json writes all
-cosines, the reports and the versions. Needs httpx, orjson and this repository; exit 1 when a check failed.
+for it and killed afterwards (--engine-args adds to its command). The reference is computed once, so a full level's time
+is without it. No hub is asked. Prints Markdown; --json writes all cosines, what is allowed by text, the reports and
+the versions. Needs httpx, orjson and this repository; exit 1 when a check failed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,12 @@ from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.gpu import survey
 from qwen3emb_launch.results import plain
 from qwen3emb_launch.vectors import distance
-from qwen3emb_launch.verify.probes_reference import allowed_distance
 from qwen3emb_launch.verify.reference import Transformers, transformers_reference
 from qwen3emb_launch.verify.report import Level
 from qwen3emb_launch.verify.runner import Request, vectors_for_diff, verify
 from qwen3emb_launch.verify.session import Options
 from qwen3emb_launch.verify.texts import REFERENCE
-from qwen3emb_launch.verify.tolerance import Precision
+from qwen3emb_launch.verify.yardstick import Yardstick, yardstick
 
 HERE = Path(__file__).resolve().parent
 FLAGS = {
@@ -124,6 +124,7 @@ def prove(url: str, name: str, model: Path, reference: Transformers, arguments: 
         return Request(
             url, Options(level), Path(arguments.scratch) / "weights.json", timeout=300, known=known,
             python=Path(arguments.engine_python) if level == "full" else None, device=arguments.device,
+            computed=reference,
         )  # fmt: skip
 
     reports = [verify(ask("quick"))[0] for _ in range(QUICK_RUNS)]
@@ -135,12 +136,11 @@ def prove(url: str, name: str, model: Path, reference: Transformers, arguments: 
     for check in {c.id: c for r in reports for c in r.failures}.values():
         say(f"{name}: FAILED {check.title}: expected {check.expected}, seen {check.seen}: {check.cause}")
     found, precision = vectors_for_diff(ask("quick"), REFERENCE)
-    errors = own_errors(reference)
     return {
         "endpoint": url,
         "quick_seconds": [r.seconds for r in reports if r.level == "quick"],
         "passed": all(r.passed for r in reports),
-        **cosines(found.vectors, reference, limit(precision, errors)),
+        **cosines(found.vectors, reference, yardstick(precision, reference.sets, REFERENCE)),
         "report": plain(reports[-1]),
     }
 
@@ -155,17 +155,13 @@ def own_errors(reference: Transformers) -> dict[str, float]:
     }
 
 
-def limit(precision: Precision, errors: Mapping[str, float]) -> float:
-    """What `verify` allows."""
-    return allowed_distance(precision, errors.get("bfloat16"), errors.get("fp8") if precision.quantised else None)
-
-
 def cosines(
-    vectors: Mapping[str, tuple[float, ...]], reference: Transformers, allowed: float | None = None
+    vectors: Mapping[str, tuple[float, ...]], reference: Transformers, held: Yardstick | None = None
 ) -> dict[str, Any]:
-    """To each of the reference's formats, text by text."""
+    """To each of the reference's formats, text by text, and what `verify` holds the vectors to."""
     return {
-        "allowed_distance": allowed,
+        "judged_by": held.reference.dtype if held else None,
+        "allowed_distance": [held.allowed[text] for text in REFERENCE] if held else None,
         "cosines": {
             name: [1 - distance(vectors[text], found.vectors[text]) for text in REFERENCE]
             for name, found in reference.sets.items()
@@ -190,7 +186,8 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     )  # fmt: skip
     if "float32" not in reference.sets:
         raise SystemExit(f"no float32 reference: {reference.skipped['float32']}")
-    say(f"{reference.sets['float32'].origin}: {time.monotonic() - began:.0f} s; largest own errors: "
+    seconds = time.monotonic() - began
+    say(f"{reference.sets['float32'].origin}: {seconds:.0f} s; largest own errors: "
         + ", ".join(f"{k} {v:.1e}" for k, v in own_errors(reference).items()))  # fmt: skip
     rows: dict[str, Any] = {
         f"transformers {name}": {"passed": None, **cosines(found.vectors, reference)}
@@ -208,6 +205,7 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "shape": arguments.shape if arguments.model is None else model.name,
         "device": gpu_name() if arguments.device.startswith("cuda") else arguments.device,
         "reference": reference.sets["float32"].origin,
+        "reference_seconds": seconds,
         "texts": list(REFERENCE),
         "rows": rows,
     }
@@ -223,18 +221,32 @@ def markdown(record: Mapping[str, Any]) -> str:
     """The record as the table of docs/verify.md."""
     lines = [
         f"{record['shape']} on {record['device']}, {record['date']}: {len(record['texts'])} texts against "
-        f"{record['reference']} in float32. `{record['command']}`",
+        f"{record['reference']}, computed in {record['reference_seconds']:.0f} s. `{record['command']}`",
         "",
-        "| vectors | lowest cosine | mean cosine | allowed 1 - cosine | quick | full |",
+        "| vectors | lowest, mean cosine to float32 | to transformers' fp8 | allowed 1 - cosine | quick | full |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in record["rows"].items():
-        found = row["cosines"]["float32"]
-        allowed = "-" if row["allowed_distance"] is None else f"{row['allowed_distance']:.1e}"
+        to = row["cosines"]
+        fp8 = "-" if "fp8" not in to or name == "transformers fp8" else pair(to["fp8"])
         quick = f"{min(row['quick_seconds']):.2f} s" if "quick_seconds" in row else "-"
         full = "-" if row["passed"] is None else f"{row['report']['summary']}" if row["passed"] else "FAILED"
-        lines.append(f"| {name} | {min(found):.7f} | {sum(found) / len(found):.7f} | {allowed} | {quick} | {full} |")
+        lines.append(f"| {name} | {pair(to['float32'])} | {fp8} | {allowance(row)} | {quick} | {full} |")
     return "\n".join(lines) + "\n"
+
+
+def pair(found: Sequence[float]) -> str:
+    """The lowest and the mean."""
+    return f"{min(found):.7f}, {sum(found) / len(found):.7f}"
+
+
+def allowance(row: Mapping[str, Any]) -> str:
+    """1 - cosine that `verify` allows, and from which vectors where these are not float32's."""
+    if row["allowed_distance"] is None:
+        return "-"
+    low, high = (f"{limit(row['allowed_distance']):.1e}" for limit in (min, max))
+    to = "" if row["judged_by"] == "float32" else f" to {row['judged_by']}"
+    return f"{low}{to}" if low == high else f"{low} to {high} by text{to}"
 
 
 def say(text: str) -> None:

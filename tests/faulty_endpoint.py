@@ -421,7 +421,7 @@ class _State:
         parts = urlsplit(self.upstream)
         connection = HTTPConnection(parts.hostname or "", parts.port, timeout=120)
         try:
-            connection.request(method, path, body, {"content-type": "application/json"})
+            connection.request(method, parts.path + path, body, {"content-type": "application/json"})
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:

@@ -1,10 +1,11 @@
 """An embeddings server with transformers that computes wrongly on purpose. Run by the engine environment's python.
 
-    python transformers_endpoint.py MODEL_FOLDER     prints its port; the mode is the first part of the path
+    python transformers_endpoint.py MODEL_FOLDER OTHER_FOLDER    prints its port; the mode is the first part of the path
 
 Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
 left_unmasked_128, bidirectional, second_last_layer, half (float16, right otherwise), fp8 (weights and
-activations as engines quantise them).
+activations as engines quantise them). `quantised_` before a mode computes it on OTHER_FOLDER in fp8 with float16
+between the products: another implementation than the reference script's, so its activations round apart.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Model:
         quantise(torch, self.fp8)
         self.eos = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
         self.lock = threading.Lock()
+
+        self.kept: dict[tuple[str, tuple[int, ...], int], torch.Tensor] = {}
 
     def states(self, ids, mask=None, model=None):
         mask = None if mask is None else torch.tensor([mask])
@@ -75,14 +78,29 @@ class Model:
         data = []
         with self.lock:
             for i, ids in enumerate(rows):
-                vector = self.pooled(mode, ids, longest)[: body.get("dimensions")]
-                vector = torch.nn.functional.normalize(vector, dim=-1)
+                key = (mode, tuple(ids), longest if mode == "right_padding" else 0)
+                if key not in self.kept:
+                    self.kept[key] = self.pooled(mode, ids, longest)
+                vector = torch.nn.functional.normalize(self.kept[key][: body.get("dimensions")], dim=-1)
                 data.append({"object": "embedding", "index": i, "embedding": vector.tolist()})
         tokens = sum(map(len, rows)) + len(rows) * (mode != "no_eos")
         return {"object": "list", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
 
-MODEL = Model(sys.argv[1])
+class Quantised(Model):
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self.model = self.half
+        quantise(torch, self.model)
+
+
+RIGHT, QUANTISED = Model(sys.argv[1]), Quantised(sys.argv[2])
+
+
+def asked(path: str) -> tuple[Model, str]:
+    """Whose vectors a path asks for, and by which mode."""
+    mode = path.split("/")[1]
+    return (QUANTISED if mode.startswith("quantised_") else RIGHT), mode.removeprefix("quantised_")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -96,11 +114,13 @@ class Handler(BaseHTTPRequestHandler):
         if not self.path.endswith("/v1/models"):
             self.reply(404, {})
             return
-        self.reply(200, {"data": [{"id": "demo", "root": MODEL.folder, "owned_by": "test", "max_model_len": 8192}]})
+        folder = asked(self.path)[0].folder
+        self.reply(200, {"data": [{"id": "demo", "root": folder, "owned_by": "test", "max_model_len": 8192}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.reply(200, MODEL.answer(self.path.split("/")[1], body))
+        model, mode = asked(self.path)
+        self.reply(200, model.answer(mode, body))
 
     def reply(self, status: int, value: dict) -> None:
         data = json.dumps(value).encode()

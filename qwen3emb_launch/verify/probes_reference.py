@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from statistics import fmean
@@ -16,7 +16,7 @@ from qwen3emb_launch.verify.reference import DEMO_SET, ReferenceSet, Transformer
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
 from qwen3emb_launch.verify.texts import BASE
-from qwen3emb_launch.verify.tolerance import Precision
+from qwen3emb_launch.verify.yardstick import QUANTISED, Yardstick, yardstick
 
 DIAGNOSED = 6  # so many texts are computed the wrong ways, to name a fault
 
@@ -47,34 +47,21 @@ CAUSES = {
     "instruction_added": "an instruction is added to documents",
 }
 
-Compute = Callable[[Sequence[str], bool], Transformers]
+Compute = Callable[[Sequence[str], str | None], Transformers]
 Alternatives = Callable[[Sequence[str]], Mapping[str, Mapping[str, Vector]]]
-
-
-def allowed_distance(precision: Precision, own_error: float | None, quantised_error: float | None = None) -> float:
-    """1 - cosine allowed to the float32 reference.
-
-    The derived bound, widened where the checkpoint's own bfloat16 error (its bfloat16 vectors against its float32
-    ones) says that it amplifies rounding: four times that, and never above 0.01. Where the weights are float8, what
-    that does to this checkpoint (`quantised_error`, its emulated float8 vectors against its float32 ones) takes the
-    estimate's place: twice that is added to the number format's own, 0.05 at most in all.
-    """
-    measured = 4 * own_error if own_error is not None and precision.dtype != "float32" else 0.0
-    if quantised_error is None:
-        return max(precision.distance, min(measured, 0.01))
-    unquantised = max(replace(precision, quantised=None).distance, min(measured, 0.01))
-    return min(unquantised + 2 * quantised_error, 0.05)
 
 
 def compare(
     session: Session,
     reference: ReferenceSet,
-    allowed: float,
+    allowed: float | Mapping[str, float],
     alternatives: Alternatives | None = None,
-    figures: Mapping[str, float] | None = None,
+    figures: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """The endpoint's vectors, each text asked alone, against a set."""
-    expected = f"1 - cosine ≤ {allowed:.1e} to {reference.origin} ({reference.dtype})"
+    """The endpoint's vectors, each text asked alone, against a set; `allowed` is one distance, or one a text."""
+    bound = allowed if isinstance(allowed, Mapping) else dict.fromkeys(reference.vectors, allowed)
+    largest = max(bound.values())
+    expected = f"1 - cosine ≤ {_range(bound.values())} to {reference.origin} ({reference.dtype})"
     seen = session.fitting(list(reference.vectors))
     texts = list(seen)
     if reference.width != session.width:
@@ -90,17 +77,23 @@ def compare(
         "texts": len(texts),
         "min_cosine": 1 - worst,
         "mean_cosine": 1 - fmean(apart.values()),
-        "allowed": allowed,
+        "allowed": largest,
     }
-    if worst <= allowed:
+    wrong = [t for t in texts if apart[t] > bound[t]]
+    if not wrong:
         return held(
             expected,
             f"cosine {1 - worst:.6f} at least, {numbers['mean_cosine']:.6f} on average, {len(texts)} texts",
             **numbers,
         )
-    wrong = [t for t in texts if apart[t] > allowed]
     said = f"{len(wrong)} of {len(texts)} texts differ, cosine down to {1 - worst:.4f}"
-    return broken(expected, said, _cause(seen, reference, wrong, allowed, alternatives), **numbers)
+    return broken(expected, said, _cause(seen, reference, wrong, largest, alternatives), **numbers)
+
+
+def _range(values: Iterable[float]) -> str:
+    ordered = sorted(values)
+    low, high = f"{ordered[0]:.1e}", f"{ordered[-1]:.1e}"
+    return low if low == high else f"{low} to {high}, by text,"
 
 
 def _cause(
@@ -133,7 +126,7 @@ def _cause(
         if moved:
             return moved
     far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
-    if far < NEARBY and len(wrong) > len(seen) // 2:
+    if far < max(NEARBY, 2 * allowed) and len(wrong) > len(seen) // 2:
         return "noise or a coarser number format: close to the right vectors, further than the precision explains"
     if len(wrong) == len(seen):
         return "another checkpoint, or a pooling, EOS or padding that none of the known faults explains"
@@ -212,7 +205,7 @@ def shipped_probe(reference: ReferenceSet, compute: Compute | None) -> Probe:
     """The check of the demo checkpoint against its shipped float32 vectors; `compute` only names a fault."""
 
     def wrong_ways(some: Sequence[str]) -> Mapping[str, Mapping[str, Vector]]:
-        return compute(some, True).alternatives if compute else {}
+        return compute(some, "float32").alternatives if compute else {}
 
     def run(session: Session) -> Outcome:
         return compare(session, reference, session.precision.distance, wrong_ways)
@@ -238,29 +231,64 @@ def recognised_probe() -> Probe:
 
 
 def transformers_probe(compute: Compute, texts: Sequence[str]) -> Probe:
-    """The check against transformers in the engine environment. `compute(texts, alternatives)` runs the script."""
+    """The check against transformers in the engine environment.
+
+    `compute(texts, dtype)` runs the script; with a dtype it computes the wrong ways in that.
+    """
 
     def run(session: Session) -> Outcome:
-        main = compute(texts, False)
-        exact, rounded, quantised = (main.sets.get(d) for d in ("float32", "bfloat16", "fp8"))
-        judged = exact or rounded
-        if judged is None:
+        main = compute(texts, None)
+        stick = yardstick(session.precision, main.sets, texts)
+        if stick is None:
             return skipped("; ".join(f"{k}: {v}" for k, v in main.skipped.items()))
-        figures: dict[str, float] = {}
-        errors: dict[str, float] = {}
-        for name, other in (("bfloat16", rounded), ("fp8", quantised)):
-            if exact and other:
-                errors[name] = max(distance(exact.vectors[t], other.vectors[t]) for t in texts)
-                figures[f"{name}_reference_min_cosine"] = 1 - errors[name]
-                figures[f"min_cosine_to_{name}"] = 1 - max(
-                    distance(v, other.vectors[t]) for t, v in session.fitting(texts).items()
-                )
-        allowed = allowed_distance(session.precision, errors.get("bfloat16"), errors.get("fp8"))
-        allowed *= 1 if exact else 2
+        seen = session.fitting(texts)
+        cosines = {
+            name: [1 - distance(v, found.vectors[t]) for t, v in seen.items()] for name, found in main.sets.items()
+        }
+        if 1 - min(cosines[stick.exact.dtype]) <= stick.own:
+            stick = stick.unquantised  # nothing was lost, whatever the endpoint says of its weights
+        wrong_in = QUANTISED if stick.quantises_badly else "float32"
 
         def wrong_ways(some: Sequence[str]) -> Mapping[str, Mapping[str, Vector]]:
-            return compute(some, True).alternatives
+            return compute(some, wrong_in).alternatives
 
-        return compare(session, judged, allowed, wrong_ways, figures)
+        figures: dict[str, Any] = {"judged_by": stick.reference.dtype}
+        for name, error in stick.errors.items():
+            figures[f"{name}_reference_min_cosine"] = 1 - error
+            figures[f"min_cosine_to_{name}"] = min(cosines[name])
+        found = compare(session, stick.reference, stick.allowed, wrong_ways, figures)
+        return _of_bad_quantisation(found, stick, cosines) if stick.quantises_badly else found
 
     return Probe("transformers", "transformers' vectors", run, level="full")
+
+
+def _of_bad_quantisation(found: Outcome, stick: Yardstick, cosines: Mapping[str, Sequence[float]]) -> Outcome:
+    """What agreeing with transformers' own quantised vectors means: right, of vectors that quantising has moved far."""
+    exact, own = cosines[stick.exact.dtype], cosines[QUANTISED]
+    cost = max(stick.costs.values())
+    figures = {
+        **found.figures,
+        "min_cosine": min(exact),
+        "mean_cosine": fmean(exact),
+        f"mean_cosine_to_{QUANTISED}": fmean(own),
+        f"{QUANTISED}_reference_mean_cosine": 1 - fmean(stick.costs.values()),
+    }
+    if not found.holds:
+        return replace(found, figures=figures)
+    seen = (
+        f"cosine {min(own):.4f} at least, {fmean(own):.4f} on average, {len(own)} texts; to {stick.exact.dtype} "
+        f"{min(exact):.4f} and {fmean(exact):.4f}, as transformers' own {QUANTISED} {1 - cost:.4f} and "
+        f"{1 - fmean(stick.costs.values()):.4f}"
+    )
+    if stick.blind:
+        cause = (
+            f"{QUANTISED} moves this checkpoint's vectors by 1 - cosine {cost:.2g}: a lost EOS or a cut text could "
+            "hide in that, so nothing is proven; serve bfloat16, or verify the same launch without quantisation"
+        )
+        return Outcome(None, found.expected, seen, cause, figures)
+    cause = (
+        f"computed right, but {QUANTISED} costs this checkpoint 1 - cosine {cost:.2g} at most, "
+        f"{fmean(stick.costs.values()):.2g} on average: `qwen3emb diff` with the bfloat16 endpoint or its saved set "
+        "before both share an index, or serve bfloat16"
+    )
+    return replace(found, holds=False, advisory=True, seen=seen, cause=cause, figures=figures)

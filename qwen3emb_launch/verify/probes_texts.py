@@ -134,9 +134,10 @@ def probe_limit(session: Session) -> Outcome:
     timeout = LONG_TIMEOUT * session.contact.timeout
     try:
         tokens = context - 1
-        text, over = (exact_text(session, lengths, n) for n in (tokens, over_tokens))
-        if text is None or over is None:
+        made = exact_texts(session, lengths, tokens, over_tokens)
+        if made is None:
             return skipped("the server's token counts do not add up, so a text of a known length cannot be made")
+        text, over = made
     except Misanswer as exc:
         return broken(expected, f"shorter texts already: {exc.message}", _too_long(exc))
     try:
@@ -181,19 +182,21 @@ def _too_long(exc: Misanswer) -> str:
     return exc.cause
 
 
-def exact_text(session: Session, lengths: Lengths, tokens: int) -> str | None:
-    """A text of exactly that many tokens by the server's count: words first, then ` a` one token at a time.
+def exact_texts(session: Session, lengths: Lengths, *wanted: int) -> list[str] | None:
+    """Texts of exactly so many tokens by the server's count, the fewest first: words, then ` a` one token at a time.
 
-    The count is predicted from a text of half the length, so that no request but the last comes near the limit.
+    They begin alike, so that the long part is counted once. Its length is predicted from a text of half that, so that
+    it comes near the limit and not above.
     """
+    tokens = wanted[0]
     half = lengths.words_for(tokens // 2)
     measured = Lengths(half, _counted(session, long_text(half, 21)), 1)
     text = long_text(measured.words_for(tokens - max(64, tokens // 32)), 21)
     step = _tokens_of_filler(session)
     if step is None:
         return None
-    missing = tokens - _counted(session, text)
-    return text + " a" * (missing // step) + "a" * (missing % step)
+    counted = _counted(session, text)
+    return [text + " a" * ((n - counted) // step) + "a" * ((n - counted) % step) for n in wanted]
 
 
 def _counted(session: Session, text: str) -> int:

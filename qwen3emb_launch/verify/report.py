@@ -48,7 +48,10 @@ def skipped(reason: str) -> Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table. `cause` is the likely fault of a FAIL or WARN, the reason of a SKIP."""
+    """One line of the table. `cause` is the likely fault of a FAIL or WARN, the reason of a SKIP.
+
+    `seconds` and `requests` are what asking took; a text's vector is asked once, by the first check that needs it.
+    """
 
     id: str
     title: str
@@ -58,6 +61,8 @@ class Check:
     seen: str
     cause: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    requests: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,11 +130,11 @@ def markdown(report: Report) -> str:
         f"Model `{report.model}`, level {report.level}, precision {report.precision}, "
         f"{report.width or 'unknown'} dims, {report.at}, {report.tool}.",
         "",
-        "| check | verdict | expected | seen |",
-        "|---|---|---|---|",
+        "| check | verdict | expected | seen | seconds |",
+        "|---|---|---|---|---|",
         *(
             f"| {_cell(c.title)}{'' if c.required else ' (advisory)'} | {c.verdict} | {_cell(c.expected)} "
-            f"| {_cell(c.seen)} |"
+            f"| {_cell(c.seen)} | {c.seconds:.2f} |"
             for c in report.checks
         ),
         "",

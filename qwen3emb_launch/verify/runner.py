@@ -5,9 +5,11 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from qwen3emb_launch import __version__
@@ -16,15 +18,51 @@ from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_text
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.fingerprint import fingerprint
 from qwen3emb_launch.verify.identity import Identity, ask_identity, from_checkpoint
-from qwen3emb_launch.verify.probes_reference import recognised_probe, saved_probe, shipped_probe, transformers_probe
+from qwen3emb_launch.verify.probes_reference import (
+    Compute,
+    recognised_probe,
+    saved_probe,
+    shipped_probe,
+    transformers_probe,
+)
 from qwen3emb_launch.verify.reference import ReferenceSet, Transformers, demo_set, transformers_reference
 from qwen3emb_launch.verify.report import Check, Outcome, Report, Verdict, broken, skipped
 from qwen3emb_launch.verify.session import Options, Probe, Session
 from qwen3emb_launch.verify.tolerance import Precision
+from qwen3emb_launch.verify.yardstick import EXACT, QUANTISED
 from qwen3emb_launch.weights import weights_sample, weights_sha256
 
 Step = Callable[[str], None]
 GIVE_UP = 3  # requests without any answer in a row, until the rest is not asked
+
+
+class Later:
+    """A value that a thread computes from `begin` on, and whoever asks for it first where nobody began.
+
+    The thread is no reason to stay: an interrupted program ends without it.
+    """
+
+    def __init__(self, compute: Callable[[], str | None]) -> None:
+        self._future: Future[str | None] = Future()
+        self._compute = compute
+        self._begun = False
+
+    def begin(self) -> None:
+        """Start, once."""
+        if not self._begun:
+            self._begun = True
+            Thread(target=self._run, daemon=True, name="hash").start()
+
+    def value(self) -> str | None:
+        """The value, waited for."""
+        self.begin()
+        return self._future.result()
+
+    def _run(self) -> None:
+        try:
+            self._future.set_result(self._compute())
+        except Exception as exc:  # noqa: BLE001 - raised again where the value is asked for
+            self._future.set_exception(exc)
 
 
 @dataclass(frozen=True)
@@ -32,7 +70,8 @@ class Request:
     """Everything a verification needs. `known` holds what an instance's plan says beyond the server's own words.
 
     `python` is the engine environment's, for the transformers comparison (None: left out), `folder` the checkpoint
-    when the endpoint does not say where it lies, `memory` the file that keeps hashes of weights.
+    when the endpoint does not say where it lies, `memory` the file that keeps hashes of weights. `computed` is what
+    the reference script answers for `texts.REFERENCE`, where the caller has it already.
     """
 
     base_url: str
@@ -47,6 +86,7 @@ class Request:
     folder: Path | None = None
     device: str = "cpu"
     reference: ReferenceSet | None = None
+    computed: Transformers | None = None
     keep_vectors: bool = False
     only: frozenset[str] = frozenset()
 
@@ -77,15 +117,16 @@ def verify(request: Request, step: Step = silent) -> tuple[Report, ReferenceSet 
     began = time.monotonic()
     session = open_session(request)
     level = request.options.level
+    hashing = _hashing(request, session)
     try:
-        checks = _run(_probes(request, session), session, step)
+        checks = _run(_probes(request, session, hashing), session, step)
         width = len(next(iter(session.singles.values()), ())) or None
         report = Report(
             endpoint=session.contact.base_url,
             model=session.contact.model,
             level=level,
             checks=tuple(checks),
-            fingerprint=_fingerprint(request, session, width),
+            fingerprint=_fingerprint(request, session, width, hashing),
             width=width,
             precision=str(session.precision),
             seconds=time.monotonic() - began,
@@ -107,12 +148,20 @@ def verify(request: Request, step: Step = silent) -> tuple[Report, ReferenceSet 
     return report, kept
 
 
-def _fingerprint(request: Request, session: Session, width: int | None) -> dict[str, Any]:
-    """Of the endpoint as it is known. Only the full level reads the whole checkpoint."""
+def _hashing(request: Request, session: Session) -> Later | None:
+    """The whole checkpoint's hash, which only the full level reads: about a second a gigabyte."""
+    folder = session.identity.folder
+    if folder is None or request.options.level != "full" or request.only:
+        return None
+    return Later(lambda: weights_sha256(folder, request.memory))
+
+
+def _fingerprint(request: Request, session: Session, width: int | None, hashing: Later | None = None) -> dict[str, Any]:
+    """Of the endpoint as it is known."""
     folder = session.identity.folder
     sample = weights_sample(folder) if folder else None
-    read = request.options.level == "full" and not request.only
-    sha256 = weights_sha256(folder, request.memory, read=read) if folder else None
+    remembered = weights_sha256(folder, request.memory, read=False) if folder and not hashing else None
+    sha256 = hashing.value() if hashing else remembered
     return fingerprint(session.identity, session.precision, width, sample, sha256)
 
 
@@ -133,14 +182,14 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _probes(request: Request, session: Session) -> list[Probe]:
+def _probes(request: Request, session: Session, hashing: Later | None) -> list[Probe]:
     found = [*probes_requests.EARLY, *probes_vectors.PROBES, *probes_texts.PROBES]
     found += [*probes_requests.PROBES, *probes_refusals.PROBES]
     if request.reference is not None:
         found.append(saved_probe(request.reference))
     identity = session.identity
     shipped = demo_set(identity.folder) if identity.demo and identity.folder else None
-    compute = _compute(request, identity, session.precision)
+    compute = _compute(request, identity, session.precision, hashing)
     if shipped is not None:
         found.append(shipped_probe(shipped, compute))
     elif identity.folder is None and identity.catalog is None:
@@ -167,23 +216,25 @@ def _only(found: Sequence[Probe], wanted: frozenset[str]) -> list[Probe]:
     return [p for i, p in enumerate(found) if i == 0 or p.id in wanted]
 
 
-Compute = Callable[[Sequence[str], bool], Transformers]
-
-
-def _compute(request: Request, identity: Identity, precision: Precision) -> Compute | None:
-    """The reference script on these texts, the wrong ways too where asked; None without checkpoint or python.
+def _compute(request: Request, identity: Identity, precision: Precision, hashing: Later | None) -> Compute | None:
+    """The reference script on these texts, the wrong ways in a dtype where asked; None without checkpoint or python.
 
     For an endpoint that quantises to float8 the script does that too, so that its effect is known and not guessed.
+    Nothing else waits for it or is timed, so the checkpoint is hashed beside it.
     """
     folder, python = identity.folder, request.python
     if folder is None or python is None:
         return None
 
-    def compute(some: Sequence[str], alternatives: bool) -> Transformers:
-        quantised = ("fp8",) if precision.quantised == "fp8" else ()
-        dtypes = ("float32",) if alternatives else ("float32", "bfloat16", *quantised)
+    def compute(some: Sequence[str], wrong_in: str | None) -> Transformers:
+        if hashing:
+            hashing.begin()
+        if wrong_in is None and request.computed is not None:
+            return request.computed
+        quantised = (QUANTISED,) if precision.quantised == QUANTISED else ()
+        dtypes = (wrong_in,) if wrong_in else (*EXACT, *quantised)
         return transformers_reference(
-            python, folder, some, dtypes=dtypes, device=request.device, alternatives=alternatives
+            python, folder, some, dtypes=dtypes, device=request.device, alternatives=wrong_in is not None
         )
 
     return compute
@@ -205,9 +256,11 @@ def _run(probes: Sequence[Probe], session: Session, step: Step) -> list[Check]:
     stopped: Outcome | None = None
     for at, probe in enumerate(probes):
         step(probe.title)
+        began, asked = time.monotonic(), session.contact.tally.asked
         outcome = stopped if stopped and probe not in probes_requests.LAST else _ask(probe, session)
+        seconds, requests = time.monotonic() - began, session.contact.tally.asked - asked
         if outcome.holds is not None or not probe.quiet:
-            checks.append(_check(probe, outcome))
+            checks.append(replace(_check(probe, outcome), seconds=seconds, requests=requests))
         if at == 0 and outcome.holds is False:  # nothing answers: the rest has nothing to look at
             stopped = skipped("the endpoint does not answer a plain request")
         elif session.contact.unanswered >= GIVE_UP:
