@@ -1,12 +1,14 @@
-"""Seconds from the start of an engine to its first embedding, with and without parts of the plugin, on a CPU.
+"""Seconds from the start of an engine to its first embedding, with and without parts of the plugin.
 
     python benchmarks/engine_start.py --without tokenizer          # what this part gives
     python benchmarks/engine_start.py --without bytecode --uncompiled
     python benchmarks/engine_start.py --stock --json
+    python benchmarks/engine_start.py --device cuda --model DIR --with prebuild --empty-caches --rounds 1
 
 One thin layer under the shape and tokenizer of the 4B model's stand-in (`gpu/make_model.py`), random weights, so that
 what is timed is the start. Each variant is started in turn, once uncounted, then --rounds times. `--uncompiled` starts
-them from links to the environment's files without their bytecode, under PYTHONDONTWRITEBYTECODE.
+them from links to the environment's files without their bytecode, under PYTHONDONTWRITEBYTECODE. `--empty-caches` gives
+each start kernel caches of its own, and leaves out the uncounted ones; `--flag` takes what a GPU needs (graphs, say).
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -34,6 +37,11 @@ from plugin_cpu import START_SECONDS, Engine, _answers, _free_port, engine_envir
 
 from qwen3emb_launch.catalog import CATALOG
 from qwen3emb_launch.engines.plugin_wheel import build_plugin_wheel
+
+CACHES = (
+    "TRITON_CACHE_DIR", "TVM_FFI_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH",
+)  # fmt: skip
+KERNELS = re.compile(r"qwen3emb plugin: .*(was built in|waited|left to its first use)")
 
 
 def thin_model(folder: Path) -> Path:
@@ -57,11 +65,11 @@ def uncompiled(python: Path, folder: Path) -> Path:
     return folder / "bin" / python.name
 
 
-def start(argv: list[str], environ: Mapping[str, str], log: Path) -> dict[str, float]:
-    """One start: seconds to the first embedding, and what all its processes had used by then."""
+def start(argv: list[str], environ: Mapping[str, str], log: Path) -> dict[str, Any]:
+    """One start: seconds to the first embedding, what all processes had used by then, what it says of kernels."""
     port = _free_port()
     begin = time.perf_counter()
-    with log.open("ab") as out:
+    with log.open("wb") as out:
         process = subprocess.Popen(
             [*argv, "--port", str(port)], stdout=out, stderr=out, env=environ, start_new_session=True
         )
@@ -71,10 +79,17 @@ def start(argv: list[str], environ: Mapping[str, str], log: Path) -> dict[str, f
             if process.poll() is not None or time.perf_counter() - begin > START_SECONDS:
                 raise SystemExit(f"the engine did not start:\n{log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.05)
-        return {"ready_s": time.perf_counter() - begin, "cpu_s": sum(engine.cpu_seconds())}
+        took = time.perf_counter() - begin
+        said = [line for line in log.read_text(errors="replace").splitlines() if KERNELS.search(line)]
+        return {"ready_s": took, "cpu_s": sum(engine.cpu_seconds()), "said": said}
     finally:
         engine.signal(signal.SIGKILL)
         process.wait(30)
+
+
+def empty_caches(folder: Path) -> dict[str, str]:
+    """Kernel caches that hold nothing."""
+    return {name: str(Path(tempfile.mkdtemp(dir=folder)) / name.lower()) for name in CACHES}
 
 
 def main() -> None:
@@ -83,40 +98,46 @@ def main() -> None:
     parser.add_argument("--engine-python", type=Path, help="python of a CPU engine (default: the installed one)")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--without", action="append", default=[], metavar="PART", help="one more variant")
+    parser.add_argument("--with", action="append", default=[], metavar="PART", dest="with_", help="one more variant")
     parser.add_argument("--stock", action="store_true", help="SGLang as anybody starts it, too")
     parser.add_argument("--uncompiled", action="store_true", help="from packages that nobody has compiled")
+    parser.add_argument("--model", help="a checkpoint with its weights (default: the thin one)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--empty-caches", action="store_true", help="each start compiles its kernels")
     parser.add_argument("--flag", action="append", default=[], help="one more engine argument")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     python = options.engine_python or engine_environment()
     variants: dict[str, dict[str, str]] = {"plugin": {}}
     variants |= {f"without {part}": {f"QWEN3EMB_PLUGIN_{part.upper()}": "0"} for part in options.without}
+    variants |= {f"with {part}": {f"QWEN3EMB_PLUGIN_{part.upper()}": "1"} for part in options.with_}
     if options.stock:
         variants["stock"] = {"QWEN3EMB_PLUGIN": "0"}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     with tempfile.TemporaryDirectory(prefix="engine-start-") as scratch:
         folder = Path(scratch)
         with zipfile.ZipFile(build_plugin_wheel(folder)) as wheel:
             wheel.extractall(folder / "site")
         engine_python = uncompiled(python, folder / "engine") if options.uncompiled else python
+        model = [options.model] if options.model else [str(thin_model(folder / "thin")), "--load-format", "dummy"]
         common = [
-            "--model-path", str(thin_model(folder / "thin")), "--load-format", "dummy", "--device", "cpu",
-            "--is-embedding", "--context-length", "4096", "--max-total-tokens", "32768", "--disable-radix-cache",
-            "--host", "127.0.0.1", *options.flag,
+            "--model-path", *model, "--device", options.device, "--is-embedding", "--context-length", "4096",
+            "--max-total-tokens", "32768", "--disable-radix-cache", "--host", "127.0.0.1", *options.flag,
         ]  # fmt: skip
-        environ = {
-            **os.environ,
-            "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(folder / "site"), "QWEN3EMB_CACHE_DIR": str(folder / "cache"),
-        }  # fmt: skip
+        site = os.pathsep.join(filter(None, [str(folder / "site"), os.environ.get("PYTHONPATH")]))
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": site, "QWEN3EMB_CACHE_DIR": str(folder / "cache")}
+        if options.device == "cpu":
+            environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if options.uncompiled:
             environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        for round_ in range(-1, options.rounds):
+        for round_ in range(0 if options.empty_caches else -1, options.rounds):
             for name, own in variants.items():
                 module = "sglang.launch_server" if name == "stock" else "qwen3emb_engine_plugin.serve"
-                took = start([str(engine_python), "-m", module, *common], {**environ, **own}, folder / "log")
-                print(f"{name}, {took['ready_s']:.2f} s{' (not counted)' * (round_ < 0)}", file=sys.stderr)
+                caches = empty_caches(folder) if options.empty_caches else {}
+                took = start([str(engine_python), "-m", module, *common], {**environ, **own, **caches}, folder / "log")
+                said = [f"{name}, {took['ready_s']:.2f} s{' (not counted)' * (round_ < 0)}", *took["said"]]
+                print("\n    ".join(said), file=sys.stderr)
                 if round_ >= 0:
                     found[name].append(took)
     result: dict[str, Any] = {
@@ -125,10 +146,12 @@ def main() -> None:
                 "ready_s": round(statistics.median(one["ready_s"] for one in each), 2),
                 "cpu_s": round(statistics.median(one["cpu_s"] for one in each), 2),
                 "each_s": [round(one["ready_s"], 2) for one in each],
+                "said": [one["said"] for one in each],
             }
             for name, each in found.items()
         },
         "uncompiled": options.uncompiled,
+        "empty_caches": options.empty_caches,
         "versions": versions(python),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],

@@ -129,6 +129,23 @@ class Serving(unittest.TestCase):
             self.assertLess(time.monotonic(), deadline, "the template or its worker outlived the main process")
             time.sleep(0.01)
 
+    def test_a_scheduler_is_bound_to_its_node_without_another_program(self) -> None:
+        """Where SGLang would go by way of numactl; what somebody has set stays."""
+        for second, numactl, chosen, found in (
+            ("/", "/usr/bin/numactl", None, "0"),
+            ("/", "/usr/bin/numactl", "1", "1"),
+            ("/", None, None, None),
+            ("/nowhere", "/usr/bin/numactl", None, None),
+        ):
+            with (
+                mock.patch.object(template, "SECOND_NODE", Path(second)),
+                mock.patch("shutil.which", return_value=numactl),
+                mock.patch.dict(os.environ, {template.BOUND_BY_NUMACTL: chosen} if chosen else {}),
+                mock.patch.object(template.multiprocessing.context._default_context, "_actual_context", None),
+            ):
+                template.use()
+                self.assertEqual(os.environ.get(template.BOUND_BY_NUMACTL), found)
+
     def test_it_stands_aside_where_a_fork_would_not_be_harmless(self) -> None:
         """Threads that imports left, and a fork server of another shape, are reasons not to."""
         stop = threading.Event()

@@ -18,6 +18,7 @@ import inspect
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -44,6 +45,8 @@ MODULES = (
 PR_SET_PDEATHSIG = 1
 # The loader reads this when a program begins: a worker that needs another one has to begin anew.
 READ_AT_EXEC = "LD_PRELOAD"
+BOUND_BY_NUMACTL = "SGLANG_NUMA_BIND_V2"  # SGLang's own switch
+SECOND_NODE = Path("/sys/devices/system/node/node1")
 # jemalloc's purging thread (pyarrow brings it), which its fork handlers start anew; and one that NVIDIA's libraries
 # start when they are loaded, seen on driver 580 before CUDA is initialised: workers served and verified without it.
 HARMLESS = ("jemalloc_bg_thd", "cuda0")
@@ -95,7 +98,14 @@ def _uncollected() -> Iterator[None]:
 
 
 def use() -> None:
-    """From now on, processes started in the default way of `multiprocessing` come from the template."""
+    """From now on, processes started in the default way of `multiprocessing` come from the template.
+
+    On a host of several NUMA nodes, SGLang starts its scheduler by way of numactl, as a program that imports everything
+    again. The way it had before (and has for Ray) binds the scheduler to its GPU's node from within; a node's memory is
+    then preferred, not demanded. A way that somebody has chosen stays.
+    """
+    if SECOND_NODE.is_dir() and shutil.which("numactl"):
+        os.environ.setdefault(BOUND_BY_NUMACTL, "0")
     multiprocessing.context._default_context._actual_context = TemplateContext()  # type: ignore[attr-defined]
 
 
