@@ -20,8 +20,8 @@ import pyarrow.parquet
 import pytest
 from null_server import Behaviour, null_server
 
+from qwen3emb_launch.bench import endpoint, modes, report
 from qwen3emb_launch.bench import html as html_report
-from qwen3emb_launch.bench import modes, report
 from qwen3emb_launch.bench.compare import compared
 from qwen3emb_launch.bench.corpus import convert
 from qwen3emb_launch.bench.figures import ClientLoad, Figures, Latency, client_note
@@ -29,6 +29,7 @@ from qwen3emb_launch.bench.histogram import LatencyHistogram
 from qwen3emb_launch.bench.record import Record, Run, TargetInfo, from_dict, load, merged, rows_of, save
 from qwen3emb_launch.bench.seed import floor_seconds
 from qwen3emb_launch.bench.soak import Checkpoint, checkpoint_path, drifts_of, soak, thinned
+from qwen3emb_launch.bench.spec import LoadSpec
 from qwen3emb_launch.bench.target import Target, Work, prepare
 from qwen3emb_launch.bench.watch import Moment, Watch
 from qwen3emb_launch.catalog import CATALOG
@@ -384,6 +385,32 @@ def test_bad_input_has_a_code_a_hint_and_measures_nothing(behaviour, extra, stat
     assert (got, envelope["error"]["code"]) == (status, code)
     assert envelope["error"]["hint"]
     assert endpoint.answered < 100
+
+
+OURS, THEIRS = {"owned_by": "qwen3emb"}, {"owned_by": "vllm"}
+
+
+@pytest.mark.parametrize(
+    ("listed", "chosen"),
+    [
+        ([{"id": "m", **THEIRS}], "m"),
+        ([{"id": "/models/m", **OURS}, {"id": "m", **OURS}, {"id": "/models/m:query", **OURS}], "/models/m"),
+        ([{"id": "m", **THEIRS}, {"id": "n", **THEIRS}], None),
+        ([{"id": "m"}, {"id": "n"}], None),
+        (["m"], None),
+        ([], None),
+    ],
+)
+def test_the_model_is_named_where_there_is_a_choice(monkeypatch: pytest.MonkeyPatch, listed, chosen) -> None:
+    """One model under several names, as our gateway lists it with its tasks, is no choice."""
+    monkeypatch.setattr(endpoint, "ask", lambda spec, path: (200, json.dumps({"data": listed}).encode()))
+    spec = LoadSpec("http://h/v1", "", ())
+    if chosen:
+        assert endpoint.served_model(spec) == chosen
+        return
+    with pytest.raises(InvalidInputError) as caught:
+        endpoint.served_model(spec)
+    assert caught.value.code == "model_needed"
 
 
 def test_an_endpoint_that_is_down_exits_5(capsys) -> None:

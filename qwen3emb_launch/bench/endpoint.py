@@ -63,15 +63,21 @@ def _tls(verify: bool) -> ssl.SSLContext:
 
 
 def served_model(spec: LoadSpec) -> str:
-    """The only model that the endpoint lists. Raises InvalidInputError when there is a choice or no list."""
+    """The only model that the endpoint lists. Raises InvalidInputError when there is a choice or no list.
+
+    Our gateway serves one under several names, with its tasks: the first is the model's own.
+    """
     status, body = ask(spec, "/models")
     names: list[str] = []
+    ours = False
     if status == 200:
         try:
-            names = [str(m["id"]) for m in json.loads(body)["data"]]
-        except (ValueError, KeyError, TypeError):
+            listed = json.loads(body)["data"]
+            names = [str(m["id"]) for m in listed]
+            ours = bool(listed) and all(m.get("owned_by") == "qwen3emb" for m in listed)
+        except (ValueError, KeyError, TypeError, AttributeError):
             names = []
-    if len(names) == 1:
+    if len(names) == 1 or (names and ours):
         return names[0]
     if status in (401, 403):
         raise _refused_key(spec, status, body)
