@@ -181,12 +181,13 @@ def tune(
     resume: bool = False,
     start: float = 4,
     open_loop: bool = False,
+    apart: bool = False,
     **machine: object,
 ) -> Run:
     clock = Clock()
     made = Machine(clock, **machine)
     journal = Journal(path / "run.tune.jsonl", IDENTITY, resume=resume)
-    setup = Setup(objective, factors(*tried), start, open_loop, 12.0, 1.0, budget, rounds)
+    setup = Setup(objective, factors(*tried), start, open_loop, 12.0, 1.0, budget, rounds, apart)
     tuning = Tuning(setup, made, journal, clock)
     try:
         return Run(tuning, made, journal, clock, tuning.run())
@@ -282,10 +283,11 @@ def Journal_(path: Path, resume: bool = False, **identity: object) -> Iterator[J
         journal.close()
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("budget", [30, 60, 90, 150, 200, 300, 420])
-def test_the_budget_is_never_exceeded(tmp_path: Path, budget: float) -> None:
+def test_the_budget_is_never_exceeded(tmp_path: Path, budget: float, apart: bool) -> None:
     """Whatever it is, the run is over in time; what was not tried is named and a final is held only if it fits."""
-    run = tune(tmp_path, A, B, C, budget=budget, gives={A: 1.3, B: 1.2})
+    run = tune(tmp_path, A, B, C, budget=budget, apart=apart, gives={A: 1.3, B: 1.2})
     assert run.clock.now <= budget
     single = {"a=1", "b=1", "c=1"}
     assert single <= {*run.tried, *run.tuning.untried}
@@ -393,6 +395,15 @@ def test_finalists_that_do_not_fit_together_are_started_in_turns(tmp_path: Path)
     assert run.machine.most_running == 1
     assert len(run.machine.started) == 2 + 1 + 10  # trials, the try side by side, five rounds of two
     assert any("in turns" in note for note in run.tuning.notes)
+
+
+def test_engines_that_would_disturb_each_other_are_started_in_turns(tmp_path: Path) -> None:
+    """On a CPU one that polls takes a core from the other: never two at a time, and no start is wasted to find out."""
+    run = tune(tmp_path, A, gives={A: 1.4}, apart=True, spread=0.01)
+    assert run.verdict.winner == (A,)
+    assert run.machine.most_running == 1
+    assert len(run.machine.started) == 2 + 10
+    assert not run.tuning.notes
 
 
 def test_a_setting_that_alone_meets_the_objective_wins(tmp_path: Path) -> None:

@@ -22,12 +22,16 @@ class OutOfTimeError(Exception):
 
 @dataclass
 class Budget:
-    """Seconds from its making on. `seconds` and `warmup` are those of a load in the final."""
+    """Seconds from its making on. `seconds` and `warmup` are those of a load in the final.
+
+    `apart` is a final whose engines are started for each turn.
+    """
 
     total: float
     clock: Callable[[], float]
     seconds: float
     warmup: float
+    apart: bool = False
     _deadline: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,13 +62,10 @@ class Budget:
         loads = max((len(t.measurements) for t in _started(trials)), default=1)
         return self.start_time(trials) + loads * (self.seconds * strategy.SHARE[stage] + self.warmup) * SAFETY
 
-    def round_time(self, entries: int, share: float = 1.0) -> float:
-        """Seconds of one round of a final whose engines run side by side, each load `share` of a whole one."""
-        return entries * (self.seconds * share + self.warmup) * SAFETY
-
     def final_time(self, entries: int, rounds: int, trials: Sequence[Trial], share: float = 1.0) -> float:
-        """Seconds of such a final, from the first start on."""
-        return entries * self.start_time(trials) + self.round_time(entries, share) * (SETTLING + rounds)
+        """Seconds of a final from the first start on, each load `share` of a whole one."""
+        loads = entries * (SETTLING + rounds) * (self.seconds * share + self.warmup) * SAFETY
+        return loads + entries * (rounds if self.apart else 1) * self.start_time(trials)
 
 
 @dataclass(frozen=True)

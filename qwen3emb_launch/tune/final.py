@@ -33,20 +33,7 @@ class Final:
     def hold(self, levels_of: Mapping[Moves, float], rounds: int) -> None:
         """Side by side where all fit; else each is started again for every turn. It ends early with the budget."""
         self.listener.said(f"final: {', '.join(map(label, levels_of))}; up to {rounds} rounds")
-        try:
-            with ExitStack() as stack:
-                engines = {
-                    moves: stack.enter_context(self.machine.start(moves, slot, self.budget.for_a_start))
-                    for slot, moves in enumerate(levels_of)
-                }
-                self._rounds(levels_of, rounds, engines)
-            return
-        except (UnfitError, EngineFailedError) as error:
-            if self.journal.rounds:
-                self.notes.append(f"the final ended after {len(self.journal.rounds)} rounds: {error.message}")
-                return
-            self.notes.append(f"the finalists do not run side by side ({error.message}): started in turns")
-        except OutOfTimeError:
+        if not self.setup.apart and self._side_by_side(levels_of, rounds):
             return
         try:
             self._rounds(levels_of, rounds, None)
@@ -54,6 +41,24 @@ class Final:
             self.notes.append(f"the final ended early: {error.message}")
         except OutOfTimeError:
             return
+
+    def _side_by_side(self, levels_of: Mapping[Moves, float], rounds: int) -> bool:
+        """Whether it was held so, or cannot be held at all for want of time."""
+        try:
+            with ExitStack() as stack:
+                engines = {
+                    moves: stack.enter_context(self.machine.start(moves, slot, self.budget.for_a_start))
+                    for slot, moves in enumerate(levels_of)
+                }
+                self._rounds(levels_of, rounds, engines)
+        except (UnfitError, EngineFailedError) as error:
+            if not self.journal.rounds:
+                self.notes.append(f"the finalists do not run side by side ({error.message}): started in turns")
+                return False
+            self.notes.append(f"the final ended after {len(self.journal.rounds)} rounds: {error.message}")
+        except OutOfTimeError:
+            pass
+        return True
 
     def _rounds(self, levels_of: Mapping[Moves, float], rounds: int, engines: Mapping[Moves, Running] | None) -> None:
         """Everybody once a round, in alternating order, each at the level it settled on before its first turn."""

@@ -51,7 +51,8 @@ class Setup:
     """What to tune for and how long. `start` is the level to begin with: clients, or requests a second when `open`.
 
     `seconds` is the measured time of one load in the final (earlier stages take a share of it), `warmup` goes before
-    each. `budget` is seconds for everything; `rounds` of the final, 0 for none.
+    each. `budget` is seconds for everything; `rounds` of the final, 0 for none. `apart`: an engine that waits for its
+    turn would not leave the others alone, as on a CPU whose cores it polls on; each is started for its turn then.
     """
 
     objective: Objective
@@ -62,3 +63,4 @@ class Setup:
     warmup: float
     budget: float
     rounds: int
+    apart: bool = False

@@ -52,7 +52,8 @@ class Tuning:
 
         Raises EngineFailedError or InvalidInputError when the baseline itself cannot be served.
         """
-        self._budget = Budget(self.setup.budget, self.clock, self.setup.seconds, self.setup.warmup)
+        setup = self.setup
+        self._budget = Budget(setup.budget, self.clock, setup.seconds, setup.warmup, setup.apart)
         try:
             self._trials()
             return self._final()
