@@ -130,7 +130,9 @@ def tune(
         if dry_run:
             _dry_run(console, tried, engines)
             return
-        setup = Setup(objective, tried.factors, start, rate is not None, measured, warm, allowed, rounds)
+        setup = Setup(
+            objective, tried.factors, start, rate is not None, measured, warm, allowed, rounds, not chosen.gpu
+        )
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         job = Job(console, setup, engines, tried, load, _journal(target, out), target)
         _finish(console, job.run(resume), objective)
