@@ -3,6 +3,7 @@
     python benchmarks/engine_start.py --without tokenizer          # what this part gives
     python benchmarks/engine_start.py --without bytecode --uncompiled
     python benchmarks/engine_start.py --stock --json
+    python benchmarks/engine_start.py --model DIR --with readahead --cold-weights
     python benchmarks/engine_start.py --device cuda --model DIR --with prebuild --empty-caches --rounds 1
 
 One thin layer under the shape and tokenizer of the 4B model's stand-in (`gpu/make_model.py`), random weights, so that
@@ -87,6 +88,14 @@ def start(argv: list[str], environ: Mapping[str, str], log: Path) -> dict[str, A
         process.wait(30)
 
 
+def forget(model: Path) -> None:
+    """Have the kernel drop what it keeps of a checkpoint's files."""
+    for file in model.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def empty_caches(folder: Path) -> dict[str, str]:
     """Kernel caches that hold nothing."""
     return {name: str(Path(tempfile.mkdtemp(dir=folder)) / name.lower()) for name in CACHES}
@@ -104,6 +113,7 @@ def main() -> None:
     parser.add_argument("--model", help="a checkpoint with its weights (default: the thin one)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--empty-caches", action="store_true", help="each start compiles its kernels")
+    parser.add_argument("--cold-weights", action="store_true", help="each start reads the model's files from the disk")
     parser.add_argument("--flag", action="append", default=[], help="one more engine argument")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
@@ -135,6 +145,8 @@ def main() -> None:
             for name, own in variants.items():
                 module = "sglang.launch_server" if name == "stock" else "qwen3emb_engine_plugin.serve"
                 caches = empty_caches(folder) if options.empty_caches else {}
+                if options.cold_weights:
+                    forget(Path(model[0]))
                 took = start([str(engine_python), "-m", module, *common], {**environ, **own, **caches}, folder / "log")
                 said = [f"{name}, {took['ready_s']:.2f} s{' (not counted)' * (round_ < 0)}", *took["said"]]
                 print("\n    ".join(said), file=sys.stderr)
@@ -152,6 +164,7 @@ def main() -> None:
         },
         "uncompiled": options.uncompiled,
         "empty_caches": options.empty_caches,
+        "cold_weights": options.cold_weights,
         "versions": versions(python),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],

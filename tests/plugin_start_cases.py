@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import unittest
@@ -17,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, serve, switches, unused
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, readahead, serve, switches, unused
 from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 
@@ -276,6 +277,86 @@ class Unused(unittest.TestCase):
         self.assertEqual([ask() for ask in during], [False] * 6)
         self.assertEqual([getattr(import_utils, name) for name in unused.QUESTIONS], stock)
         self.assertEqual([getattr(transformers.utils, name) for name in unused.QUESTIONS], stock)
+
+
+class ReadAhead(unittest.TestCase):
+    def setUp(self) -> None:
+        # Beside this file, not in /tmp: that may be memory.
+        scratch = tempfile.TemporaryDirectory(dir=Path(__file__).parent)
+        self.addCleanup(scratch.cleanup)
+        self.folder = Path(scratch.name)
+        self.weights = self.folder / "model.safetensors"
+        self.weights.write_bytes(os.urandom(40 << 20))
+
+    def forget(self) -> None:
+        """Have the kernel drop what it keeps of the file; some file systems are memory."""
+        with self.weights.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if self.in_memory():
+            self.skipTest("this file system keeps its files in memory")
+
+    def in_memory(self) -> bool:
+        with self.weights.open("rb") as file:
+            return all(readahead.in_memory(file.fileno(), offset) for offset in range(0, 40 << 20, 1 << 20))
+
+    def test_what_is_not_in_memory_is_read_and_what_is_is_not(self) -> None:
+        self.forget()
+        self.assertGreaterEqual(readahead.read([self.weights]), 32 << 20)  # the last 8 MB may come with those before
+        self.assertTrue(self.in_memory())
+        self.assertEqual(readahead.read([self.weights]), 0)
+
+    def test_a_process_reads_them_and_ends(self) -> None:
+        self.forget()
+        pid = readahead.start(self.folder)
+        assert pid
+        self.assertEqual(os.waitpid(pid, 0)[1], 0)
+        self.assertTrue(self.in_memory())
+
+    def test_its_end_is_noted_by_whoever_comes_first(self) -> None:
+        pid = readahead.start(self.folder)
+        assert pid
+        readahead.reap(pid)
+        for thread in threading.enumerate():
+            if thread.name == "readahead":
+                thread.join(30)
+        self.assertFalse(Path(f"/proc/{pid}").exists())
+        readahead._wait(pid)
+
+    def test_nothing_is_read_that_would_not_stay(self) -> None:
+        """No weights, too little memory, or a folder that is none."""
+        with mock.patch.object(readahead, "free_memory", return_value=64 << 20):
+            self.assertIsNone(readahead.start(self.folder))
+        self.weights.unlink()
+        self.assertIsNone(readahead.start(self.folder))
+        self.assertIsNone(readahead.start(self.folder / "none"))
+
+    def test_memory_is_the_machine_s_or_the_control_group_s(self) -> None:
+        meminfo = self.folder / "meminfo"
+        meminfo.write_text("MemTotal: 9000 kB\nMemAvailable:   4000 kB\n")
+        with mock.patch.object(readahead, "MEMORY", meminfo), mock.patch.object(readahead, "CGROUP", self.folder):
+            self.assertEqual(readahead.free_memory(), 4000 << 10)
+            for limit, free in (("max", 4000 << 10), (str(3000 << 10), 2000 << 10), (str(9000 << 10), 4000 << 10)):
+                (self.folder / "memory.max").write_text(limit + "\n")
+                (self.folder / "memory.current").write_text(f"{1000 << 10}\n")
+                self.assertEqual(readahead.free_memory(), free)
+
+    def test_the_weights_of_the_model_that_is_named(self) -> None:
+        """Not where the engine draws its own, nor for a name that is no folder."""
+        asked: list[Path] = []
+        (self.folder / "config.json").write_text("{}")
+        named = ["serve", "--model-path", str(self.folder)]
+        with (
+            mock.patch.object(readahead, "start", asked.append),
+            mock.patch.dict(os.environ, {"QWEN3EMB_PLUGIN_READAHEAD": "1"}),
+        ):
+            for argv in (named, [*named, "--load-format", "dummy"], ["serve", "--model-path", "Qwen/none"], ["serve"]):
+                with mock.patch.object(sys, "argv", argv):
+                    serve.read_ahead()
+            os.environ["QWEN3EMB_PLUGIN_READAHEAD"] = "0"
+            with mock.patch.object(sys, "argv", named):
+                serve.read_ahead()
+        self.assertEqual(asked, [self.folder])
 
 
 class Prebuild(unittest.TestCase):

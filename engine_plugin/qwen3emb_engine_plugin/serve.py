@@ -1,10 +1,10 @@
 """`python -m qwen3emb_engine_plugin.serve ARGUMENTS`: sglang.launch_server with its arguments, ready sooner.
 
-Before SGLang's own main begins, only the model classes that the checkpoint needs are let in, everything is imported
-once, from bytecode that is kept where Python keeps none (`bytecode`) and without packages that nothing here calls
-(`unused`), the tokenizer is loaded once (`one_tokenizer`), and a template of the process is forked for the workers
-(`template`). QWEN3EMB_PLUGIN_BYTECODE=0, _UNUSED=0 and _TOKENIZER=0 leave one of them out, _TEMPLATE=0 the template and
-the latter two, QWEN3EMB_PLUGIN=0 everything.
+Before SGLang's own main begins, the weights begin to be read (`readahead`), only the model classes that the checkpoint
+needs are let in, everything is imported once, from bytecode that is kept where Python keeps none (`bytecode`) and
+without packages that nothing here calls (`unused`), the tokenizer is loaded once (`one_tokenizer`), and a template of
+the process is forked for the workers (`template`). QWEN3EMB_PLUGIN_READAHEAD=0, _BYTECODE=0, _UNUSED=0 and _TOKENIZER=0
+leave one of them out, _TEMPLATE=0 the template and the latter two, QWEN3EMB_PLUGIN=0 everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from qwen3emb_engine_plugin import bytecode, one_tokenizer, unused
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, readahead, unused
 from qwen3emb_engine_plugin.switches import misfit_of_version, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -39,6 +39,7 @@ def main() -> None:
     if switched_on(None) and chosen() and not misfit_of_version():
         if switched_on("bytecode"):
             _say("bytecode", bytecode.keep())
+        reader = read_ahead()
         config = checkpoint(sys.argv[1:])
         leave_out_models(config)
         if switched_on("template"):
@@ -47,10 +48,10 @@ def main() -> None:
             from qwen3emb_engine_plugin import template
 
             lean = switched_on("unused") and unused.fits(config, sys.argv[1:])
-            _say(
-                "template",
-                template.start(load=load_tokenizer, importing=unused.said_to_be_missing if lean else nullcontext),
-            )
+            importing = unused.said_to_be_missing if lean else nullcontext
+            _say("template", template.start(load=load_tokenizer, importing=importing))
+        if reader:
+            readahead.reap(reader)
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
 
 
@@ -58,6 +59,13 @@ def _say(part: str, problem: str | None) -> None:
     """What SGLang's log is for: it sets up logging later, and until then warnings go to stderr as they are."""
     if problem:
         logger.warning("qwen3emb plugin: %s stands aside: %s", part, problem)
+
+
+def read_ahead() -> int | None:
+    """The process that reads the weights meanwhile, where that is of use."""
+    folder = model_folder(sys.argv[1:])
+    wanted = switched_on("readahead", readahead.cores_to_spare()) and folder and "--load-format" not in sys.argv
+    return readahead.start(folder) if wanted and folder else None
 
 
 def load_tokenizer() -> None:
@@ -92,17 +100,23 @@ def leave_out_models(config: Mapping[str, Any]) -> None:
 
 
 def checkpoint(arguments: Sequence[str]) -> dict[str, Any]:
-    """The config.json of the folder after --model-path; empty where that cannot be read."""
+    """The model folder's config.json; empty where that cannot be read."""
+    folder = model_folder(arguments)
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def model_folder(arguments: Sequence[str]) -> Path | None:
+    """The folder after --model-path; None for a hub's name, which SGLang resolves later."""
     for position, word in enumerate(arguments):
         name, equals, value = word.partition("=")
         if name in ("--model-path", "--model"):
             folder = value if equals else "".join(arguments[position + 1 : position + 2])
-            try:
-                found = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                return {}
-            return found if isinstance(found, dict) else {}
-    return {}
+            return Path(folder) if folder and (Path(folder) / "config.json").is_file() else None
+    return None
 
 
 if __name__ == "__main__":
