@@ -116,8 +116,8 @@ def test_the_cpu_gets_no_gpu_options_and_a_small_pool() -> None:
 
 @pytest.mark.parametrize(
     ("cores", "gpu", "limited", "workers"),
-    [(1, True, False, 1), (4, True, False, 1), (7, True, False, 1), (8, True, False, 2), (16, True, False, 4),
-     (208, True, False, 8), (208, False, False, 1), (16, True, True, 1)],
+    [(1, True, False, 1), (4, True, False, 1), (7, True, False, 1), (8, True, False, 2), (208, True, False, 2),
+     (208, False, False, 1), (16, True, True, 1)],
 )  # fmt: skip
 def test_gateway_workers_go_by_cores_before_a_gpu(cores: int, gpu: bool, limited: bool, workers: int) -> None:
     """A CPU engine wants the cores itself; a key's limit a minute holds in one process."""

@@ -12,7 +12,7 @@ from qwen3emb_launch.planning.request import PlanRequest
 FIRST_PRIVATE_PORT = 12000
 CACHE_MB = 128  # a worker
 CORES_A_WORKER = 4
-MOST_WORKERS = 8
+GPU_WORKERS = 2
 CPU_HOLD, GPU_HOLD = 60.0, 120.0
 ANSWER_SECONDS = 90.0  # that a request may take beyond the wait for an engine
 # Settings of the gateway that are passed on where somebody gave them, by their names in its configuration.
@@ -28,13 +28,13 @@ GATEWAY_NAMES = {
 
 
 def workers_for(cores: int, *, gpu: bool, limited: bool) -> int:
-    """Gateway processes that suit a machine: one for four cores, which leaves the engine what it keeps busy (an HTTP
-    process, a scheduler) and its clients some; eight at most, since a share of the cache goes with each.
+    """Gateway processes that suit a machine: two before a GPU, if each finds four cores (an engine keeps two busy).
 
-    One on a CPU engine, which computes on all cores itself, and where keys have limits a minute: each worker counts
-    for itself.
+    One worker is full before a fast GPU is; two give more than the HTTP process of an engine takes, since a text costs
+    that half of what it costs a worker. More would only form smaller calls. One on a CPU engine, which computes on all
+    cores itself, and where keys have limits a minute, which each worker counts for itself.
     """
-    return max(1, min(MOST_WORKERS, cores // CORES_A_WORKER)) if gpu and not limited else 1
+    return max(1, min(GPU_WORKERS, cores // CORES_A_WORKER)) if gpu and not limited else 1
 
 
 def behind(request: PlanRequest) -> tuple[str, int]:
@@ -64,7 +64,7 @@ def settings(
     workers = ledger.decide(
         "gateway.workers",
         request.gateway_workers,
-        "one process answers some thousand texts a second; before a GPU one for four cores, unless keys have limits",
+        "one process answers some thousand texts a second; two before a GPU where there are cores",
         origin="rule" if request.gateway_workers > 1 else "default",
     )
     cache = ledger.decide(
