@@ -2,11 +2,13 @@
 
     python benchmarks/gateway_gpu.py --engine http://127.0.0.1:21000/v1 --model-path FOLDER [--clients 64] [--json]
     python benchmarks/gateway_gpu.py ... --variant 'two={"calls": 2}' --variant 'four={"calls": 4}'
+    python benchmarks/gateway_gpu.py ... --engine-pid PID --variant ids={} --variant 'texts={"model_path": ""}'
 
-The engine is somebody else's and stays as it is. A gateway for each variant (settings as in `qwen3emb gateway
---config`) is started before it on this host. The load comes from processes of its own (`qwen3emb bench`'s); each round
-goes to every endpoint in turn, every other round backwards. Needs the gateway's packages (httptools, uvloop, orjson,
-numpy, pybase64, tokenizers) beside typer, rich, platformdirs and psutil.
+The engine is somebody else's and stays as it is; `--engine-pid` is its HTTP process, whose CPU time a text is looked at
+too. A gateway for each variant (settings as in `qwen3emb gateway --config`) is started before it on this host. The load
+comes from processes of its own (`qwen3emb bench`'s); each round goes to every endpoint in turn, every other round
+backwards. Needs the gateway's packages (httptools, uvloop, orjson, numpy, pybase64, tokenizers) beside typer, rich,
+platformdirs and psutil.
 """
 
 from __future__ import annotations
@@ -49,11 +51,11 @@ class Endpoint:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def cpu_seconds(self) -> float:
-        """CPU time of the gateway so far."""
+        """CPU time of the gateway and its workers so far."""
         if self.pid is None:
             return 0.0
-        words = Path(f"/proc/{self.pid}/stat").read_text().rsplit(") ", 1)[1].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return sum(map(cpu_of, (self.pid, *map(int, children))))
 
     def engine_calls(self) -> tuple[float, float]:
         """Calls that the gateway made to the engine, and the texts in them."""
@@ -62,6 +64,14 @@ class Endpoint:
         text = get(self.url.removesuffix("/v1") + "/metrics").decode()
         rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return float(rows["qwen3emb_engine_calls_total"]), float(rows["qwen3emb_engine_call_items_sum"])
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of one process so far; 0 for one that is gone."""
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def get(url: str) -> bytes:
@@ -84,9 +94,13 @@ def gateway(name: str, engine: str, model_path: Path | None, settings: dict[str,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = {"upstreams": [engine], "port": port, "models": ["gateway"], **settings}
-    if model_path is not None:
-        config["model_path"] = str(model_path)
+    config = {
+        "upstreams": [engine],
+        "port": port,
+        "models": ["gateway"],
+        "model_path": str(model_path or ""),
+        **settings,
+    }
     file = out / f"{name}.json"
     file.write_text(json.dumps(config))
     argv = [sys.executable, "-m", "qwen3emb_launch", "gateway", "--config", str(file)]
@@ -111,11 +125,14 @@ def gateway(name: str, engine: str, model_path: Path | None, settings: dict[str,
         process.wait(30)
 
 
-def measure(endpoint: Endpoint, spec: LoadSpec, texts_sent: int) -> int:
+def measure(endpoint: Endpoint, spec: LoadSpec, texts_sent: int, engine_pid: int | None) -> int:
     """One round; the texts it took."""
+    engine_cpu = cpu_of(engine_pid) if engine_pid else 0.0
     calls, cpu = endpoint.engine_calls(), endpoint.cpu_seconds()
     result = run(replace(spec, url=endpoint.url, model=endpoint.model, text_start=texts_sent))
     spent = endpoint.cpu_seconds() - cpu
+    texts = max(1, len(result.batch))
+    of_engine = {"engine_cpu_us": 1e6 * (cpu_of(engine_pid) - engine_cpu) / texts} if engine_pid else {}
     more = [after - before for after, before in zip(endpoint.engine_calls(), calls, strict=True)]
     phase = next(p for p in result.phases if p.measured)
     done = [r for r in result.batch.rows() if phase.began <= r[2] <= phase.ended]
@@ -129,7 +146,8 @@ def measure(endpoint: Endpoint, spec: LoadSpec, texts_sent: int) -> int:
             **{f"p{q}_ms": percentile(good, q) for q in (50, 95, 99)},
             "errors": float(len(done) - len(good) + result.unfinished),
             "texts_a_call": more[1] / more[0] if more[0] else 1.0,
-            "gateway_cpu_us": 1e6 * spent / max(1, len(result.batch)),
+            "gateway_cpu_us": 1e6 * spent / texts,
+            **of_engine,
             "client_cpu": phase.cpu,
         }
     )
@@ -163,6 +181,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4, help="of the load")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--engine-pid", type=int, help="its HTTP process: what it costs a text is measured as well")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     texts_sent, table, rates = 0, {}, {}
@@ -182,7 +201,7 @@ def main() -> None:
             spec = replace(spec, vocabulary=vocabulary)
             for number in range(options.rounds):
                 for endpoint in found if number % 2 == 0 else found[::-1]:
-                    texts_sent += measure(endpoint, spec, texts_sent)
+                    texts_sent += measure(endpoint, spec, texts_sent, options.engine_pid)
                     last = endpoint.rounds[-1]
                     shown = "  ".join(f"{k} {v:.1f}" for k, v in last.items())
                     print(f"{clients} clients, round {number}, {endpoint.name}: {shown}", file=sys.stderr, flush=True)
