@@ -364,7 +364,6 @@ def test_a_checkpoint_that_quantises_badly_is_a_warning(computed: str, warm_pyth
     ("mode", "fault", "cause"),
     [
         ("mean", None, "^mean pooling"),
-        ("cls", None, "first token is pooled|a constant"),
         ("no_eos", None, "does not append"),
         ("im_end", None, "im_end"),
         ("double_eos", None, "appended twice"),
