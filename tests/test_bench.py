@@ -14,13 +14,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from null_server import Behaviour, null_server
 
-from qwen3emb_launch.bench import endpoint, modes, report
+from qwen3emb_launch.bench import calibrate, endpoint, modes, report
 from qwen3emb_launch.bench import html as html_report
 from qwen3emb_launch.bench.compare import compared
 from qwen3emb_launch.bench.corpus import convert
@@ -29,13 +30,15 @@ from qwen3emb_launch.bench.histogram import LatencyHistogram
 from qwen3emb_launch.bench.record import Record, Run, TargetInfo, from_dict, load, merged, rows_of, save
 from qwen3emb_launch.bench.seed import floor_seconds
 from qwen3emb_launch.bench.soak import Checkpoint, checkpoint_path, drifts_of, soak, thinned
-from qwen3emb_launch.bench.spec import LoadSpec
+from qwen3emb_launch.bench.spec import LoadSpec, Vocabulary
 from qwen3emb_launch.bench.target import Target, Work, prepare
 from qwen3emb_launch.bench.watch import Moment, Watch
+from qwen3emb_launch.bench.words import WORDS
 from qwen3emb_launch.catalog import CATALOG
 from qwen3emb_launch.cli.app import run
 from qwen3emb_launch.cli.bench import parse_sweep, seconds
 from qwen3emb_launch.cli.bench_view import sparkline
+from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.gpu import GpuSample
 from qwen3emb_launch.results import plain
@@ -107,6 +110,23 @@ def test_a_bench_describes_itself_and_its_figures_add_up(capsys, tmp_path: Path)
     assert "| 2 clients |" in files[1].read_text()
     assert float(next(csv.DictReader(files[2].open()))["requests_per_s"]) == found["requests_per_s"]
     assert "<svg" in files[3].read_text()
+
+
+def test_a_models_own_tokenizer_is_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that names its file has words looked up there; one calibrated already is not asked again."""
+    file = make_demo_model(tmp_path / "demo") / "tokenizer.json"
+    seen: list[Any] = []
+    monkeypatch.setattr(calibrate, "vocabulary_of", lambda spec, costs: seen.append(costs) or Vocabulary(WORDS[:20]))
+    with null_server() as (url, null):
+        prepare(Target("n", url, tokenizer=file), Work())
+        prepare(Target("n", url), Work())
+        known = Vocabulary(WORDS, 1, 1, exact=True)
+        answered = null.answered
+        ready = prepare(Target("n", url, tokenizer=file), Work(), known)
+        assert null.answered == answered + 1
+    assert ready.spec.vocabulary == known
+    assert not ready.notes
+    assert [costs and costs(["able"]) for costs in seen] == [{"able": 5}, None]
 
 
 def test_a_wall_clock_that_jumps_moves_no_figure_and_is_said(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
