@@ -50,6 +50,9 @@ def thin_model(folder: Path) -> Path:
     shape = replace(CATALOG["4b"].shape, layers=1, hidden_size=256, heads=4, kv_heads=2, head_dim=64, mlp_size=128)
     make(folder, shape, weights=False)
     (folder / "config.json").write_text(json.dumps(hf_config(shape)))
+    # As the official checkpoints say: SGLang tries three ways to load one of no class of its own.
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
     return folder
 
 
