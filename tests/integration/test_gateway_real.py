@@ -14,6 +14,7 @@ import pytest
 
 from qwen3emb_launch.client import Client
 from qwen3emb_launch.errors import InvalidInputError
+from qwen3emb_launch.gateway.tokens import TokenRules
 from tests.conftest import Endpoint
 from tests.test_gateway_process import Running, gateway, until
 
@@ -54,6 +55,19 @@ def test_its_vectors_are_the_engines(demo_endpoint: Endpoint, tmp_path: Path) ->
                 cosines = (got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)
                 assert cosines.min() > 0.999
         assert "gets texts" not in gw.log.read_text()  # the engine was seen to make the same ids
+
+
+def test_a_text_and_its_ids_are_one_vector_to_the_engine(demo_endpoint: Endpoint) -> None:
+    """What the gateway counted it sends as ids: alone in a call, each gives the numbers of its text, all of them."""
+    rules = TokenRules.from_model(demo_endpoint.model, context_length=None)
+    with Client(demo_endpoint.base_url) as bare:
+        for sample in rules.samples():
+            by_text, by_ids = (
+                bare.openai.embeddings.create(model="demo", input=one, encoding_format="float")
+                for one in (sample.payload, sample.ids)
+            )
+            assert by_text.data[0].embedding == by_ids.data[0].embedding
+            assert by_text.usage.prompt_tokens == by_ids.usage.prompt_tokens == sample.tokens
 
 
 def test_lengths_are_enforced_before_the_engine(demo_endpoint: Endpoint, tmp_path: Path) -> None:
