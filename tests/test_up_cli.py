@@ -20,7 +20,7 @@ from qwen3emb_launch import gpu, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
 from qwen3emb_launch.engine_process.ports import check_free
-from qwen3emb_launch.errors import UnfitError
+from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
 
@@ -385,3 +385,20 @@ def test_logs_of_a_never_started_instance(capsys: OUTER) -> None:
     state.claim("idle").release()
     status, body = envelope(capsys, "logs", "idle")
     assert (status, body["error"]["code"]) == (2, "no_log")
+
+
+def test_the_gateways_workers_go_by_this_machine_and_its_keys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two before a GPU on sixteen cores; one on a CPU engine, and where a key has a limit."""
+    from qwen3emb_launch import profile_files
+
+    monkeypatch.setattr("qwen3emb_launch.gateway.host.usable_cores", lambda: 16)
+    h100, demo = profile_files.load("h100"), profile_files.load("demo")
+    keys = tmp_path / "keys"
+    keys.write_text("alice sk-alice\n")
+    assert launching.gateway_workers(h100, None) == launching.gateway_workers(h100, str(keys)) == 2
+    assert launching.gateway_workers(demo, None) == 1
+    keys.write_text("alice sk-alice rpm=60\n")
+    assert launching.gateway_workers(h100, str(keys)) == 1
+    with pytest.raises(InvalidInputError) as caught:
+        launching.gateway_workers(h100, str(tmp_path / "none"))
+    assert caught.value.code == "bad_keys"
