@@ -235,17 +235,18 @@ def test_a_request_ends_at_its_deadline() -> None:
 def test_another_model_on_a_restarted_port_is_refused_and_its_vectors_never_served() -> None:
     async def main() -> None:
         engine = NullEngine(64)
-        async with Served(engine) as served, gateway(served, hold=0.5) as gw:
+        async with Served(engine) as served, gateway(served, hold=0.2) as gw:
             await checked(gw, engine, "kept")
             await served.stop()
             await until(lambda: not gw.service.pool.up or engine.links == set())
             served.engine = NullEngine(64, seed=2)
             await served.start()
+            assert (await gw.post({"model": "null", "input": "new"})).status == 503  # seen to be another one or not yet
+            upstream = next(iter(gw.service.pool.upstreams.values()))
+            await until(lambda: upstream.state == "refused")
             answer = await gw.post({"model": "null", "input": "new"})
             assert answer.status == 503
             assert "refused: its vectors are another model's: cosine" in error(answer)["message"]
-            upstream = next(iter(gw.service.pool.upstreams.values()))
-            assert upstream.state == "refused"
             await checked(gw, engine, "kept")  # from the cache
             await gw.service.new_model("another fingerprint")
             await until(lambda: gw.service.endpoint.model is not None)
