@@ -141,6 +141,18 @@ class Bytecode(unittest.TestCase):
         self.assertEqual(self.run_it(), f"1 others may write to {place} True None")
         self.assertEqual(self.kept(), [])
 
+    def test_a_user_without_a_home_starts_as_ever(self) -> None:
+        """An image's arbitrary user id, say."""
+        with (
+            mock.patch.dict(os.environ),
+            mock.patch.object(sys, "dont_write_bytecode", True),
+            mock.patch.object(sys, "pycache_prefix", None),
+            mock.patch.object(Path, "home", side_effect=RuntimeError("Could not determine home directory.")),
+        ):
+            os.environ.pop("QWEN3EMB_CACHE_DIR", None)
+            os.environ.pop("XDG_CACHE_HOME", None)
+            self.assertEqual(bytecode.keep("json"), "Could not determine home directory.")
+
     def test_other_packages_mean_another_folder_and_the_old_one_goes(self) -> None:
         self.run_it()
         (before,) = self.kept()

@@ -28,7 +28,10 @@ def keep(package: str = "sglang") -> str | None:
         return None  # somebody has chosen a folder
     if not sys.dont_write_bytecode and os.access(Path(spec.origin).parent, os.W_OK):
         return None  # Python keeps it
-    folder = folder_of(os.environ)
+    try:
+        folder = folder_of(os.environ)
+    except RuntimeError as error:  # a user without a name or a home
+        return str(error)
     problem = _prepared(folder)
     if problem:
         return problem
