@@ -306,6 +306,12 @@ def test_commands_are_equal_where_the_launch_is(tmp_path: Path) -> None:
     assert len({base, *map(engines.plan, different)}) == 4
 
 
+def test_trials_are_planned_with_as_many_gateway_workers_as_up_starts(tmp_path: Path) -> None:
+    """What is compared and refused is the plan that runs."""
+    plan = cases.plan("h100", "4b", "0.5.16", gateway_workers=2)
+    assert engines_for(tmp_path, plan_now=plan).request(()).gateway_workers == 2
+
+
 def test_gpu_memory_is_what_the_trial_added(tmp_path: Path) -> None:
     """What others held on the card before the start is not the engine's; without a GPU it is the resident memory."""
     gpu = GpuFigures(busy=0.9, memory_bytes=10 << 30, watts=300.0, watt_hours_per_million_tokens=None)

@@ -392,13 +392,21 @@ def test_the_gateways_workers_go_by_this_machine_and_its_keys(monkeypatch: pytes
     from qwen3emb_launch import profile_files
 
     monkeypatch.setattr("qwen3emb_launch.gateway.host.usable_cores", lambda: 16)
-    h100, demo = profile_files.load("h100"), profile_files.load("demo")
+    h100, demo = (launching.Chosen(profile_files.load(name), None, name) for name in ("h100", "demo"))
     keys = tmp_path / "keys"
     keys.write_text("alice sk-alice\n")
-    assert launching.gateway_workers(h100, None) == launching.gateway_workers(h100, str(keys)) == 2
-    assert launching.gateway_workers(demo, None) == 1
+    with_keys = launching.LaunchOptions(settings=(f"gateway.api_keys={keys}",))
+    assert h100.gateway_workers(launching.LaunchOptions()) == h100.gateway_workers(with_keys) == 2
+    assert demo.gateway_workers(launching.LaunchOptions()) == 1
     keys.write_text("alice sk-alice rpm=60\n")
-    assert launching.gateway_workers(h100, str(keys)) == 1
+    assert h100.gateway_workers(with_keys) == 1
+    variable = {"QWEN3EMB_SET_GATEWAY__API_KEYS": str(keys)}
+    assert h100.gateway_workers(launching.LaunchOptions(), variable) == 1
+    monkeypatch.setenv(*next(iter(variable.items())))
+    assert h100.gateway_workers(launching.LaunchOptions(), {}) == 2, "a service's environment is not this one"
+    nowhere = f"gateway.api_keys={tmp_path / 'none'}"
     with pytest.raises(InvalidInputError) as caught:
-        launching.gateway_workers(h100, str(tmp_path / "none"))
+        h100.gateway_workers(launching.LaunchOptions(settings=(nowhere,)))
     assert caught.value.code == "bad_keys"
+    bare = launching.LaunchOptions(settings=(nowhere, "gateway.enabled=false"))
+    assert h100.gateway_workers(bare) == 1, "no gateway reads no keys"

@@ -44,7 +44,7 @@ class Chosen:
         port = self.said("server.port", options) if options.port is None else options.port
         return str(host), int(port)
 
-    def said(self, key: str, options: LaunchOptions) -> Any:
+    def said(self, key: str, options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> Any:
         """What flag, environment or profile say of a key such as `server.port`: planning will decide the same.
 
         Raises InvalidInputError `bad_setting`.
@@ -56,11 +56,26 @@ class Chosen:
         own = getattr(self.profile, part)
         variable = ENV_PREFIX + key.upper().replace(".", "__")
         given = planning.read_overrides(list(options.settings))
-        for text, source in ((given.get(key), f"--set {key}={given.get(key)}"), (os.environ.get(variable), variable)):
+        for text, source in ((given.get(key), f"--set {key}={given.get(key)}"), (environ.get(variable), variable)):
             if text is not None:
                 value = read_setting(key, text, source)
                 return getattr(type(own)(), name) if value is None else value
         return getattr(own, name)
+
+    def gateway_workers(self, options: LaunchOptions, environ: Mapping[str, str] = os.environ) -> int:
+        """Gateway processes on this machine where nobody says how many; keys are read only where there is a gateway.
+
+        Raises InvalidInputError `bad_setting`, `bad_keys`.
+        """
+        from qwen3emb_launch.gateway import keys
+        from qwen3emb_launch.gateway.host import usable_cores
+        from qwen3emb_launch.planning.front import workers_for
+
+        if self.said("gateway.enabled", options, environ) is False:
+            return 1
+        keys_file = self.said("gateway.api_keys", options, environ)
+        limited = keys.load(Path(keys_file).expanduser() if keys_file else None).limited
+        return workers_for(usable_cores(), gpu=self.profile.engine.flavour == "cuda", limited=limited)
 
 
 def choose(options: LaunchOptions, console: Console) -> Chosen:
@@ -124,22 +139,12 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
             port=options.port,
             engine_port=private_port("127.0.0.1"),
             ram_bytes=None if chosen.gpu else available_memory(),
-            gateway_workers=gateway_workers(chosen.profile, chosen.said("gateway.api_keys", options)),
+            gateway_workers=chosen.gateway_workers(options),
         )
     )
     for warning in plan.warnings:
         console.warn(warning)
     return with_gateway(plan)
-
-
-def gateway_workers(profile: Profile, keys_file: str | None) -> int:
-    """Gateway processes on this machine where nobody says how many. Raises InvalidInputError `bad_keys`."""
-    from qwen3emb_launch.gateway import keys
-    from qwen3emb_launch.gateway.host import usable_cores
-    from qwen3emb_launch.planning.front import workers_for
-
-    limited = keys.load(Path(keys_file).expanduser() if keys_file else None).limited
-    return workers_for(usable_cores(), gpu=profile.engine.flavour == "cuda", limited=limited)
 
 
 def with_gateway(plan: LaunchPlan) -> LaunchPlan:
@@ -170,8 +175,8 @@ def check_front(options: LaunchOptions, chosen: Chosen) -> None:
 
     host, port = chosen.address(options)
     behind = chosen.said("gateway.enabled", options) is not False
-    usual = gateway_workers(chosen.profile, chosen.said("gateway.api_keys", options)) if behind else 0
-    _check_address(host, port, (chosen.said("gateway.workers", options) or usual) if behind else 0)
+    workers = chosen.said("gateway.workers", options) or chosen.gateway_workers(options) if behind else 0
+    _check_address(host, port, workers)
     if not behind:
         return
     said = {GATEWAY_NAMES[key]: chosen.said(f"gateway.{key}", options) for key in ("api_keys", "tasks", "insecure")}

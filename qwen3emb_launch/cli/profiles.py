@@ -116,11 +116,13 @@ def explain(
     """
     with shell("profiles explain", json) as console:
         from qwen3emb_launch import profile_files
-        from qwen3emb_launch.cli.launching import gateway_workers
+        from qwen3emb_launch.cli.launching import Chosen, LaunchOptions
         from qwen3emb_launch.explain import Ask, explain
 
         profile = profile_files.load(name)
-        ask = Ask(model, engine, tuple(set_ or ()), dict(os.environ), gateway_workers(profile, None))
+        words = tuple(set_ or ())
+        workers = Chosen(profile, None, "").gateway_workers(LaunchOptions(settings=words))
+        ask = Ask(model, engine, words, dict(os.environ), workers)
         explained = explain(profile, ask)
         for warning in explained.plan.warnings:
             console.warn(warning)

@@ -252,7 +252,7 @@ def _missing(plan: LaunchPlan) -> list[str]:
 
 def _plan(where: Places, asked: _Asked, console: Console) -> tuple[Wanted, LaunchPlan, tuple[str, ...]]:
     from qwen3emb_launch import profile_files
-    from qwen3emb_launch.cli.launching import Chosen, LaunchOptions, choose, gateway_workers, with_gateway
+    from qwen3emb_launch.cli.launching import Chosen, LaunchOptions, choose, with_gateway
     from qwen3emb_launch.explain import Ask, explain
     from qwen3emb_launch.state import check_name
     from qwen3emb_launch.systemd.spec import API_KEYS, Wanted
@@ -264,8 +264,7 @@ def _plan(where: Places, asked: _Asked, console: Console) -> tuple[Wanted, Launc
     keys = [f"gateway.api_keys={asked.credentials[API_KEYS]}"] if API_KEYS in asked.credentials else []
     environ = {} if where.scope == "system" else dict(os.environ)
     words = (*asked.settings, *address, *keys)
-    keys_file = Chosen(profile, None, "").said("gateway.api_keys", LaunchOptions(settings=words))
-    workers = gateway_workers(profile, keys_file)
+    workers = Chosen(profile, None, "").gateway_workers(LaunchOptions(settings=words), environ)
     found = explain(profile, Ask(asked.model, asked.engine, words, environ, workers))
     for warning in found.plan.warnings:
         console.warn(warning)

@@ -92,6 +92,7 @@ class Engines:
             port=FIRST_PORT,
             engine_port=FIRST_PRIVATE_PORT,
             ram_bytes=self.ram_bytes,
+            gateway_workers=int((self.plan_now.gateway or {}).get("workers", 1)),
         )
 
     def keep_baseline(self, vectors: ReferenceSet) -> None:
