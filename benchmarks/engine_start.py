@@ -33,7 +33,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-from gpu.make_model import hf_config, make
+from gpu.make_model import make
 from plugin_cpu import START_SECONDS, Engine, _answers, _free_port, engine_environment, versions
 
 from qwen3emb_launch.catalog import CATALOG
@@ -49,10 +49,6 @@ def thin_model(folder: Path) -> Path:
     """The 4B's stand-in with one narrow layer; its weights are drawn by the engine (`--load-format dummy`)."""
     shape = replace(CATALOG["4b"].shape, layers=1, hidden_size=256, heads=4, kv_heads=2, head_dim=64, mlp_size=128)
     make(folder, shape, weights=False)
-    (folder / "config.json").write_text(json.dumps(hf_config(shape)))
-    # As the official checkpoints say: SGLang tries three ways to load one of no class of its own.
-    config = folder / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "tokenizer_class": "Qwen2Tokenizer"}))
     return folder
 
 

@@ -22,6 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from qwen3emb_launch.catalog import CATALOG, ModelShape
 
 EOS = 151643
+# How Qwen's tokenizer cuts a text before its merges: the published tokenizer.json has it, and its class insists on it.
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TRAINED = 24_000
 
 
@@ -79,11 +83,16 @@ def hf_config(shape: ModelShape) -> dict[str, Any]:
 
 def write_tokenizer(out: Path, max_length: int) -> None:
     """Train byte-level BPE on the standard library's sources and give <|endoftext|> its official id."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     sources = sorted(str(p) for p in Path(sysconfig.get_path("stdlib")).glob("*.py"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -107,7 +116,7 @@ def write_tokenizer(out: Path, max_length: int) -> None:
     (out / "tokenizer_config.json").write_text(
         json.dumps(
             {
-                "tokenizer_class": "PreTrainedTokenizerFast",
+                "tokenizer_class": "Qwen2Tokenizer",
                 "eos_token": "<|im_end|>",
                 "pad_token": end,
                 "model_max_length": max_length,

@@ -20,14 +20,14 @@ CPU_PREFILL_TOKENS = 4096
 RUNNING = 512  # requests of one batch; the engine's own 2048 to 4096 cost up to 0.5 GB of table at 32K
 # Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there; above
 # some 2,000 the GPU's work outlasts the CPU's launching of kernels and a graph gains little. The steps are what 2 to 64
-# queries of 32 tokens and their end token come to, in multiples of four: clients that wait fill such batches. From
+# queries of 32 tokens and their end token come to, rounded up: clients that wait fill such batches. From
 # 0.5.16 on SGLang runs a batch without a graph rather than pad it to more than GRAPH_PADDING times its tokens.
 GRAPH_PADDING = 2
 GRAPH_SIZES = (4, 8, 16, 34, 68, 132, 264, 396, 528, 792, 1056, 1584, 2112)
 # A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay.
 FULL_GRAPH_SIZES = (4, 8, 16, 24, 36, 48, 68, 100, 132, 200, 264, 396, 528, 792, 1056, 1320, 1584, 1848, 2112)
 FULL_GRAPH_REQUESTS = 129  # 128 texts and the padding
-# Releases on which the plugin's `full` graphs were run on a GPU and their vectors compared (docs/benchmarks).
+# Releases on which the plugin's `full` graphs, from 16 tokens on, were run on a GPU and their vectors compared.
 FULL_GRAPHS_PROVEN = ("0.5.16",)
 
 
