@@ -84,15 +84,26 @@ class Bytecode(unittest.TestCase):
         self.source.parent.mkdir(parents=True)
         self.write("found = 1")
 
+    def add(self, *names: str) -> None:
+        for name in names:
+            (self.folder / "packages" / name).write_text("")
+
     def write(self, text: str) -> None:
         self.source.write_text(text)
         os.utime(self.source, (1_700_000_000, 1_700_000_000))
 
     def run_it(self, **environ: str) -> str:
         """What the package says, or why nothing is kept."""
-        program = "from qwen3emb_engine_plugin import bytecode; said = bytecode.keep('engine'); import engine, sys\n"
+        return self.run_code(
+            "import sys; from qwen3emb_engine_plugin import bytecode; said = bytecode.keep('engine'); import engine\n"
+            "print(engine.found, said, sys.dont_write_bytecode, sys.pycache_prefix)",
+            **environ,
+        )
+
+    def run_code(self, program: str, **environ: str) -> str:
+        """What a program prints that imports the package."""
         found = subprocess.run(
-            [sys.executable, "-c", program + "print(engine.found, said, sys.dont_write_bytecode, sys.pycache_prefix)"],
+            [sys.executable, "-c", f"import os\n{program}"],
             env={
                 "PYTHONPATH": os.pathsep.join([str(self.folder / "packages"), os.environ["PYTHONPATH"]]),
                 "PYTHONDONTWRITEBYTECODE": "1",
@@ -153,13 +164,116 @@ class Bytecode(unittest.TestCase):
             os.environ.pop("XDG_CACHE_HOME", None)
             self.assertEqual(bytecode.keep("json"), "Could not determine home directory.")
 
-    def test_other_packages_mean_another_folder_and_the_old_one_goes(self) -> None:
+    def folders(self) -> list[Path]:
+        return sorted(path for path in (self.folder / "cache" / "bytecode").glob("*/*") if path.is_dir())
+
+    def test_other_packages_mean_another_folder_and_one_not_asked_for_in_a_week_goes(self) -> None:
         self.run_it()
-        (before,) = self.kept()
+        (old,) = self.folders()
         (self.folder / "packages" / "engine-2.dist-info").mkdir()
         self.run_it()
-        (after,) = self.kept()
-        self.assertNotEqual(before, after)
+        self.assertEqual(len(self.folders()), 2)
+        long_ago = time.time() - bytecode.UNUSED_FOR - 60
+        for folder in self.folders():
+            os.utime(folder, (long_ago, long_ago))
+        self.run_it()
+        (new,) = self.folders()
+        self.assertNotEqual(old, new)
+        self.assertLess(time.time() - new.stat().st_mtime, 3600)
+
+    def test_the_folder_that_it_is_started_in_does_not_matter(self) -> None:
+        """Each named instance starts in its own, which `-m` puts on the path."""
+        kept = []
+        for name in ("one", "two"):
+            (self.folder / name).mkdir()
+            self.run_it(PYTHONPATH=os.pathsep.join(
+                [str(self.folder / name), str(self.folder / "packages"), os.environ["PYTHONPATH"]]
+            ))  # fmt: skip
+            kept += self.kept()
+        self.assertEqual(len(kept), 2)
+        self.assertEqual(kept[0], kept[1])
+
+    def test_the_folders_of_an_interpreter_that_is_gone_go(self) -> None:
+        """Others' stay: they may be of another engine, running."""
+        gone, there = (self.folder / "cache" / "bytecode" / name for name in ("gone", "there"))
+        self.run_it()
+        for place, interpreter in ((gone, self.folder / "no-python"), (there, sys.executable)):
+            (place / "packages").mkdir(parents=True)
+            (place / bytecode.INTERPRETER).symlink_to(interpreter)
+            os.utime(place, (0, 0))
+        self.run_it()
+        self.assertFalse(gone.exists())
+        self.assertTrue((there / "packages").is_dir())
+
+    def test_a_folder_removed_meanwhile_costs_only_time(self) -> None:
+        """It is not made again: that would be with the rights of any folder."""
+        found = self.run_code(
+            "import shutil; from pathlib import Path; from qwen3emb_engine_plugin import bytecode\n"
+            "said = bytecode.keep('engine'); shutil.rmtree(bytecode.folder_of(os.environ)); import engine\n"
+            "print(engine.found, said, bytecode.folder_of(os.environ).exists())"
+        )
+        self.assertEqual(found, "1 None False")
+
+    def test_two_threads_leave_the_interpreter_s_settings_as_they_were(self) -> None:
+        """One that is in the midst of an import when another begins one."""
+        self.add("engine/first.py", "engine/second.py")
+        found = self.run_code(
+            "import sys, threading; from importlib.machinery import SourceFileLoader\n"
+            "stock = SourceFileLoader.get_code; first, second, left = (threading.Event() for _ in range(3))\n"
+            "def slow(self, name):\n"
+            "    if name == 'engine.first':\n"
+            "        first.set(); second.wait(0.3)\n"
+            "    if name == 'engine.second':\n"
+            "        second.set(); left.wait(10)\n"
+            "    return stock(self, name)\n"
+            "SourceFileLoader.get_code = slow\n"
+            "from qwen3emb_engine_plugin import bytecode; bytecode.keep('engine'); import engine\n"
+            "def one():\n"
+            "    try: import engine.first\n"
+            "    finally: left.set()\n"
+            "thread = threading.Thread(target=one); thread.start(); first.wait(10); import engine.second\n"
+            "thread.join(); print(sys.pycache_prefix, sys.dont_write_bytecode)",
+        )
+        self.assertEqual(found, "None True")
+
+    def test_a_process_forked_in_the_midst_of_an_import_imports(self) -> None:
+        """The thread that was importing is not there to give back what it held."""
+        self.add("engine/first.py", "other.py")
+        found = self.run_code(
+            "import signal, sys, threading; from importlib.machinery import SourceFileLoader\n"
+            "stock = SourceFileLoader.get_code; begun, forked = threading.Event(), threading.Event()\n"
+            "def slow(self, name):\n"
+            "    if name == 'engine.first':\n"
+            "        begun.set(); forked.wait(10)\n"
+            "    return stock(self, name)\n"
+            "SourceFileLoader.get_code = slow\n"
+            "from qwen3emb_engine_plugin import bytecode; bytecode.keep('engine'); import engine\n"
+            "def one(): import engine.first\n"
+            "thread = threading.Thread(target=one); thread.start(); begun.wait(10)\n"
+            "pid = os.fork()\n"
+            "if not pid:\n"
+            "    signal.alarm(10); settings = sys.pycache_prefix, sys.dont_write_bytecode\n"
+            "    import other; os._exit(settings != (None, True))\n"
+            "forked.set(); thread.join(); print(os.waitpid(pid, 0)[1])",
+        )
+        self.assertEqual(found, "0")
+
+    def test_a_folder_beside_the_source_that_may_not_be_looked_into_is_passed_by(self) -> None:
+        """As by Python itself: its `Path.exists` would raise, and end the import."""
+        found = self.run_code(
+            "from pathlib import Path; from qwen3emb_engine_plugin import bytecode; bytecode.keep('engine')\n"
+            "stat = os.stat\n"
+            "def refused(path, *args, **kwargs):\n"
+            "    if '__pycache__' in str(path):\n"
+            "        raise PermissionError(13, 'Permission denied')\n"
+            "    return stat(path, *args, **kwargs)\n"
+            "os.stat = refused; import engine; print(engine.found)"
+        )
+        self.assertEqual((found, len(self.kept())), ("1", 1))
+
+    def test_a_folder_that_cannot_be_made_starts_as_ever(self) -> None:
+        (self.folder / "cache").write_text("a file")
+        self.assertIn("Not a directory True None", self.run_it(QWEN3EMB_CACHE_DIR=str(self.folder / "cache" / "x")))
 
     def test_the_folder_is_the_launcher_s_or_the_user_s(self) -> None:
         def place(environ: dict[str, str]) -> Path:
