@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 from pathlib import Path
+from time import monotonic
 
 import numpy as np
 import orjson
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from qwen3emb_launch.demo_model import EOS_ID, make_demo_model
 from qwen3emb_launch.gateway.calls import token_flags
+from qwen3emb_launch.gateway.request import EmbeddingRequest
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.work import ESTIMATED, Item, Wait
 from tests.gateway_bench import error, gateway, rows
@@ -74,6 +76,52 @@ def test_answered_requests_leave_nothing_for_the_garbage_collector() -> None:
                 left = [type(found).__name__ for found in gc.get_objects() if isinstance(found, (Item, Wait, Prepared))]
             finally:
                 gc.enable()
+            assert left == []
+
+    run(main())
+
+
+async def left_behind(within: float = 2.0) -> list[str]:
+    """What requests still lie in memory once their answers are there and the loop had its time to let go of them."""
+    end = monotonic() + within
+    while True:
+        kinds = (Item, Wait, Prepared, EmbeddingRequest)
+        left = [type(found).__name__ for found in gc.get_objects() if isinstance(found, kinds)]
+        if not left or monotonic() > end:
+            return left
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("answers", "text", "codes"),
+    [
+        (None, "REFUSE", {"engine_refused"}),
+        ((400, b'{"message": "no"}'), "text", {"engine_refused"}),
+        ((500, b"{}"), "text", {"engine_failed", "no_engine"}),  # whichever comes first
+        ((503, b"{}"), "text", {"timeout"}),
+        ("stopped", "text", {"no_engine"}),
+    ],
+)
+def test_failed_requests_leave_nothing_for_the_garbage_collector(answers, text: str, codes: set[str]) -> None:
+    """While an engine refuses, fails, is overloaded or away, clients repeat their texts: none is kept."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, timeout=0.5, hold=0.2) as gw:
+            if answers == "stopped":
+                await served.stop()
+            else:
+                engine.status = answers
+            gc.collect()
+            gc.disable()
+            try:
+                asked = [[f"{text} one", f"{text} two"], *(f"{text} {i}" for i in range(10))]
+                bodies = [{"model": "null", "input": one} for one in asked]
+                failed = await asyncio.gather(*map(gw.post, bodies))
+                left = await left_behind()
+            finally:
+                gc.enable()
+            assert {error(answer)["code"] for answer in failed} <= codes
             assert left == []
 
     run(main())

@@ -53,6 +53,12 @@ class ApiError(Exception):
             final=self.final,
         )
 
+    def again(self) -> ApiError:
+        """An equal one that was never raised: it has no traceback, and nobody else holds it."""
+        fresh = ApiError(self.status, self.code, self.message)
+        vars(fresh).update(vars(self))
+        return fresh
+
     def body(self) -> dict[str, Any]:
         """The JSON that the OpenAI clients turn into their exceptions; `source` and `index` are ours."""
         kind = _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")

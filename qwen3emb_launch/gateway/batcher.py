@@ -246,6 +246,7 @@ class Batcher:
             wanted = [item for item in batch if item.waiters]
             for item in batch:
                 if not item.waiters:
+                    item.call = None  # which knows its items
                     self._air.pop(item.key, None)
             self._again(wanted, True, "the engine fell silent")
         except Exception:  # whatever it is, nobody may wait for ever

@@ -198,6 +198,8 @@ class Embeddings:
                     for slot, (_, key) in enumerate(missing):
                         batcher.submit(wait, slot, key, prepared[slot])
                 results = await wait.future
+                if isinstance(results, ApiError):
+                    raise results.again()  # the one that the future holds is never raised: see Wait
             except ApiError as error:
                 raise (error if error.index is None else error.at(missing[error.index][0], count)) from None
         finally:

@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 RESTART_PAUSE = 0.5
 MAX_DEATHS = 10  # of workers within a minute
 START_TIMEOUT = 30.0
-# Answered requests leave no cycles, so a look for them finds nothing and walks all that is being worked on: it comes
-# when so many more objects live than at the last one. Python's own 700 are a few dozen requests at a time.
+# Requests, answered or failed, leave no cycles, so a look for them finds nothing and walks all that is being worked on:
+# it comes when so many more objects live than at the last one. Python's own 700 are a few dozen requests at a time.
 GC_AFTER = 10_000
 
 Listening = Callable[[Mapping[str, Any]], None]

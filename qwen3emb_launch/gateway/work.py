@@ -68,7 +68,11 @@ class Level:
 
 
 class Wait:
-    """A request waiting for vectors. `future` resolves to the list of (vector, token flags), in order."""
+    """A request waiting for vectors. `future` resolves to the list of (vector, token flags), in order, or to the error.
+
+    The error is handed over, not set to be raised: its traceback would know the frame that waits, which knows the
+    future, and such a circle keeps the request's texts until the garbage collector comes round.
+    """
 
     __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "span", "started")
 
@@ -77,7 +81,7 @@ class Wait:
         self.results: list[tuple[Vector, int] | None] = [None] * count
         self.left = count
         self.items: list[Item] = []
-        self.future: asyncio.Future[list[Any]] = loop.create_future()
+        self.future: asyncio.Future[list[Any] | ApiError] = loop.create_future()
         self.started = monotonic()
         self.deadline = deadline
         self.span: Any = None
@@ -99,7 +103,7 @@ class Wait:
     def fail(self, error: ApiError) -> None:
         """The whole request fails with its first error."""
         if not self.future.done():
-            self.future.set_exception(error)
+            self.future.set_result(error)
 
 
 class Item:
