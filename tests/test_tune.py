@@ -472,6 +472,28 @@ def test_a_finished_final_is_not_held_again(tmp_path: Path) -> None:
     assert not second.machine.started
 
 
+def test_a_final_of_short_loads_is_held_again_where_there_is_time(tmp_path: Path) -> None:
+    """--resume with a longer budget measures for the whole time; with too short a one it says again what it says."""
+    first = tune(tmp_path, A, budget=165, gives={A: 1.4})
+    assert {one.seconds for one in first.journal.rounds} == {6.0}
+    assert len(first.journal.rounds) == 5
+    again = tune(tmp_path, A, budget=60, gives={A: 1.4}, resume=True)
+    assert (again.verdict, again.machine.started) == (first.verdict, [])
+    assert again.tuning.notes == ["there was time for a final of loads of 6 s, not 12"]
+    longer = tune(tmp_path, A, budget=3600, gives={A: 1.4}, resume=True)
+    assert {one.seconds for one in longer.journal.rounds} == {12.0}
+    assert not longer.tuning.notes
+    last = tune(tmp_path, A, budget=3600, gives={A: 1.4}, resume=True)
+    assert (last.verdict, last.machine.started) == (longer.verdict, [])
+
+
+def test_a_final_of_one_round_has_all_that_fit_into_one(tmp_path: Path) -> None:
+    """--rounds 1: the third finalist is not measured by the time that three rounds would take."""
+    tune(tmp_path, A, B, C, rounds=0, gives={A: 1.3, B: 1.2})
+    run = tune(tmp_path, A, B, C, rounds=1, budget=220, gives={A: 1.3, B: 1.2}, resume=True)
+    assert [len(one.measured) for one in run.journal.rounds] == [3]
+
+
 def test_a_bigger_budget_tries_what_was_left(tmp_path: Path) -> None:
     """The first run names what it had no time for; the resumed one tries it."""
     first = tune(tmp_path, A, B, C, budget=90, gives={C: 1.5})
@@ -528,7 +550,7 @@ def test_what_the_journal_holds_comes_back_as_it_was(tmp_path: Path) -> None:
     kept = replace(
         trial(1, {"a": "1"}, measurement(), measurement(8, p95=200)), proof=Proof(True, "ok", "f", 0.99), at="now"
     )
-    one = Round(1, {(): measurement(), (A, B): measurement(rate=120)})
+    one = Round(1, {(): measurement(), (A, B): measurement(rate=120)}, 12.0)
     with Journal_(tmp_path) as journal:
         journal.add(kept)
         journal.begin_final({(): 4.0})

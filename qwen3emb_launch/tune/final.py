@@ -76,7 +76,7 @@ class Final:
                     found = engine.measure(chosen[moves], self.setup.seconds)
                 # Side by side the card's memory is everybody's: what the configuration took alone counts.
                 measured[moves] = replace(found, memory_bytes=self._alone(moves)) if engines else found
-            self.journal.add_round(Round(number, measured))
+            self.journal.add_round(Round(number, measured, self.setup.seconds))
             self.listener.said(f"final: round {number} of {rounds}: " + ", ".join(map(self._brief, measured.items())))
 
     def _engine(self, moves: Moves, engines: Mapping[Moves, Running] | None) -> AbstractContextManager[Running]:

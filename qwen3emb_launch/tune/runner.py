@@ -6,7 +6,7 @@ any other. The clock and everything that touches an engine are handed in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -231,29 +231,39 @@ class Tuning:
                 return Verdict(BASELINE, "nothing but the baseline was measured")
             return Verdict(BASELINE, "no other configuration did better than the baseline, already when tried briefly")
         levels_of = self._levels([*([base] if base else []), *best])
-        held = self.journal.rounds
-        if held and len(held) >= self.setup.rounds and set(held[-1].measured) == set(levels_of):
-            return judge(held, objective)  # a resumed run with nothing new
+        held = self._held(levels_of)
+        if held == self.setup.seconds:
+            return judge(self.journal.rounds, objective)  # a resumed run with nothing new
         if not self.setup.rounds:
             return self._unconfirmed("a final was not asked for (--rounds 0)")
         budget, entries, trials = self._budget, list(levels_of), self.journal.trials
-        while len(entries) > 2 and budget.left < budget.final_time(len(entries), FEWEST_ROUNDS, trials):
-            entries.pop()
         fewest = min(FEWEST_ROUNDS, self.setup.rounds)
+        while len(entries) > 2 and budget.left < budget.final_time(len(entries), fewest, trials):
+            entries.pop()
         share = 1.0 if budget.left >= budget.final_time(len(entries), fewest, trials) else BRIEF
+        if held and share < 1.0:
+            self._say_brief(held)
+            return judge(self.journal.rounds, objective)  # it would come to the same again
         if budget.left < budget.final_time(len(entries), 1, trials, share):
             takes = budget.final_time(2, fewest, trials)
             return self._unconfirmed(f"no time was left for a final, which takes {takes:.0f} s or more (--resume)")
         setup = replace(self.setup, seconds=share * self.setup.seconds)
         if setup != self.setup:
-            self.notes.append(
-                f"there was time for a final of loads of {setup.seconds:.3g} s, not {self.setup.seconds:g}"
-            )
+            self._say_brief(setup.seconds)
         final = Final(setup, self.machine, self.journal, budget, self.listener, self.notes)
         final.hold({m: levels_of[m] for m in entries}, self.setup.rounds)
         if not self.journal.rounds:
             return self._unconfirmed("the final could not be held")
         return judge(self.journal.rounds, objective)
+
+    def _held(self, entries: Collection[Moves]) -> float | None:
+        """Seconds of a load in the final between these that an earlier run held to its end."""
+        held = self.journal.rounds
+        whole = held and len(held) >= self.setup.rounds and set(held[-1].measured) == set(entries)
+        return held[-1].seconds if whole else None
+
+    def _say_brief(self, seconds: float) -> None:
+        self.notes.append(f"there was time for a final of loads of {seconds:.3g} s, not {self.setup.seconds:g}")
 
     def _levels(self, trials: Sequence[Trial]) -> dict[Moves, float]:
         """The level each is judged at; a baseline that met the objective nowhere stands at its nearest."""

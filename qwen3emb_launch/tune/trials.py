@@ -120,20 +120,23 @@ class Trial:
 
 @dataclass(frozen=True)
 class Round:
-    """One turn of the final: every finalist measured once, one after another."""
+    """One turn of the final: every finalist measured once, one after another, by loads of `seconds` (None: unknown)."""
 
     number: int
     measured: Mapping[Moves, Measurement]
+    seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON keys are text, so a list of pairs."""
-        return {"number": self.number, "measured": [[list(map(list, k)), v] for k, v in self.measured.items()]}
+        pairs = [[list(map(list, k)), v] for k, v in self.measured.items()]
+        return {"number": self.number, "measured": pairs, "seconds": self.seconds}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Round:
         """The inverse of `to_dict`."""
         pairs = [(tuple((str(a), str(b)) for a, b in k), Measurement.from_dict(v)) for k, v in data["measured"]]
-        return cls(int(data["number"]), dict(pairs))
+        seconds = data.get("seconds")
+        return cls(int(data["number"]), dict(pairs), None if seconds is None else float(seconds))
 
 
 def label(changed: Moves) -> str:
