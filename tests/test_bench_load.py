@@ -188,6 +188,13 @@ def test_an_endpoint_that_does_not_count_gives_inexact_texts(tokenizer) -> None:
     assert not calibrate(tokenizer).exact
 
 
+@pytest.mark.parametrize("known", [None, lambda words: dict.fromkeys(words, 0)])
+def test_words_that_cost_nothing_are_not_texts_of_a_length(known) -> None:
+    """An endpoint that counts only some words: whatever its file says, nothing is divided by their cost of 0."""
+    tokenizer = lambda text: 1 + text.split().count(WORDS[0])  # noqa: E731
+    assert not calibrate(tokenizer, costs=known).exact
+
+
 def test_few_words_make_longer_serial_numbers() -> None:
     """Sixteen words: texts of eight and more are all different, as those of four are with hundreds."""
     few = Vocabulary(WORDS[:16], exact=True)

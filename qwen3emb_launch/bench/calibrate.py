@@ -187,8 +187,12 @@ def _agreed(pieces: Sequence[Sequence[str]], counts: Sequence[int], per_word: in
 
 
 def _most(by: Mapping[int, list[str]]) -> tuple[int, list[str]]:
-    """The cost that most words have; of equals the smaller, whose texts come nearer to a length."""
-    return max(by.items(), key=lambda item: (len(item[1]), -item[0]), default=(1, []))
+    """The cost that most words have; of equals the smaller, whose texts come nearer to a length.
+
+    Words that cost nothing do not count: no number of them comes to a length.
+    """
+    known = [item for item in by.items() if item[0] >= 1]
+    return max(known, key=lambda item: (len(item[1]), -item[0]), default=(1, []))
 
 
 def _text(words: Iterable[str]) -> str:
