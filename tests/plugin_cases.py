@@ -130,14 +130,19 @@ class Serving(unittest.TestCase):
             time.sleep(0.01)
 
     def test_a_scheduler_is_bound_to_its_node_without_another_program(self) -> None:
-        """Where SGLang would go by way of numactl; what somebody has set stays."""
-        for second, numactl, chosen, found in (
-            ("/", "/usr/bin/numactl", None, "0"),
-            ("/", "/usr/bin/numactl", "1", "1"),
-            ("/", None, None, None),
-            ("/nowhere", "/usr/bin/numactl", None, None),
+        """Where SGLang would go by way of numactl; what somebody has set stays.
+
+        A sandbox that lets cores be looked at and not chosen would end the scheduler: numactl is tried out beforehand.
+        """
+        for second, numactl, chosen, forbidden, found in (
+            ("/", "/usr/bin/numactl", None, None, "0"),
+            ("/", "/usr/bin/numactl", "1", None, "1"),
+            ("/", None, None, None, None),
+            ("/nowhere", "/usr/bin/numactl", None, None, None),
+            ("/", "/usr/bin/numactl", None, PermissionError(1, "Operation not permitted"), None),
         ):
             with (
+                mock.patch("os.sched_setaffinity", side_effect=forbidden),
                 mock.patch.object(template, "SECOND_NODE", Path(second)),
                 mock.patch("shutil.which", return_value=numactl),
                 mock.patch.dict(os.environ, {template.BOUND_BY_NUMACTL: chosen} if chosen else {}),

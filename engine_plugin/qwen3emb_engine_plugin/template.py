@@ -102,11 +102,21 @@ def use() -> None:
 
     On a host of several NUMA nodes, SGLang starts its scheduler by way of numactl, as a program that imports everything
     again. The way it had before (and has for Ray) binds the scheduler to its GPU's node from within; a node's memory is
-    then preferred, not demanded. A way that somebody has chosen stays.
+    then preferred, not demanded. A way that somebody has chosen stays, and so does numactl, which SGLang tries out
+    beforehand, where a sandbox forbids to bind: from within, the scheduler would end.
     """
-    if SECOND_NODE.is_dir() and shutil.which("numactl"):
+    if SECOND_NODE.is_dir() and shutil.which("numactl") and _may_bind():
         os.environ.setdefault(BOUND_BY_NUMACTL, "0")
     multiprocessing.context._default_context._actual_context = TemplateContext()  # type: ignore[attr-defined]
+
+
+def _may_bind() -> bool:
+    """Whether a process may choose its cores; the rest of that way, libnuma's preferred node, never ends one."""
+    try:
+        os.sched_setaffinity(0, os.sched_getaffinity(0))
+    except OSError:
+        return False
+    return True
 
 
 def running() -> bool:
