@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, readahead, serve, switches, unused
+from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, readahead, serve, switches, template, unused
 from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 
@@ -383,6 +384,102 @@ class OneTokenizer(unittest.TestCase):
         self.assertEqual(self.loaded, [])
 
 
+class StartAnew(unittest.TestCase):
+    """`serve` before a stand-in of SGLang: what an import that fails comes to."""
+
+    def setUp(self) -> None:
+        scratch = tempfile.TemporaryDirectory()
+        self.addCleanup(scratch.cleanup)
+        self.folder = Path(scratch.name)
+        self.imports = self.folder / "imports"
+        self.model = self.folder / "model"
+        self.model.mkdir()
+        told = f"import os; open({str(self.imports)!r}, 'a').write(f'{{os.getpid()}} {{__name__}}\\n')\n"
+        refused = "if 'QWEN3EMB_PLUGIN_TEMPLATE' not in os.environ:\n"
+        self.refused = told + refused + "    raise RuntimeError('not this way')\n"
+        launcher = (
+            "import os, sys\n"
+            "if 'FAILS' in os.environ:\n"
+            "    import sglang.srt.server_args\n"
+            "    raise SystemExit('failed for good')\n"
+            "parts = {name for name in os.environ if name.startswith(('QWEN3EMB', 'OPENBLAS', 'SGLANG'))}\n"
+            "print(os.getpid(), sys.argv[1:], sorted(parts))\n"
+        )
+        modules = [name.replace(".", "/") for name in (*template.MODULES, serve.CLASSES_OF_QWEN3)]
+        self.write(**dict.fromkeys([*modules, *(f"{Path(name).parent}/__init__" for name in modules)], ""))
+        self.write(**{
+            "torch": "class version: cuda = None\ncompile = None\n",
+            "sglang/__init__": "",
+            "sglang/launch_server": launcher,
+        })  # fmt: skip
+
+    def write(self, **modules: str) -> None:
+        for name, text in modules.items():
+            path = self.folder / "packages" / f"{name}.py"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    def serve(self, **environ: str) -> tuple[int, subprocess.CompletedProcess[str]]:
+        """The process id of a start, and how it went."""
+        packages = os.pathsep.join([str(self.folder / "packages"), os.environ["PYTHONPATH"]])
+        main = subprocess.Popen(
+            [sys.executable, "-m", "qwen3emb_engine_plugin.serve", "--model-path", str(self.model), "--port", "1"],
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": packages, "HOME": str(self.folder), **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.folder,
+        )
+        out, err = main.communicate(timeout=60)
+        return main.pid, subprocess.CompletedProcess(main.args, main.returncode, out, err)
+
+    def test_an_import_that_fails_is_followed_by_a_plain_start(self) -> None:
+        """Of the same process and arguments, without what the template had set; the log has one line about it."""
+        self.write(**{"sglang/srt/server_args": self.refused})
+        pid, found = self.serve()
+        switches_set = sorted(serve.PLAIN_IMPORT)
+        self.assertEqual(
+            found.stdout, f"{pid} {['--model-path', str(self.model), '--port', '1']} {switches_set}\n", found.stderr
+        )
+        self.assertEqual(found.stderr, "qwen3emb plugin: starts anew without a template: RuntimeError: not this way\n")
+        self.assertEqual(self.imports.read_text(), f"{pid} sglang.srt.server_args\n")
+
+    def test_the_second_failure_is_the_last(self) -> None:
+        """Twice imported, by one process, and not a third time."""
+        self.write(**{"sglang/srt/server_args": self.refused})
+        pid, found = self.serve(FAILS="1")
+        self.assertEqual((found.returncode, found.stderr.count("starts anew")), (1, 1))
+        self.assertIn("failed for good", found.stderr)
+        self.assertEqual(self.imports.read_text(), f"{pid} sglang.srt.server_args\n" * 2)
+
+    def test_a_class_that_sglang_would_only_log_is_asked_for(self) -> None:
+        """Where the scheduler would end for want of it."""
+        (self.model / "config.json").write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+        self.write(**{"sglang/srt/models/qwen3": self.refused})
+        pid, found = self.serve(QWEN3EMB_PLUGIN_UNUSED="0")
+        self.assertTrue(found.stdout.startswith(f"{pid} "), found)
+        self.assertIn("starts anew without a template: RuntimeError: not this way", found.stderr)
+
+    def test_an_import_that_asks_to_end_ends(self) -> None:
+        """SGLang's own exit, or Ctrl-C, is no failure of the template."""
+        self.write(**{"sglang/srt/server_args": "raise SystemExit(3)"})
+        _, found = self.serve()
+        self.assertEqual((found.returncode, found.stdout, found.stderr), (3, "", ""))
+
+    def test_the_reader_of_the_weights_is_ended_before(self) -> None:
+        """It would be nobody's child to take note of."""
+        pid = os.fork()
+        if pid == 0:
+            time.sleep(60)
+            os._exit(0)
+        with mock.patch.object(os, "execve") as anew:
+            serve.start_anew({"KEPT": "1"}, pid)
+        self.assertFalse(Path(f"/proc/{pid}").exists())
+        ((program, words, environ),) = (call.args for call in anew.call_args_list)
+        self.assertEqual((program, words[0]), (sys.executable, sys.executable))
+        self.assertEqual(environ, {"KEPT": "1", **serve.PLAIN_IMPORT})
+
+
 class Unused(unittest.TestCase):
     def test_only_a_plain_qwen3_is_served_without(self) -> None:
         plain = {"architectures": ["Qwen3ForCausalLM"]}
@@ -448,6 +545,33 @@ class ReadAhead(unittest.TestCase):
                 thread.join(30)
         self.assertFalse(Path(f"/proc/{pid}").exists())
         readahead._wait(pid)
+
+    def test_it_does_not_pass_for_a_second_server(self) -> None:
+        """By its command line, which is the engine's at first; with no way to say another, none is begun."""
+        code = (
+            "import setproctitle, sys, time; from pathlib import Path; from qwen3emb_engine_plugin import readahead\n"
+            "readahead.read = lambda files: time.sleep(60)\n"
+            "pid = readahead.start(Path(sys.argv[1])); words = Path(f'/proc/{pid}/cmdline')\n"
+            "end = time.monotonic() + 10\n"
+            "while b'-c' in words.read_bytes().split(b'\\0') and time.monotonic() < end: time.sleep(0.01)\n"
+            "print(words.read_bytes().strip(b'\\0').decode()); readahead.stop(pid); print(words.exists())"
+        )
+        found = subprocess.run(
+            [sys.executable, "-c", code, str(self.folder)], capture_output=True, text=True, timeout=60, check=True
+        )
+        self.assertEqual(found.stdout, "sglang::readahead\nFalse\n")
+        with mock.patch.dict(sys.modules, {"setproctitle": None}):
+            self.assertIsNone(readahead.start(self.folder))
+
+    def test_cores_are_those_that_the_control_group_pays_for(self) -> None:
+        with (
+            mock.patch.object(readahead, "CGROUP", self.folder),
+            mock.patch.object(os, "sched_getaffinity", return_value=set(range(8))),
+        ):
+            self.assertTrue(readahead.cores_to_spare())  # nothing is said there
+            for text, spare in (("max 100000", True), ("200000 100000", False), ("400000 100000", True)):
+                (self.folder / "cpu.max").write_text(text + "\n")
+                self.assertEqual(readahead.cores_to_spare(), spare, text)
 
     def test_nothing_is_read_that_would_not_stay(self) -> None:
         """No weights, too little memory, or a folder that is none."""
@@ -543,13 +667,51 @@ class Prebuild(unittest.TestCase):
         assert slow.stdout
         compiler = int(slow.stdout.readline())
         with self.assertLogs("qwen3emb_engine_plugin") as said:
-            prebuild.wait({prebuild.BUILDERS: f"{ended.pid},{slow.pid}"}, 0.0)
+            prebuild.wait({prebuild.BUILDERS: f"{ended.pid}:1,{slow.pid}:{prebuild._began(slow.pid)}"}, 0.0)
         self.assertEqual(slow.wait(10), -9)
         self.assertIn("not built after 0 s", said.output[0])
         slow.stdout.close()
         deadline = time.monotonic() + 10
         while Path(f"/proc/{compiler}").exists() and "Z" not in Path(f"/proc/{compiler}/stat").read_text():
             self.assertLess(time.monotonic(), deadline, "its compiler goes on")
+
+    def test_an_id_that_was_given_again_is_not_waited_for_nor_ended(self) -> None:
+        other = subprocess.Popen(["sleep", "60"])
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        began = prebuild._began(other.pid)
+        assert began
+        with self.assertNoLogs("qwen3emb_engine_plugin"):
+            prebuild.wait({prebuild.BUILDERS: f"{other.pid}:{int(began) - 1}"}, 0.0)
+        self.assertIsNone(other.poll())
+
+    def hooked(self, part: Callable[[], str | None]) -> Callable[..., Any]:
+        """What a part has SGLang call."""
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        with mock.patch.object(HookRegistry, "register") as register:
+            self.assertIsNone(part())
+        return register.call_args.args[1]  # type: ignore[no-any-return]
+
+    def test_builders_that_cannot_be_started_or_awaited_do_not_end_the_engine(self) -> None:
+        """Its hooks give back what SGLang's functions returned, and say what went wrong."""
+        with (
+            mock.patch.object(prebuild.template, "running", return_value=True),
+            mock.patch.object(prebuild, "first_visible_card", return_value=object()),
+            mock.patch.object(torch.version, "cuda", "13.0"),
+        ):
+            started = self.hooked(prebuild.prebuild)
+        with mock.patch.dict(os.environ, {prebuild.BUILDERS: "of another shape"}):
+            loaded = self.hooked(prebuild.await_builders)
+            with self.assertLogs("qwen3emb_engine_plugin") as said:
+                self.assertEqual(loaded("loaded"), "loaded")
+            with (
+                mock.patch.object(prebuild, "names", side_effect=ConnectionRefusedError("no template")),
+                self.assertLogs("qwen3emb_engine_plugin", logging.WARNING) as more,
+            ):
+                self.assertEqual(started("set"), "set")
+        self.assertIn("left to their first use: ValueError", said.output[0])
+        self.assertIn("left to their first use: ConnectionRefusedError: no template", more.output[0])
 
     def test_builders_come_from_the_template_and_are_waited_for(self) -> None:
         """Each in a process of its own; one that fails is no reason to wait, or to fail."""
@@ -575,7 +737,7 @@ class Prebuild(unittest.TestCase):
             builders = found.stdout.split("] ")[1].split()[0].split(",")
             self.assertTrue(found.stdout.startswith("['one', 'two']"), found.stdout)
             one, two = (Path(folder, name).read_text().split() for name in ("one", "two"))
-        self.assertEqual([one[0], two[0]], builders[:2])
+        self.assertEqual([one[0], two[0]], [builder.partition(":")[0] for builder in builders[:2]])
         self.assertEqual(one[1], two[1])
         self.assertIn("bad is left to its first use: ZeroDivisionError", found.stderr)
 

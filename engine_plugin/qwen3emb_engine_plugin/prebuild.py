@@ -18,6 +18,7 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen3emb_engine_plugin import template
@@ -26,7 +27,7 @@ from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version, 
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
-BUILDERS = "QWEN3EMB_PLUGIN_BUILDERS"  # their process ids, for the scheduler
+BUILDERS = "QWEN3EMB_PLUGIN_BUILDERS"  # process id:beginning of each, for the scheduler; ids are given again
 HEAD = 128  # of every Qwen3 embedding model
 DEADLINE = 300.0  # seconds: nvcc takes 20 to 60 for one of these
 WORTH_SAYING = 2.0  # seconds
@@ -88,9 +89,12 @@ def start() -> None:
     """Start the builders, and leave their ids to the processes that come after."""
     forked = template.TemplateContext().Process
     builders = [forked(target=build, args=(name,), daemon=True) for name in names()]
+    known: list[str] = []
     for builder in builders:
         builder.start()
-    os.environ[BUILDERS] = ",".join(str(builder.pid) for builder in builders)
+        if began := _began(builder.pid):
+            known.append(f"{builder.pid}:{began}")
+            os.environ[BUILDERS] = ",".join(known)
 
 
 def prebuild() -> str | None:
@@ -109,7 +113,7 @@ def prebuild() -> str | None:
         return problem
 
     def started(result: Any, *_: Any, **__: Any) -> Any:
-        start()
+        _without_fail(start)
         return result
 
     HookRegistry.register("sglang.srt.entrypoints.engine._set_envs_and_config", started, HookType.AFTER)
@@ -128,7 +132,7 @@ def await_builders() -> str | None:
         return problem
 
     def loaded(result: Any, *_: Any, **__: Any) -> Any:
-        wait(os.environ)
+        _without_fail(lambda: wait(os.environ))
         return result
 
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", loaded, HookType.AFTER)
@@ -138,12 +142,16 @@ def await_builders() -> str | None:
 def wait(environ: Mapping[str, str], seconds: float = DEADLINE) -> None:
     """Until every builder has ended. One that takes longer than `seconds` is ended, with its compilers."""
     begin = time.monotonic()
-    for pid in map(int, filter(None, environ.get(BUILDERS, "").split(","))):
+    for builder in filter(None, environ.get(BUILDERS, "").split(",")):
+        number, _, began = builder.partition(":")
+        pid = int(number)
         try:
             handle = os.pidfd_open(pid)
         except ProcessLookupError:
             continue
         try:
+            if _began(pid) != began:
+                continue  # it has ended, and its id is another's
             left = max(0.0, begin + seconds - time.monotonic())
             if not select.select([handle], [], [], left)[0]:
                 logger.warning("qwen3emb plugin: a kernel is not built after %.0f s: left to its first use", seconds)
@@ -152,6 +160,22 @@ def wait(environ: Mapping[str, str], seconds: float = DEADLINE) -> None:
             os.close(handle)
     if (took := time.monotonic() - begin) > WORTH_SAYING:
         logger.info("qwen3emb plugin: waited %.1f s for kernels to be built", took)
+
+
+def _began(pid: int | None) -> str | None:
+    """When a process began, in the kernel's ticks; None where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _without_fail(step: Callable[[], None]) -> None:
+    """Nothing that goes wrong here is a reason not to serve: a kernel that is not built is built at its first use."""
+    try:
+        step()
+    except Exception as error:
+        logger.warning("qwen3emb plugin: kernels are left to their first use: %s: %s", type(error).__name__, error)
 
 
 def _end(pid: int) -> None:

@@ -7,6 +7,7 @@ read ahead must still be there when it is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -22,16 +23,31 @@ STREAMS = 4  # a network disk gives each little
 PR_SET_PDEATHSIG = 1
 MEMORY = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+TITLE = "sglang::readahead"
 
 
 def cores_to_spare() -> bool:
     """Whether reading costs the import nothing."""
-    return len(os.sched_getaffinity(0)) >= ENOUGH_CORES
+    return usable_cores() >= ENOUGH_CORES
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on, as many of them as its control group's quota pays for."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return min(cores, int(quota) // int(period))
+    except (OSError, ValueError):  # a control group of the older kind, or no quota: "max"
+        return cores
 
 
 def start(folder: Path) -> int | None:
     """Fork a process that reads the weights of `folder`; its id, or None where there is nothing to read ahead."""
     main = os.getpid()
+    try:
+        import setproctitle
+    except ImportError:  # it would go by this process's own command line, and pass for a second server
+        return None
     try:
         files = sorted(folder.glob("*.safetensors"))
         size = sum(file.stat().st_size for file in files)
@@ -43,6 +59,7 @@ def start(folder: Path) -> int | None:
     if pid == 0:
         try:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            setproctitle.setproctitle(TITLE)
             if os.getppid() == main:
                 read(files)
         finally:
@@ -53,6 +70,13 @@ def start(folder: Path) -> int | None:
 def reap(pid: int) -> None:
     """Take note of its end, whenever that is. Starts a thread: nothing may be forked from here any more."""
     threading.Thread(target=_wait, args=(pid,), daemon=True, name="readahead").start()
+
+
+def stop(pid: int) -> None:
+    """End it now, and take note of that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    _wait(pid)
 
 
 def _wait(pid: int) -> None:

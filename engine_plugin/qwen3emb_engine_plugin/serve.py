@@ -29,6 +29,9 @@ logger = logging.getLogger("qwen3emb_engine_plugin")
 DISABLED = "SGLANG_DISABLED_MODEL_ARCHS"  # SGLang's own: modules of sglang.srt.models that are not imported
 QWEN3 = "Qwen3ForCausalLM"
 NEEDED = {"qwen3", "qwen2", "transformers", "registry", "utils"}
+CLASSES_OF_QWEN3 = "sglang.srt.models.qwen3"
+# What an import here has and a stock one has not, for the start that follows one that failed.
+PLAIN_IMPORT = {f"QWEN3EMB_PLUGIN_{part}": "0" for part in ("TEMPLATE", "UNUSED", "BYTECODE")}
 
 
 def main() -> None:
@@ -36,6 +39,7 @@ def main() -> None:
     # It finds the argument vector, which a worker's title overwrites, only while the environment is as it was at exec.
     import setproctitle  # noqa: F401
 
+    as_started = dict(os.environ)
     if switched_on(None) and chosen() and not misfit_of_version():
         if switched_on("bytecode"):
             _say("bytecode", bytecode.keep())
@@ -43,16 +47,40 @@ def main() -> None:
         config = checkpoint(sys.argv[1:])
         leave_out_models(config)
         if switched_on("template"):
-            # numpy's and scipy's own threads, which nothing here uses: the template has to be without any.
-            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            from qwen3emb_engine_plugin import template
-
-            lean = switched_on("unused") and unused.fits(config, sys.argv[1:])
-            importing = unused.said_to_be_missing if lean else nullcontext
-            _say("template", template.start(load=load_tokenizer, importing=importing))
+            try:
+                _say("template", import_once(config))
+            except Exception as error:
+                # Whatever it is would end each start anew, and SGLang's own way of importing may well not meet it.
+                logger.warning("qwen3emb plugin: starts anew without a template: %s: %s", type(error).__name__, error)
+                start_anew(as_started, reader)
         if reader:
             readahead.reap(reader)
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def import_once(config: Mapping[str, Any]) -> str | None:
+    """Import everything, load the tokenizer and fork the template; why there is no template, or None."""
+    # numpy's and scipy's own threads, which nothing here uses: the template has to be without any.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from qwen3emb_engine_plugin import template
+
+    lean = switched_on("unused") and unused.fits(config, sys.argv[1:])
+    # SGLang's registry only logs a class that cannot be imported, and the scheduler then dies for want of it.
+    asked_for = (CLASSES_OF_QWEN3,) if config.get("architectures") == [QWEN3] else ()
+    return template.start(
+        modules=(*template.MODULES, *asked_for),
+        load=load_tokenizer,
+        importing=unused.said_to_be_missing if lean else nullcontext,
+    )
+
+
+def start_anew(environ: Mapping[str, str], reader: int | None) -> None:
+    """The same command in this process, under `environ`, with a plain import. That one, failing, fails for good."""
+    if reader:
+        readahead.stop(reader)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**environ, **PLAIN_IMPORT})  # noqa: S606 - our own command
 
 
 def _say(part: str, problem: str | None) -> None:
