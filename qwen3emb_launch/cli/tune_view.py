@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qwen3emb_launch.tune.machine import Listener
 from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows, set_aside
+from qwen3emb_launch.tune.space import in_order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -83,7 +84,7 @@ def show_space(console: Console, space: Space, refused: dict[str, str]) -> None:
     """What would be tried, in order, and what not."""
     console.table(
         ("setting", "value", "why it is tried", "refused"),
-        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f in space.factors for v in f.values],
+        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f, v in in_order(space.factors)],
     )
     for key, why in space.left_out.items():
         console.say(f"left out: {key}: {why}")
