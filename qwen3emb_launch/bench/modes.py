@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from qwen3emb_launch.bench import endpoint
 from qwen3emb_launch.bench.figures import Figures, client_note, figures_of
 from qwen3emb_launch.bench.load import Batch, LoadResult
 from qwen3emb_launch.bench.load import run as send
-from qwen3emb_launch.bench.record import Comparison, Record, Run, TargetInfo, this_tool
+from qwen3emb_launch.bench.record import Comparison, Record, Row, Run, TargetInfo, this_tool
 from qwen3emb_launch.bench.spec import Phase, Shape
 from qwen3emb_launch.bench.target import Ready, Work
 from qwen3emb_launch.bench.watch import Watch
 from qwen3emb_launch.statistics import Slo, ratio
+
+Measured = TypeVar("Measured", Run, Row)
 
 COMPARED = ("texts_per_s", "p50", "p95", "p99")
 KNEE_GAIN = 0.05  # a doubling of the clients that brings less is past the knee
@@ -276,11 +278,11 @@ def knee(runs: Sequence[Run], shape: Shape, slo: Slo | None) -> dict[str, Any]:
     return out
 
 
-def nearest_miss(runs: Sequence[Run], slo: Slo) -> Run:
-    """The run that came closest to the objective: the smallest worst ratio of seen to limit."""
+def nearest_miss(runs: Sequence[Measured], slo: Slo) -> Measured:
+    """The one that came closest to the objective: the smallest worst ratio of seen to limit."""
     from qwen3emb_launch.bench.histogram import LatencyHistogram
 
-    def excess(run: Run) -> float:
+    def excess(run: Run | Row) -> float:
         histogram = LatencyHistogram(run.figures.histogram or None)
         worst = [(histogram.at(p) or float("inf")) / limit for p, limit in slo.limits.items()]
         if slo.errors is not None and run.figures.error_rate > slo.errors:
