@@ -45,7 +45,8 @@ from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import parse_slo
 from qwen3emb_launch.verify.texts import BASE
 
-QUICK = ["--duration", "0.5s", "--warmup", "0.1s", "-c", "2"]
+BRIEF = ["--duration", "0.5s", "--warmup", "0.1s"]
+QUICK = [*BRIEF, "-c", "2"]
 
 
 def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict]:
@@ -390,6 +391,11 @@ def test_records_of_other_vectors_say_so_when_compared() -> None:
         (Behaviour(), ["--preset", "other"], 2, "bad_preset"),
         (Behaviour(), ["--sweep", "auto", "--burst", "3x"], 2, "usage"),
         (Behaviour(), ["--soak", "1h", "--vs", "http://x/v1"], 2, "usage"),
+        (Behaviour(), ["--rate", "5", "-c", "2"], 2, "usage"),
+        (Behaviour(), ["--burst", "3x", "--requests", "9"], 2, "usage"),
+        (Behaviour(), ["--sweep", "auto", "--rounds", "2"], 2, "usage"),
+        (Behaviour(), ["--preset", "seed", "--rate", "5"], 2, "usage"),
+        (Behaviour(), ["--resume"], 2, "usage"),
         (Behaviour(), ["--corpus", "/nowhere.txt"], 2, "no_corpus"),
         (Behaviour(), ["--output", "x.pdf"], 2, "bad_output"),
         (Behaviour(), ["--api-key-env", "NOT_SET_ANYWHERE"], 2, "no_api_key"),
@@ -400,7 +406,7 @@ def test_bad_input_has_a_code_a_hint_and_measures_nothing(behaviour, extra, stat
     """Before any load: the exit status of its kind, and the next thing to do."""
     with null_server(behaviour) as (url, endpoint):
         got, envelope = command(
-            capsys, "bench", "--base-url", url, *QUICK, *(x.replace("{tmp}", str(tmp_path)) for x in extra)
+            capsys, "bench", "--base-url", url, *BRIEF, *(x.replace("{tmp}", str(tmp_path)) for x in extra)
         )
     assert (got, envelope["error"]["code"]) == (status, code)
     assert envelope["error"]["hint"]
@@ -611,6 +617,16 @@ def test_a_sweep_that_still_rises_claims_no_knee() -> None:
     flat = tuple(one(level=n, rate=20.0) for n in (1, 2, 4))
     record = Record(**{**common, "runs": flat}, knee=modes.knee(flat, "closed", None))
     assert report.knee_lines(record) == ["a: the knee is at 1 client, 20 requests/s"]
+
+
+def test_an_open_loops_knee_is_judged_by_what_arrived() -> None:
+    """86 of 100 requests/s came by chance and all were answered: kept. Of 200 only 150 were: past the knee."""
+    runs = [
+        one(level=50, rate=52, requests=52),
+        one(level=100, rate=86, requests=86),
+        one(level=200, rate=150, requests=150, failed={"timeout": 45}),
+    ]
+    assert modes.knee(runs, "open", None)["a"] == {"level": 100, "requests_per_s": 86}
 
 
 def test_an_objective_that_nothing_meets_says_the_nearest() -> None:

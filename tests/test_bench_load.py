@@ -44,12 +44,24 @@ def closed(url: str, clients: int = 4, seconds: float = 0.5, **changes: object) 
 
 
 @given(
-    st.sampled_from(["7", "3-90", "normal:50:20@5-80", "lognormal:40:1.5@2-300", "normal:9:30"]), st.integers(0, 999)
+    st.sampled_from(["7", "3-90", "3-90@40-60", "normal:50:20@5-80", "lognormal:40:1.5@2-300", "normal:9:30"]),
+    st.integers(0, 999),
 )
 def test_draws_stay_within_their_bounds(text, seed) -> None:
     """Whatever the distribution, a draw lies between its bounds."""
     parsed = lengths.parse(text)
     assert parsed.low <= parsed.draw(random.Random(seed)) <= parsed.high
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [("33@50-90", 50, 50), ("33@8-90", 33, 33), ("100-20000@16-2048", 100, 2048), ("5-9@7-7", 7, 7)],
+)
+def test_a_bound_holds_for_numbers_and_ranges_too(text, low, high) -> None:
+    """None of it is ignored: draws are clamped into the bound."""
+    parsed = lengths.parse(text)
+    assert (parsed.low, parsed.high) == (low, high)
+    assert all(low <= parsed.draw(random.Random(seed)) <= high for seed in range(99))
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -83,6 +83,11 @@ class Figures:
     timeline: tuple[tuple[float, float, float | None, float | None], ...] = ()
     histogram: str = ""
 
+    @property
+    def arrived_per_s(self) -> float:
+        """Requests that were to be answered, whatever came of them."""
+        return (self.requests + sum(self.failed.values())) / self.seconds
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Figures:
         """The inverse of `results.plain`."""

@@ -129,7 +129,7 @@ def headline(record: Record, whole: bool = True) -> list[tuple[str, str]]:
 def ratio_text(ratio: Ratio) -> str:
     """`1.23 (1.18 to 1.29)`, or without an interval where there is none."""
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.3f} (no interval from {ratio.pairs} rounds)"
+        return f"{ratio.value:.3f} (no interval from {ratio.pairs} round{'s' * (ratio.pairs != 1)})"
     return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
