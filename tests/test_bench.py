@@ -694,6 +694,30 @@ def test_the_page_needs_no_network_and_no_script(mode) -> None:
     assert report.markdown(record)
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"), [("short", 2), ("a-machine-with-a-long-name.example.com:30000", 1), ("推" * 20, 1)]
+)
+def test_a_legend_of_long_names_has_one_column(name, columns) -> None:
+    """Two beside each other would be written over each other."""
+    plot = html_report._xy("t", [(f"{name}{n}", [(0, 1), (1, 2)]) for n in (1, 2)], "x")
+    places = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="12"', plot)
+    assert len(set(places)) == columns
+
+
+def test_reports_tell_the_first_failure_of_each_kind() -> None:
+    """The terminal, the page and the Markdown alike; what the endpoint said is text, in one line."""
+    runs = (
+        one(failed={"http_503": 2}, details={"http_503": "<b>busy</b>\n- later"}),
+        one(details={"http_503": "again"}),
+    )
+    record = Record(
+        mode="steady", load={}, targets=(), runs=runs, created="now", seed=1, warnings=("careful",)
+    )  # fmt: skip
+    assert report.failure_lines(record) == ["first http_503: <b>busy</b>\n- later"]
+    assert "first http_503: &lt;b&gt;busy&lt;/b&gt;" in html_report.page(record)
+    assert report.markdown(record).endswith("\n> - first http_503: <b>busy</b> - later\n> - warning: careful\n")
+
+
 def test_the_compute_floor_of_the_claim() -> None:
     """32 x 2048 tokens of the 4B on a 4090 take 3.1 s at its peak: 85 ms is impossible. Unknown GPUs have no floor."""
     shape = CATALOG["4b"].shape

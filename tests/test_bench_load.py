@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -504,6 +505,21 @@ def test_a_busy_client_is_in_the_figures() -> None:
     phase = result.phases[-1]
     found = [figures_of(result, replace(phase, cpu=cpu), None).client for cpu in (0.1, 0.95)]
     assert [(client.cpu, client.limited) for client in found] == [(0.1, False), (0.95, True)]
+
+
+def test_a_timeline_reaches_the_end_of_its_phase() -> None:
+    """Three points of 100 requests/s, though the phase was a hair shorter than its three seconds."""
+    with null_server() as (url, _):
+        result = load.run(closed(url, 1, 0.1))
+    done = [n / 100 + 0.005 for n in range(300)]
+    rows = {"scheduled": [at - 0.004 for at in done], "sent": done, "done": done}
+    batch = load.Batch(**{k: array("d", v) for k, v in rows.items()}, tokens=array("l", [33] * 300))
+    batch.kind.extend([0] * 300)
+    phase = replace(result.phases[0], began=0.0, ended=2.99997)
+    timeline = figures_of(replace(result, batch=batch, phases=[phase]), phase, None).timeline
+    assert [(at, round(rate), round(p50 or 0), round(p95 or 0)) for at, rate, p50, p95 in timeline] == [
+        (0.0, 100, 4, 4), (1.0, 100, 4, 4), (2.0, 100, 4, 4),
+    ]  # fmt: skip
 
 
 def test_a_burst_changes_the_number_of_clients() -> None:

@@ -219,11 +219,11 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def _timeline(batch: Batch, began: float, ended: float) -> tuple[tuple[float, float, float | None, float | None], ...]:
-    """Completions and latencies by second, or by as many seconds as keep it to 120 points."""
-    width = max(1.0, (ended - began) / TIMELINE_BUCKETS)
-    count = int((ended - began) / width)
+    """Completions and latencies by second, or by as many seconds as keep it to 120 points, to the end of the phase."""
+    count = min(TIMELINE_BUCKETS, round(ended - began))
     if count < 2:
         return ()
+    width = (ended - began) / count
     buckets: list[list[float]] = [[] for _ in range(count)]
     for scheduled, _, done, _, kind in batch.rows():
         number = int((done - began) // width)
