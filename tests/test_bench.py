@@ -40,6 +40,7 @@ from qwen3emb_launch.cli.bench import parse_sweep, seconds
 from qwen3emb_launch.cli.bench_view import sparkline
 from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
+from qwen3emb_launch.gateway.metrics import Metrics, render
 from qwen3emb_launch.gpu import GpuSample
 from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import parse_slo
@@ -724,6 +725,31 @@ def test_the_compute_floor_of_the_claim() -> None:
     assert floor_seconds(shape, "NVIDIA GeForce RTX 4090", 32, 2048) == pytest.approx(3.1, abs=0.1)
     assert floor_seconds(shape, "NVIDIA A100-SXM4-80GB", 1, 1) == pytest.approx(shape.flops_per_token(1) / 312e12)
     assert floor_seconds(shape, "Radeon", 32, 2048) is None
+
+
+def gateway_metrics() -> str:
+    counted = Metrics()
+    counted.answered(total=0.5, queue=0.2, engine=0.25, now=0.0)
+    counted.answered(total=0.5, queue=0.4, engine=0.05, now=0.0)
+    counted.answered(total=0.001, queue=0.0, engine=0.0, now=0.0)  # from the cache: it waited for nobody
+    return render(counted.snapshot())
+
+
+VLLM = 'vllm:request_queue_time_seconds_{0}{{engine="0",model_name="m"}} {1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        (gateway_metrics(), pytest.approx((0.6, 2))),
+        (VLLM.format("sum", "1.5e-1") + VLLM.format("count", "3.0"), (0.15, 3)),
+        ("qwen3emb_requests_total 3\n", None),
+    ],
+)
+def test_time_in_queue_is_the_gateways_or_the_engines(monkeypatch: pytest.MonkeyPatch, text: str, seen) -> None:
+    """Sum and count so far, by their series; nobody's word is no figure."""
+    monkeypatch.setattr(endpoint, "ask", lambda spec, path, body=None: (200, text.encode()))
+    assert endpoint.queue_seconds(LoadSpec(url="http://a/v1", model="m", phases=())) == seen
 
 
 def test_gpu_energy_comes_from_the_cards_counter() -> None:

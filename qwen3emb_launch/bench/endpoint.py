@@ -151,15 +151,18 @@ def _refusal(spec: LoadSpec, status: int, kind: str, detail: str, answer: bytes)
     return NetworkError("endpoint_error", f"{spec.url} answered {status}: {said}", "see the endpoint's log")
 
 
-# Seconds that requests waited in the engine's queue: SGLang's and vLLM's Prometheus histograms.
+# Seconds that requests waited for the engine, in Prometheus histograms: our gateway's, vLLM's, and SGLang's, which has
+# no such series for embeddings (0.5.15.post1 and 0.5.23 observe it for generation only).
 _QUEUE = re.compile(
-    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds)_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)",
+    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds"
+    rb'|qwen3emb_request_seconds(?=_(?:sum|count)\{[^}]*part="queue"))'
+    rb"_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)",
     re.MULTILINE,
 )
 
 
 def queue_seconds(spec: LoadSpec) -> tuple[float, float] | None:
-    """(sum, count) of the engine's queue times so far; None where it does not tell."""
+    """(sum, count) of the queue times so far; None where nobody tells."""
     root = spec.url.removesuffix("/v1")
     try:
         status, body = ask(replace(spec, url=root, timeout=5.0), "/metrics")
