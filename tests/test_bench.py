@@ -599,6 +599,15 @@ def test_what_the_client_had_to_do_with_the_figures_is_said(client: ClientLoad, 
     assert (said in note) if said and note else note is said
 
 
+def test_a_warning_is_said_once_however_many_phases_have_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Three phases of one burst behind a client that was busy: one warning."""
+    monkeypatch.setattr(modes, "client_note", lambda figures: f"busy ({figures.client.cpu:.3f})")
+    with null_server() as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK, "--burst", "3x")
+    assert status == 0
+    assert len([w for w in envelope["result"]["warnings"] if w.startswith("busy")]) == 1
+
+
 def test_a_load_shorter_than_its_requests_says_so(capsys) -> None:
     """Requests of 0.4 s begin before a window of 0.2 s and end after it: no wrong answer, but none to count either."""
     with null_server(Behaviour(delay=0.4)) as (url, _):

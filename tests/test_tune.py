@@ -637,6 +637,13 @@ def test_too_few_rounds_decide_nothing() -> None:
     assert "no interval" in verdict.sentence
 
 
+def test_a_trials_end_is_a_word_and_its_reason_if_there_is_one() -> None:
+    """An interrupted one has none."""
+    ended = trial(1, {"a": "1"}, status=Status.INTERRUPTED)
+    assert report.result(ended, None) == "interrupted"
+    assert report.result(replace(ended, status=Status.FAILED, reason="out of memory"), None) == "failed: out of memory"
+
+
 def test_the_front_holds_what_nothing_else_dominates() -> None:
     """Faster, or sooner, or smaller: worse in all three is off the front."""
     trials = [

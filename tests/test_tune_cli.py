@@ -258,7 +258,7 @@ def test_what_was_tuned_is_in_the_journals_first_line(trials: Trials, capsys) ->
     Path("mine.yaml").unlink()
     status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0", "--resume", "--tokens", "64")
     assert (status, envelope["error"]["code"]) == (2, "journal_mismatch")
-    assert envelope["error"]["details"]["differ"] == ["load"]
+    assert envelope["error"]["details"]["differ"] == ["load.tokens"]
 
 
 # ---- parts of a trial ---------------------------------------------------------------------------------------------

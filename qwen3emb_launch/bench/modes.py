@@ -122,7 +122,9 @@ class Campaign:
         corpus_texts = result.texts_taken
         if result.spec.corpus and corpus_texts:
             notes += _corpus_note(result)
-        self.warnings += [n for n in notes if n.partition("(")[0] not in {w.partition("(")[0] for w in self.warnings}]
+        for note in notes:
+            if note.partition("(")[0] not in {w.partition("(")[0] for w in self.warnings}:
+                self.warnings.append(note)
 
     def steady_phases(self, level: float) -> tuple[Phase, ...]:
         """Warm-up, then the measured stretch."""
