@@ -467,6 +467,22 @@ def test_two_processes_share_the_load_and_no_text() -> None:
     assert result.texts_taken >= 602
 
 
+@pytest.mark.parametrize("hard", [4096, 300])
+def test_as_many_clients_as_the_limit_of_open_files_allows(hard: int) -> None:
+    """A low soft limit is raised; more clients than the hard one allows are refused, not blamed on the endpoint."""
+    with null_server(Behaviour(delay=0.2)) as (url, _):
+        spec = closed(url, clients=280, seconds=0.5, vocabulary=Vocabulary(WORDS))
+        words = [sys.executable, "-m", "qwen3emb_launch.bench.load", "-"]
+        limited = ["bash", "-c", f'ulimit -Sn 256 && ulimit -Hn {hard} && exec "$@"', "-", *words]
+        ran = subprocess.run(limited, input=json.dumps(spec.to_dict()), capture_output=True, text=True, check=False)
+    if hard == 4096:
+        found = json.loads(ran.stdout)
+        assert found["kinds"] == [""]
+        assert len(found["requests"]["done"]) >= 280
+    else:
+        assert "280 clients in one process need 344 open files, and it may have 300" in ran.stderr
+
+
 def test_warm_up_is_sent_but_not_measured() -> None:
     """The measured phase begins after it, and a request across the edge counts by its part."""
     with null_server(Behaviour(delay=0.05)) as (url, endpoint):

@@ -135,6 +135,7 @@ def test_people_see_the_trials_and_the_sentence(trials: Trials, capsys) -> None:
     lines = [line for line in seen.out.splitlines() if "tokenizer_workers" in line]
     assert len(lines) == 1
     assert lines[0].startswith("Not tried: tokenizer_workers=2: refused: sglang 0.5.15.post1: more than one tokenizer")
+    assert "\nResult: " in seen.out
     assert "Wrote" in seen.out
     assert "qwen3emb up --profile ./mine.yaml" in seen.out
 

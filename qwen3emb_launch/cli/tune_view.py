@@ -63,7 +63,7 @@ def show(console: Console, outcome: Outcome, objective: Objective) -> None:
     console.text("* is on the front: none is better in one of texts/s, p95 and memory without being worse in another.")
     for line in set_aside(outcome.trials):
         console.text(f"Not tried: {line}.")
-    console.text(outcome.sentence[0].upper() + outcome.sentence[1:] + ".")
+    console.text(f"Result: {outcome.sentence}.")
     if outcome.nearest:
         near = outcome.nearest
         console.text(f"Nearest to the objective: {near['label']} at {near['level']:g}: {', '.join(near['misses'])}.")
