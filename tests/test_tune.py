@@ -655,7 +655,8 @@ def test_too_few_rounds_decide_nothing() -> None:
     rounds = [Round(n, {(): measurement(), (A,): measurement(rate=200)}) for n in (1, 2)]
     verdict = contest.judge(rounds, THROUGHPUT)
     assert verdict.winner == ()
-    assert "no interval" in verdict.sentence
+    assert "(2 rounds: no interval)" in verdict.sentence
+    assert "(1 round: no interval)" in contest.judge(rounds[:1], THROUGHPUT).sentence
 
 
 def test_a_trials_end_is_a_word_and_its_reason_if_there_is_one() -> None:
