@@ -7,7 +7,7 @@
     python benchmarks/gpu/harness.py profile CONFIG --out DIR --only a --loads x        # py-spy beside a load
     python benchmarks/gpu/harness.py trace   CONFIG --out DIR --only a --loads x        # SGLang's kernels under a load
 
-CONFIG is YAML (h100-4b.yaml; demo.yaml needs no GPU): servers with argv and environment, loads with clients, texts and
+CONFIG is YAML (4b.yaml; demo.yaml needs no GPU): servers with argv and environment, loads with clients, texts and
 tokens. Servers run side by side and are loaded in turn, round by round, from processes of their own: drift hits all
 alike. The record (DIR/CONFIG.json) and the page (DIR/CONFIG.md) carry date, GPU, driver and versions. Needs: python3
 with the engines importable through the configuration's environment, nvidia-ml-py, pyyaml.
@@ -196,10 +196,11 @@ def measure(config: dict[str, Any], args: argparse.Namespace, model: Path, state
                 figures = drive(server, model, load, seconds)
                 raw.append({"round": number, "server": server.name, "load": name, **figures})
                 print(f"round {number} {name:10} {server.name:14} {shown(figures)}", flush=True)
+    card = gpu()
     record = {
-        "title": config.get("title", f"Qwen3-Embedding-{config['model']} shape on one GPU"),
+        "title": str(config["title"]).format(**card),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **gpu(),
+        **card,
         "versions": versions(config),
         "model": config["model"],
         "weights": "random weights" if args.weights else "--load-format dummy",
