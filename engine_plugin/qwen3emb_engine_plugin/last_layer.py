@@ -51,7 +51,11 @@ def last_layer() -> str | None:
     fp8_layer = switched_on("fp8_layer") and _no_gpu_or_version() is None
 
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
-        if _plain(runner):
+        try:
+            plain = _plain(runner)
+        except AttributeError:  # a model of another shape: nothing here is a reason not to load it
+            plain = False
+        if plain:
             runner._qwen3emb_last = LastLayer(runner.model, fp8_layer)
             logger.info("qwen3emb plugin: the last layer ends with the pooled tokens")
         else:
