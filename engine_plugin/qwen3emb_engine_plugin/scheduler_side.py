@@ -10,7 +10,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.gated import gated
-from qwen3emb_engine_plugin.housekeeping import idle, snapshots
+from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
 from qwen3emb_engine_plugin.last_layer import last_layer
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
 from qwen3emb_engine_plugin.prebuild import await_builders
@@ -101,6 +101,7 @@ PARTS = [
     ("direct", True, direct),
     ("idle", True, idle),
     ("snapshots", True, snapshots),
+    ("freeing", True, freeing),
     ("full_graph", True, full_graph),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
