@@ -99,7 +99,7 @@ def test_prefill_graphs_are_sized_by_hand(name: str) -> None:
     assert max(sizes) <= (chunk if chunk > 0 else made.context_length)
     assert said(made, "--disable-decode-cuda-graph") == []
     if chunk == -1:
-        assert 64 * 33 in sizes, "64 waiting clients with 32 tokens and an end token each"
+        assert {64 * 33, 128 * 33} <= set(sizes), "64 and 128 waiting clients with 32 tokens and an end token each"
     short = plan(name, overrides={"context_length": "300"})
     assert max(int(s) for s in said(short, "--cuda-graph-bs-prefill")) <= 300
 
@@ -363,6 +363,18 @@ def test_full_graphs_only_where_they_are_proven(release: str, plugin: str | None
     assert said(made, "--cuda-graph-backend-prefill") == [backend]
     slots = ['{"prefill": {"full_prefill_max_req": 129}}'] if backend == "full" else None
     assert said(made, "--cuda-graph-config") == slots
+    assert said(made, "--prefill-max-requests") == (["128"] if backend == "full" else None)
+
+
+def test_no_batch_has_more_texts_than_a_full_graph() -> None:
+    """More places, more texts; a number that somebody gave stays."""
+    engine = replace(recorded_flags.engine("0.5.16", "cuda"), plugin="0.4.0")
+    assert said(plan("h100", engine=engine, overrides={"prefill_graph_requests": "257"}), "--prefill-max-requests") == [
+        "256"
+    ]
+    assert said(plan("h100", engine=engine, overrides={"prefill_max_requests": "64"}), "--prefill-max-requests") == [
+        "64"
+    ]
 
 
 def test_full_graphs_without_the_plugin_are_refused() -> None:
