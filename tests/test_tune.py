@@ -269,7 +269,7 @@ def test_a_limit_that_the_load_stays_below_costs_no_start(tmp_path: Path, open_l
         assert run.tried["a=10"] is run.tried["b=1"] is Status.OK
         assert not any(("a", "1024") in started for started in run.machine.started)
     (aside,) = report.set_aside(run.journal.trials)
-    assert aside.startswith("a=1024: unreached: no batch of this load comes to 512 texts (")
+    assert aside.startswith("a=1024: unreached: no batch of this load passes 512 texts (")
 
 
 def test_a_baseline_that_does_not_serve_ends_the_run(tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ def test_a_first_start_that_compiled_kernels_is_no_measure_of_the_next(tmp_path:
     ("budget", "tried"),
     [
         (600, {"replicas=2", "quantization=fp8", "quantization=fp8 replicas=2"}),
-        (1200, {"replicas=3", "batch_tokenize=singles", "prefill_graph_requests=257", "gateway.workers=4"}),
+        (1200, {"replicas=3", "batch_tokenize=singles", "prefill_max_requests=64", "gateway.workers=4"}),
     ],
 )
 def test_the_time_of_an_h100_is_spent_on_several_settings(tmp_path: Path, budget: float, tried: set[str]) -> None:
@@ -423,6 +423,7 @@ def test_the_time_of_an_h100_is_spent_on_several_settings(tmp_path: Path, budget
         gives={("replicas", "2"): 1.4, ("quantization", "fp8"): 1.05}, objective=Objective(Goal.THROUGHPUT),
     )  # fmt: skip
     assert tried <= {name for name, status in run.tried.items() if status is Status.OK}
+    assert run.tried["max_prefill_tokens=8192"] is Status.UNREACHED, "a batch has 128 texts, 4,224 tokens"
     assert len(run.journal.rounds) == 5
     assert run.verdict.winner == (("quantization", "fp8"), ("replicas", "2"))
 
@@ -782,7 +783,7 @@ GRAPHS = {"prefill_graph_requests=257", "prefill_graph_sizes"}
     ],
 )
 def test_a_limit_that_no_batch_comes_to_is_known(goal: Goal, texts: int, tokens: int, unreached: set[str]) -> None:
-    """An H100 with the plugin has 16,384 tokens and 512 texts a batch, and graphs of 2,112 tokens and 129 texts."""
+    """An H100 with the plugin has 16,384 tokens and 512 texts a batch, and graphs of 4,224 tokens and 129 texts."""
     request = cases.request("h100", "4b", "0.5.16")
     plan = planning.plan(replace(request, engine=replace(request.engine, plugin="0.4.0")))
     pairs = in_order(derive(View(plan, 1, 64, 16), goal).factors)

@@ -26,6 +26,7 @@ from qwen3emb_launch.tune.final import Final
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Listener, Machine, Running, Setup
 from qwen3emb_launch.tune.objective import SEARCHED
+from qwen3emb_launch.tune.space import TEXTS_OF_A_BATCH
 from qwen3emb_launch.tune.trials import SET_ASIDE, Measurement, Moves, Proof, Stage, Status, Trial, label
 
 FINER = 1.5  # step of the search once the baseline's level is known
@@ -134,9 +135,11 @@ class Tuning:
             return ""
         # Of an open loop by Little's law, with the tail for its bursts.
         requests = base.level if not self.setup.open else base.requests_per_s * (base.p99 or 0.0) / 1000
-        most = {"texts": HEADROOM * requests * base.texts_per_s / base.requests_per_s}
+        texts = HEADROOM * requests * base.texts_per_s / base.requests_per_s
+        most = {"texts": texts}
         if base.tokens_per_s:
-            most["tokens"] = HEADROOM * requests * base.tokens_per_s / base.requests_per_s
+            a_batch = next((f.present for f in self.setup.factors if f.key == TEXTS_OF_A_BATCH), None)
+            most["tokens"] = min(texts, a_batch or texts) * base.tokens_per_s / base.texts_per_s
         found = (f.unreached(v, most) for f in self.setup.factors for v in f.values if ((f.key, v),) == step.moves)
         return next(found, "")
 

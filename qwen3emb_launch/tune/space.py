@@ -18,7 +18,8 @@ from qwen3emb_launch.tune.objective import Goal
 
 LARGEST_FILE = 64 * 1024  # characters
 Counted = Literal["texts", "tokens"]
-PAST_LARGEST_GRAPH = (2304, 2560, 3072, 4096)  # tokens; 64 texts of 33 are 2112
+TEXTS_OF_A_BATCH = "prefill_max_requests"
+PAST_LARGEST_GRAPH = (5280, 6336, 8448)  # tokens; 128 texts of 33, the planner's largest, are 4224
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Factor:
         if self.limits is None or self.present is None or self.limits not in most:
             return ""
         limit, seen = min(self.present, int(value.split()[-1])), most[self.limits]
-        return f"no batch of this load comes to {limit:,} {self.limits} ({seen:,.0f} at most)" if seen < limit else ""
+        return f"no batch of this load passes {limit:,} {self.limits} ({seen:,.0f} at most)" if seen <= limit else ""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,14 @@ def _graph_requests(view: View) -> tuple[str, ...]:
     return (str(2 * present - 1),) if isinstance(present, int) else ()
 
 
+def _half(key: str) -> Callable[[View], tuple[str, ...]]:
+    def values(view: View) -> tuple[str, ...]:
+        present = view.value(key)
+        return (str(present // 2),) if isinstance(present, int) and present > 1 else ()
+
+    return values
+
+
 def _half_and_double(key: str, *, least: int, most: int) -> Callable[[View], tuple[str, ...]]:
     def values(view: View) -> tuple[str, ...]:
         present = view.value(key)
@@ -186,17 +195,24 @@ ROWS: tuple[Row, ...] = (
         "`singles` tokenises many requests of one text by one call, `lists` the texts of one request",
     ),
     Row(
-        "prefill_graph_sizes",
+        TEXTS_OF_A_BATCH,
         {T: 2, C: 2},
+        _half(TEXTS_OF_A_BATCH),
+        "smaller batches are answered sooner, and the next is made ready meanwhile; larger ones fill the GPU better",
+        limits="texts",
+    ),
+    Row(
+        "prefill_graph_sizes",
+        {T: 1, C: 1},
         _sizes,
         "batches past the largest captured size are launched kernel by kernel; more sizes cost start time and memory",
         limits="tokens",
     ),
     Row(
         "prefill_graph_requests",
-        {T: 2, C: 2},
+        {T: 1, C: 1},
         _graph_requests,
-        "a batch of more requests than the graph has slots runs without it",
+        "room for more short texts in a batch, which runs with a graph if its tokens have one",
         limits="texts",
     ),
     Row(
