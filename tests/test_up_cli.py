@@ -19,6 +19,7 @@ from supervised import fake_plan, gateway_plan, gone, until
 from qwen3emb_launch import gpu, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.console import Console
 from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
@@ -176,6 +177,7 @@ def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: A
         (("--profile", "demo", "--port", "0"), 2, "bad_port"),
         (("--profile", "demo", "--host", "256.1.1.1"), 2, "bad_host"),
         (("--profile", "demo", "--host", "192.0.2.1"), 2, "bad_host"),
+        (("--model", "4bb"), 2, "unknown_model"),
         (("--profile", "rtx4090"), 3, "no_gpu"),
         ((), 3, "no_gpu"),
         (("--frobnicate",), 2, "usage"),
@@ -205,9 +207,61 @@ def test_a_front_that_cannot_be_is_refused_first(
     capsys: OUTER, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], status: int, code: str
 ) -> None:
     """What is wrong with address, keys or gateway is said before an engine is installed or a model fetched."""
-    monkeypatch.setattr("qwen3emb_launch.cli.launching._engine", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("qwen3emb_launch.cli.launching._engine_here", lambda *_: pytest.fail("too late"))
     seen, body = envelope(capsys, "up", "--profile", "demo", *args)
     assert (seen, body["error"]["code"]) == (status, code)
+
+
+@pytest.fixture
+def new_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An RTX 4090, no engine, no model; to install or to download either fails the test."""
+    from qwen3emb_launch import engines
+    from qwen3emb_launch.hub import downloading
+
+    card = GpuFacts(0, "NVIDIA GeForce RTX 4090", "b", 24 * 2**30, 23 * 2**30, (8, 9))
+    monkeypatch.setattr(gpu, "inventory", lambda *_: [card])
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(engines, "install", lambda *_, **__: pytest.fail("installed"))
+    monkeypatch.setattr(downloading, "download", lambda *_, **__: pytest.fail("downloaded"))
+
+
+@pytest.mark.usefixtures("new_machine")
+@pytest.mark.parametrize(
+    ("args", "status", "code"),
+    [
+        (("--model", "/nowhere"), 2, "not_a_model"),
+        (("--model", "8b", "--set", "mem_fraction_static=0.5"), 3, "vram"),
+        (("--set", "mem_fraction_sttic=0.8"), 2, "unknown_setting"),
+        (("--set", "enable-prompt-trust-remote-code=true"), 2, "unknown_setting"),
+        (("--set", "kv_cache_dtype=fp9"), 2, "bad_setting"),
+        (("--set", "context_length=99999"), 2, "context_too_long"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_before_it_is_fetched(
+    capsys: OUTER, args: tuple[str, ...], status: int, code: str
+) -> None:
+    """On a new machine no gigabyte is fetched for a plan that engine and model, once here, would not save."""
+    seen, body = envelope(capsys, "up", *args)
+    assert (seen, body["error"]["code"]) == (status, code)
+
+
+@pytest.mark.usefixtures("new_machine")
+@pytest.mark.parametrize("profile", ["rtx4090", "rtx4090:lean", "rtx4090:fp8"])
+def test_what_can_be_launched_is_fetched(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
+    """What is known beforehand refuses nothing that would be served."""
+
+    class FetchedError(Exception):
+        pass
+
+    def fetch(*_: object, **__: object) -> None:
+        raise FetchedError
+
+    monkeypatch.setattr("qwen3emb_launch.engines.install", fetch)
+    options = launching.LaunchOptions(profile=profile)
+    console = Console("up")
+    with pytest.raises(FetchedError):
+        launching.make_plan(options, launching.choose(options, console), console)
 
 
 def test_a_port_given_as_a_setting_is_the_one_that_is_looked_at(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:

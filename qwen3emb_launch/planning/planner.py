@@ -107,7 +107,9 @@ def _check_surroundings(request: PlanRequest) -> None:
         raise UnfitError(
             "engine_version",
             f"profile {profile.name} is for sglang {profile.engine.versions}, and {engine.name} has {engine.version}",
-            f"qwen3emb engine install {profile.engine.flavour}",
+            "qwen3emb engine install cuda --version VERSION, then up --engine cuda-VERSION"
+            if wanted == "cuda"
+            else "there is one cpu release: change the profile's engine.versions",
         )
     if engine.flavour != "cuda":
         return
