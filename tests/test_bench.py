@@ -397,6 +397,8 @@ def test_records_of_other_vectors_say_so_when_compared() -> None:
         (Behaviour(), ["--sweep", "auto", "--rounds", "2"], 2, "usage"),
         (Behaviour(), ["--preset", "seed", "--rate", "5"], 2, "usage"),
         (Behaviour(), ["--resume"], 2, "usage"),
+        (Behaviour(), ["--vs", "http://[::1"], 2, "bad_url"),
+        (Behaviour(), ["--vs", "http://x:y/v1"], 2, "bad_url"),
         (Behaviour(), ["--corpus", "/nowhere.txt"], 2, "no_corpus"),
         (Behaviour(), ["--output", "x.pdf"], 2, "bad_output"),
         (Behaviour(), ["--api-key-env", "NOT_SET_ANYWHERE"], 2, "no_api_key"),

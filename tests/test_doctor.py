@@ -410,6 +410,7 @@ def test_the_kernels_own_numbers_are_read() -> None:
         ({"http_proxy": "proxy:3128", "no_proxy": "example.com"}, WARN),
         ({"http_proxy": "proxy:3128", "no_proxy": "localhost, 127.0.0.1"}, OK),
         ({"ALL_PROXY": "socks5://p:1", "NO_PROXY": "*"}, OK),
+        ({"ALL_PROXY": "http://me:hunter2@[::1"}, WARN),
     ],
 )
 def test_proxies(environ: dict[str, str], status: Status) -> None:

@@ -205,6 +205,8 @@ def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: st
     [
         (["--base-url", "ftp://somewhere/v1"], 2, "bad_url"),
         (["--base-url", "nonsense"], 2, "bad_url"),
+        (["--base-url", "http://[::1"], 2, "bad_url"),
+        (["--base-url", "http://127.0.0.1:x/v1"], 2, "bad_url"),
         (["demo", "--base-url", "http://127.0.0.1:9/v1"], 2, "usage"),
         (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "int4"], 2, "bad_dtype"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "r.txt"], 2, "bad_report"),

@@ -14,10 +14,21 @@ import urllib.request
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from urllib.parse import SplitResult
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.bench.answers import AnswerChecker
 from qwen3emb_launch.bench.spec import LoadSpec
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, LaunchError, NetworkError
+
+
+def checked(url: str) -> SplitResult:
+    """An address, taken apart. Raises InvalidInputError (`bad_url`)."""
+    parts = web_address(url)
+    if parts is None:
+        hint = "give it as the OpenAI client takes it: http://HOST:PORT/v1"
+        raise InvalidInputError("bad_url", f"no http(s) URL: {url!r}", hint)
+    return parts
 
 
 def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
@@ -28,11 +39,7 @@ def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[
     headers = {"Content-Type": "application/json", "Accept": "application/json", **spec.headers}
     if spec.api_key:
         headers["Authorization"] = f"Bearer {spec.api_key}"
-    url = spec.url.rstrip("/") + path
-    if not url.startswith(("http://", "https://")):
-        raise InvalidInputError(
-            "bad_url", f"no http(s) URL: {spec.url!r}", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
-        )
+    url = checked(spec.url).geturl().rstrip("/") + path
     https = urllib.request.HTTPSHandler(context=_tls(spec.verify_tls))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
     data = None if body is None else json.dumps(body).encode()

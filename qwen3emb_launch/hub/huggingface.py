@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.disk import disk_error
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, NetworkError
 from qwen3emb_launch.hub.listing import Listing, RemoteFile
@@ -39,8 +40,7 @@ def endpoint() -> str:
 
 def check_endpoint() -> None:
     """Raise InvalidInputError `bad_endpoint` when HF_ENDPOINT is no address: it would be asked, and waited for."""
-    parts = urlsplit(endpoint())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if web_address(endpoint()) is None:
         raise InvalidInputError(
             "bad_endpoint",
             f"HF_ENDPOINT is no web address: {endpoint().rsplit('@', 1)[-1]!r}",
