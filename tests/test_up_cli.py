@@ -142,6 +142,19 @@ def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
     assert (status, body["ok"], body["error"]["code"]) == (4, False, "engine_oom_pool")
 
 
+def test_logs_without_a_name_are_of_what_failed_last(capsys: OUTER, planned: Any) -> None:
+    """What a failure tells to do next, `qwen3emb logs`, shows the failed start although nothing runs."""
+    status, body = envelope(capsys, "logs")
+    assert (status, body["error"]["code"]) == (3, "not_running")
+    planned({"last_words": "RuntimeError: no such thing"})
+    for name in ("older", "demo"):
+        assert run(["up", "--profile", "demo", "--name", name, "-d"]) == 4
+    capsys.readouterr()
+    status, body = envelope(capsys, "logs", "-n", "1")
+    assert (status, "/demo/" in body["result"]["path"]) == (0, True)
+    assert body["result"]["lines"] == ["RuntimeError: no such thing"]
+
+
 def test_a_failed_smoke_test_shows_its_table(capsys: OUTER, planned: Any) -> None:
     """`up --detach` that fails its check: exit 4, the whole table for people, the report in the envelope."""
     planned({"ignore_dimensions": True})
