@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -159,6 +160,26 @@ def test_layers_win_in_order() -> None:
     assert origins["max_prefill_tokens"] == (4096, "flag")
     assert origins["--enable-metrics"] == (True, "flag")
     assert all(s.reason for s in made.settings)
+
+
+@pytest.mark.parametrize(
+    ("folder", "served"),
+    [
+        ("/home/alice/models/my-embedder", "my-embedder"),
+        ("/home/alice/我的 模型/", "我的 模型"),
+        ("/home/alice/models/v1/..", "models"),
+        ("/models/e5:v2", "e5-v2"),
+        ("/c/hub/models--Qwen--Qwen3-Embedding-0.6B/snapshots/97b0c6", "Qwen/Qwen3-Embedding-0.6B"),
+    ],
+)
+def test_a_folder_is_served_by_its_name(folder: str, served: str) -> None:
+    """Where a model lies on the server is not told to clients; in the hub's cache it has its repository's name."""
+    mine = replace(model("4b"), name=folder, path=Path(folder), source="folder", catalog_key=None)
+    made = plan("h100", model=mine)
+    assert made.served_model_name == served
+    assert made.gateway["models"][0] == served
+    assert all("/home/" not in name for name in made.gateway["models"])
+    assert plan("h100", model=mine, overrides={"server.served_name": "emb"}).served_model_name == "emb"
 
 
 def test_parts_and_environment_can_be_set() -> None:
