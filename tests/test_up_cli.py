@@ -131,6 +131,20 @@ def test_up_says_where_and_how(capsys: OUTER, planned: Any) -> None:
     assert "demo stopped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("exempt", ["", "localhost,127.0.0.1"])
+def test_a_proxy_that_would_catch_the_users_requests_is_warned_of(
+    capsys: OUTER, monkeypatch: pytest.MonkeyPatch, planned: Any, exempt: str
+) -> None:
+    """The endpoint is proven without it; a client in the same shell would ask the proxy for this machine."""
+    planned()
+    monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", exempt)
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    err = capsys.readouterr().err
+    assert ("export NO_PROXY=" in err) is not bool(exempt)
+    assert "hunter2" not in err
+
+
 def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
     """A failing engine: exit 4, its last words before the error, the same envelope with --json."""
     planned({"last_words": "RuntimeError: Not enough memory. Please try"})

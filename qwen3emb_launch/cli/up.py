@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from typing import TYPE_CHECKING, Annotated
@@ -72,6 +73,7 @@ def up(
             console.result(_dry(plan), lambda c: _show_dry(c, plan))
             return
         claim = _claim_and_plan(options, console)
+        _warn_of_proxies(console)
         flags = ["--json"] * json + ["--no-verify"] * no_verify
         if detach:
             _detach(claim, flags, console)
@@ -94,6 +96,17 @@ def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
     plan = make_plan(options, chosen, console)
     state.write_private(claim.plan, plan_text(plan))
     return claim
+
+
+def _warn_of_proxies(console: Console) -> None:
+    """What is pasted from the snippet, in the shell that has these variables, would not reach the endpoint."""
+    if not {"HTTP_PROXY", "ALL_PROXY"} & {name.upper() for name, value in os.environ.items() if value}:
+        return
+    from qwen3emb_launch.doctor.network import proxy
+
+    check = proxy(os.environ)
+    if check.mend:
+        console.warn(f"{check.says}: {check.mend}")
 
 
 def _detach(claim: Claim, flags: list[str], console: Console) -> None:
