@@ -169,6 +169,18 @@ def test_logs_without_a_name_are_of_what_failed_last(capsys: OUTER, planned: Any
     assert body["result"]["lines"] == ["RuntimeError: no such thing"]
 
 
+def test_a_supervisor_that_could_not_write_its_record_keeps_its_exit_status(
+    capsys: OUTER, monkeypatch: pytest.MonkeyPatch, planned: Any
+) -> None:
+    """A full disk: the record does not tell why it ended, its exit status and last line do."""
+    planned()
+    said = "import sys; print('No space left on device'); sys.exit(3)"
+    monkeypatch.setattr("qwen3emb_launch.up.detached.command", lambda *_: [sys.executable, "-c", said])
+    status, body = envelope(capsys, "up", "--profile", "demo", "-d")
+    assert (status, body["error"]["code"]) == (3, "supervisor_died")
+    assert "No space left on device" in body["error"]["message"]
+
+
 def test_a_failed_smoke_test_shows_its_table(capsys: OUTER, planned: Any) -> None:
     """`up --detach` that fails its check: exit 4, the whole table for people, the report in the envelope."""
     planned({"ignore_dimensions": True})
