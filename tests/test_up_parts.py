@@ -379,7 +379,8 @@ def test_weights_that_were_replaced_while_the_engine_read_them(
 def test_the_snippet_can_be_pasted_whatever_the_models_name() -> None:
     """Quotes in a name end neither Python's string nor the shell's."""
     name = """it's a "model" 模型"""
-    text = snippet("http://127.0.0.1:1/v1", name, 256)
+    text = snippet("http://[::1]:1/v1", name, 256)
+    assert "curl -s 'http://[::1]:1/v1/embeddings' -H" in text
     (call,) = (line for line in text.splitlines() if line.startswith("answer"))
     assert {k.arg: ast.literal_eval(k.value) for k in ast.parse(call).body[0].value.keywords}["model"] == name
     words = shlex.split(text[text.index("curl") :])

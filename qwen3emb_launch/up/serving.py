@@ -53,6 +53,7 @@ def snippet(base_url: str, model: str, max_dims: int, *, needs_key: bool = False
     dims = max(32, max_dims // 4)
     name = json.dumps(model, ensure_ascii=False)
     body = shlex.quote(f'{{"model": {name}, "input": ["Hello, world"], "dimensions": {dims}}}')
+    url = shlex.quote(f"{base_url}/embeddings")  # brackets of an IPv6 address are a pattern to zsh
     key = "YOUR_API_KEY" if needs_key else "none"
     header = " -H 'authorization: Bearer YOUR_API_KEY'" if needs_key else ""
     return f"""\
@@ -63,5 +64,5 @@ answer = client.embeddings.create(model={name}, input=["Hello, world"], dimensio
 print(answer.data[0].embedding)
 
 # shell
-curl -s {base_url}/embeddings -H 'content-type: application/json'{header} \\
+curl -s {url} -H 'content-type: application/json'{header} \\
   -d {body}"""
