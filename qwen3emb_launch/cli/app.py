@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
@@ -57,7 +58,18 @@ def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     app = _root()
     for name in commands:
         import_module(f"qwen3emb_launch.cli.{name}").register(app)
+    _unwrap(app)
     return app
+
+
+def _unwrap(app: typer.Typer) -> None:
+    """Make each paragraph of a help text one line, for the terminal to wrap: Typer keeps line ends behind the first."""
+    for command in app.registered_commands:
+        text = inspect.cleandoc(command.help or (command.callback and command.callback.__doc__) or "")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in app.registered_groups:
+        if group.typer_instance:
+            _unwrap(group.typer_instance)
 
 
 def outline() -> typer.Typer:

@@ -43,7 +43,7 @@ def up(
         bool, typer.Option("--no-gateway", help="The bare engine: no cache, no keys, no requests held over restarts.")
     ] = False,
     api_keys: Annotated[
-        str | None, typer.Option(help="File of those who may call: [NAME] KEY [rpm=N] [tpm=N] [admin] a line.")
+        str | None, typer.Option(help="File of those who may call: [NAME] KEY \\[rpm=N] \\[tpm=N] \\[admin] a line.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without API keys.")] = False,
     settings: Annotated[
