@@ -175,26 +175,45 @@ class _PlainProgress:
 
 @contextmanager
 def _live_progress(err: RichConsole, title: str) -> Iterator[Progress]:
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    """One line: what is done and for how long; with a bar, bytes and speed while the whole is known."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class OfKnown(ProgressColumn):
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self.column = column
+
+        def render(self, task: Any) -> Any:
+            return Text("") if task.total is None else self.column.render(task)
 
     bars = Bars(
+        SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *map(OfKnown, (BarColumn(bar_width=24), DownloadColumn(binary_units=True), TransferSpeedColumn())),
         TimeElapsedColumn(),
         console=err,
         transient=True,
     )
-    task = bars.add_task(title, total=None)
+    bars.add_task(title, total=None)
+    (task,) = bars.tasks
 
     class Live:
         def step(self, text: str) -> None:
-            bars.update(task, description=f"{title}: {text}" if text != title else text, completed=0, total=None)
+            task.total = None  # to `update`, None is no change
+            bars.update(task.id, description=f"{title}: {text}" if text != title else text, completed=0)
 
         def update(self, done: int, total: int | None = None) -> None:
-            bars.update(task, completed=done, total=total)
+            bars.update(task.id, completed=done, total=total)
 
     with bars:
         yield Live()

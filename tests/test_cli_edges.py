@@ -159,12 +159,13 @@ def test_ctrl_c_between_up_and_its_supervisor_waits() -> None:
     assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (130, "interrupted"), done.stderr
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A verdict's cell has its colour beside its word, other cells none; NO_COLOR leaves the word."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
     def shown() -> str:
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
@@ -179,3 +180,21 @@ def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.Monk
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[3" not in shown()
     assert "PASS 3" in shown()
+
+
+def test_progress_shows_amounts_only_where_the_whole_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a step of unknown size is its words and the time, also after one whose size was known."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Console("engine").progress("engine") as progress:
+        progress.step("downloading")
+        progress.update(5, 10)
+    assert "engine: downloading" in terminal.getvalue()
+    assert "5/10 bytes" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Console("engine").progress("engine") as progress:
+        progress.update(5, 10)
+        progress.step("starting its python")
+    last = terminal.getvalue().split("starting its python")[-1]
+    assert "bytes" not in last
+    assert "/?" not in last
