@@ -305,6 +305,7 @@ def test_nobody_at_the_address(server: LoopbackHub, monkeypatch: pytest.MonkeyPa
     assert caught.value.code == "hub_unreachable"
     assert "secret" not in caught.value.message
     assert "http://127.0.0.1:9" in caught.value.message
+    assert "qwen3emb download Qwen/Qwen3-Embedding-0.6B --source modelscope" in caught.value.hint, "up has no --source"
 
 
 def test_a_socks_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -541,6 +542,7 @@ def test_remove_frees_everything_and_the_next_download_starts_anew(server: Loopb
     with pytest.raises(UnfitError) as caught:
         hub.remove("0.6b")
     assert caught.value.code == "model_missing"
+    assert "models list" in caught.value.hint, "nobody who removes wants to download"
     assert fetch(source).bytes_fetched == result.bytes_total
 
 
