@@ -126,7 +126,7 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
     What is known of engine and model before they are here is planned first: gigabytes are not fetched for what would be
     refused with them.
     """
-    from qwen3emb_launch import explain, hub, planning
+    from qwen3emb_launch import hub, planning
     from qwen3emb_launch.engine_process.ports import private_port
     from qwen3emb_launch.up.room import available_memory
 
@@ -151,9 +151,12 @@ def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> Launc
     overrides = planning.read_overrides(list(options.settings))
     wanted = chosen.profile.model if options.model is None else options.model
     engine, model = _engine_here(options, chosen), hub.local(wanted)
-    expected = model or explain.published(wanted)
-    if expected and not (engine and model):
-        planned(engine or explain.to_be_installed(chosen.profile.engine.flavour), expected)
+    if not (engine and model):
+        from qwen3emb_launch.explain import published, to_be_installed
+
+        expected = model or published(wanted)
+        if expected:
+            planned(engine or to_be_installed(chosen.profile.engine.flavour), expected)
     plan = planned(engine or _install(chosen, console), model or _fetch(wanted, options, console))
     for warning in plan.warnings:
         console.warn(warning)
