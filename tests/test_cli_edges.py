@@ -34,6 +34,19 @@ def test_closed_streams_are_no_crash(arguments: str) -> None:
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_open_to_what_the_command_becomes(closed: str, tmp_path: Path) -> None:
+    """`up` is replaced by its supervisor, and children inherit: a stream that the shell closed leads to /dev/null."""
+    seen = tmp_path / "seen"
+    look = f"import os; open({str(seen)!r}, 'w').write(' '.join(os.readlink(f'/proc/self/fd/{{n}}') for n in range(3)))"
+    (tmp_path / "code.py").write_text(
+        "import os, sys; from qwen3emb_launch.__main__ import _open_closed_streams; _open_closed_streams()\n"
+        f"os.execv(sys.executable, ['python', '-c', {look!r}])"
+    )
+    assert shell(f"{sys.executable} {tmp_path / 'code.py'} {closed}").returncode == 0
+    assert seen.read_text().split().count("/dev/null") >= closed.count("&-")
+
+
 @pytest.mark.parametrize("arguments", ["profiles list", "profiles list --json", "profiles show demo"])
 def test_full_stdout_is_told_on_stderr(arguments: str) -> None:
     """Data that cannot be written is a failure: exit 1 and one line on stderr, with --json too."""
