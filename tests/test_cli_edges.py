@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import typer
+from test_state import record as a_record
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.app import COMMANDS, build, run
 from qwen3emb_launch.cli.program_help import first_sentence
+from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
+from qwen3emb_launch.lifecycle import State, Transition
 
 PROGRAM = f"{sys.executable} -m qwen3emb_launch"
 
@@ -193,6 +196,19 @@ def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.Monk
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[3" not in shown()
     assert "PASS 3" in shown()
+
+
+def test_an_endpoint_that_cannot_be_printed_is_served_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`up > file` on a disk that is full by the time it is ready: said on stderr, and the instance lives."""
+    ready = Transition("one", State.STARTING, State.READY, "test", 2.0)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        UpView(Console("up")).moved(ready, a_record())
+    err = capsys.readouterr().err
+    assert "warning: stdout cannot be written: No space left on device" in err
+    assert "Ctrl-C stops it." in err
 
 
 def test_progress_shows_amounts_only_where_the_whole_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
