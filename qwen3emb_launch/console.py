@@ -6,6 +6,7 @@ Colour and live displays follow the terminal: none in a pipe, none with NO_COLOR
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,12 @@ STYLES = {
     **dict.fromkeys(("WARN", "warn", "degraded", "starting", "restarting", "stopping"), "yellow"),
     **dict.fromkeys(("SKIP", "-"), "dim"),
 }
+
+
+def escape_what_the_locale_lacks() -> None:
+    """A letter that stdout's encoding has none for is escaped, not a crash; stderr does so by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Console:

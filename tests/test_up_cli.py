@@ -24,6 +24,8 @@ from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.planning import plan_text
+from qwen3emb_launch.up.detached import command
 
 OUTER = pytest.CaptureFixture[str]
 
@@ -143,6 +145,25 @@ def test_a_proxy_that_would_catch_the_users_requests_is_warned_of(
     err = capsys.readouterr().err
     assert ("export NO_PROXY=" in err) is not bool(exempt)
     assert "hunter2" not in err
+
+
+def test_an_endpoint_is_shown_in_a_locale_without_its_letters() -> None:
+    """A model's name may have letters that the terminal's encoding lacks: they are escaped, and it serves."""
+    plan = fake_plan(name="demo", served_model_name="模型")
+    claim = state.claim("demo")
+    state.write_private(claim.plan, plan_text(plan))
+    with subprocess.Popen(
+        command(claim, ["--no-verify"]),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        pass_fds=(claim.lock_fd,),
+    ) as supervisor:
+        claim.release()
+        assert supervisor.stdout is not None
+        assert b"demo serves \\u6a21\\u578b" in supervisor.stdout.readline()
+        supervisor.terminate()
+        supervisor.stdout.read()
+    assert supervisor.returncode == 0
 
 
 def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
