@@ -154,6 +154,26 @@ def test_refused_start_leaves_no_instance(capsys: pytest.CaptureFixture[str]) ->
     assert state.instances() == []
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("up --profile rtx40", ["rtx4090"]),
+        ("profiles explain h", ["h100", "h200"]),
+        ("up --model 0", ["0.6b"]),
+        ("logs mi", ["mine"]),
+        ("engine check zz", []),
+    ],
+)
+def test_completion_knows_the_names_that_are_there(line: str, offered: list[str]) -> None:
+    """Tab after an option or command that takes a name offers profiles, models, instances, environments."""
+    mine = state.claim("mine")
+    state.write_private(mine.plan, "{}")
+    words = f"qwen3emb {line}"
+    asked = {"_QWEN3EMB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = shell(f"{Path(sys.executable).with_name('qwen3emb')}", **asked)
+    assert (done.returncode, done.stdout.split()) == (0, offered), done.stderr
+
+
 def test_ctrl_c_before_a_command_is_told_like_any_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -27,7 +28,11 @@ def register(app: typer.Typer) -> None:
 def logs(
     name: Annotated[
         str | None,
-        typer.Argument(help="The instance. Default: the only one that runs, or the last that did.", show_default=False),
+        typer.Argument(
+            help="The instance. Default: the only one that runs, or the last that did.",
+            show_default=False,
+            autocompletion=completion.instances,
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the instance ends or Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 100,

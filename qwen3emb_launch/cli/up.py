@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.launching import LaunchOptions, check_front, choose, make_plan
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
@@ -28,10 +29,21 @@ def register(app: typer.Typer) -> None:
 def up(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="0.6b, 4b, 8b, demo, a hub id or a folder. Default: the profile's."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="0.6b, 4b, 8b, demo, a hub id or a folder. Default: the profile's.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help="A profile's name or file. Default: the one for this GPU.")
+        str | None,
+        typer.Option(
+            "--profile",
+            "-p",
+            help="A profile's name or file. Default: the one for this GPU.",
+            autocompletion=completion.profiles,
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The instance's name. Default: the profile's.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: this machine only.")] = None,
@@ -50,7 +62,10 @@ def up(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Call it ready without the smoke test.")] = False,
-    engine: Annotated[str | None, typer.Option(help="An engine environment by name: `qwen3emb engine list`.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="An engine environment by name: `qwen3emb engine list`.", autocompletion=completion.engines),
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Install and download nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
