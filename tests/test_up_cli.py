@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -341,6 +342,17 @@ def test_port_in_use_names_its_holder(capsys: OUTER) -> None:
     assert (status, body["error"]["code"]) == (3, "port_in_use")
     assert f"pid {os.getpid()}" in body["error"]["message"]
     assert "--port" in body["error"]["hint"]
+
+
+def test_high_port_in_use_is_told_too(capsys: OUTER) -> None:
+    """Above what an engine could take a gateway may listen: who holds such a port is said, and a lower one offered."""
+    with contextlib.ExitStack() as held:
+        port = 0
+        while port <= 55535:
+            port = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        status, body = envelope(capsys, "up", "--profile", "demo", "--port", str(port))
+    assert (status, body["error"]["code"]) == (3, "port_in_use")
+    assert 30000 <= int(body["error"]["hint"].rsplit(" ", 1)[1]) <= 55535
 
 
 def test_port_held_by_an_instance_is_told_by_its_name(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
