@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -204,6 +205,30 @@ def test_a_client_that_does_not_read_is_let_go_and_holds_no_memory() -> None:
     run(main())
 
 
+def test_a_body_that_is_on_its_way_is_taken_and_answered_before_the_end() -> None:
+    """SIGTERM while a client uploads: its request counts as in work."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            server = gw.service.server
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.service.port)
+            writer.write(HEAD + b"content-length: %d\r\n\r\n" % len(OK_BODY) + OK_BODY[:5])
+            async with asyncio.timeout(5):
+                while not server.held:
+                    await asyncio.sleep(0.01)
+            closing = asyncio.create_task(server.close(grace=5.0))
+            async with asyncio.timeout(5):
+                while not server.closing:
+                    await asyncio.sleep(0.01)
+            writer.write(OK_BODY[5:])
+            answer = parse_answer(await asyncio.wait_for(reader.read(), 10))
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            await closing
+            writer.close()
+
+    run(main())
+
+
 def test_expect_100_continue_is_answered() -> None:
     async def main() -> None:
         async with Served(NullEngine(64)) as served, gateway(served) as gw:
@@ -294,11 +319,43 @@ def test_answers_that_are_not_fetched_are_bounded_over_all_connections() -> None
     run(main())
 
 
-def test_a_header_without_end_is_cut_off() -> None:
+@pytest.mark.parametrize(
+    "begins",
+    [
+        HEAD + b"endless: ",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nendless: ",
+        HEAD + b"transfer-encoding: chunked\r\n\r\n1;endless=",
+        b"\r\n",
+    ],
+    ids=["header", "trailer", "chunk extension", "empty lines"],
+)
+def test_what_has_no_end_and_is_no_body_is_cut_off(begins: bytes) -> None:
+    """The parser keeps a header's or trailer's value until it ends, and says nothing meanwhile."""
+
     async def main() -> None:
         async with Served(NullEngine(64)) as served, gateway(served) as gw:
-            out = await talk(gw.service.port, HEAD + b"endless: ", *[b"x" * 60_000] * 50)
+            piece = b"\r\n" * 30_000 if begins == b"\r\n" else b"x" * 60_000
+            out = await talk(gw.service.port, begins, *[piece] * 50)
             assert parse_answer(out).status == 431
+
+    run(main())
+
+
+def test_a_body_in_tiny_chunks_takes_no_more_memory_than_its_bytes() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            server = gw.service.server
+            _, writer = await asyncio.open_connection("127.0.0.1", gw.service.port)
+            tracemalloc.start()
+            try:
+                writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n" + b"2\r\nxy\r\n" * 200_000)
+                async with asyncio.timeout(30):
+                    while server.held < 400_000:
+                        await asyncio.sleep(0.01)
+                assert tracemalloc.get_traced_memory()[0] < 4_000_000  # what was written included
+            finally:
+                tracemalloc.stop()
+                writer.close()
 
     run(main())
 

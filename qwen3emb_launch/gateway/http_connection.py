@@ -48,11 +48,10 @@ class HttpConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self._url = b""
         self._headers: dict[str, str] = {}
-        self._head_bytes = 0
+        self._bodiless = 0  # bytes since the head's beginning or the body's last
         self._header_bytes = 0
         self._header_count = 0
-        self._body: list[bytes] = []
-        self._body_bytes = 0
+        self._body: bytes | bytearray = b""
         self._request: Request | None = None
         self._reading = False
 
@@ -85,10 +84,10 @@ class HttpConnection(asyncio.Protocol):
         if self._deaf:
             return
         try:
-            begun, in_head = self._begun, self._reading and self._request is None
+            begun, body = self._begun, len(self._body)
             self._parser.feed_data(data)
-            if in_head and begun == self._begun and self._request is None:
-                self._count_head(len(data))
+            if begun == self._begun and body == len(self._body):
+                self._count_bodiless(len(data))
         except ApiError as error:
             self._refuse(error)
         except httptools.HttpParserUpgrade:
@@ -100,10 +99,11 @@ class HttpConnection(asyncio.Protocol):
             else:
                 self._refuse(ApiError(400, "bad_http", "that was not a well-formed HTTP/1.1 request"))
 
-    def _count_head(self, size: int) -> None:
-        """A header that never ends is kept by the parser and told to nobody: its bytes are counted here."""
-        self._head_bytes += size
-        if self._head_bytes > self._limits.line + self._limits.header_bytes:
+    def _count_bodiless(self, size: int) -> None:
+        """A header or trailer that never ends is kept by the parser, empty lines before a request are skipped by it,
+        and both told to nobody: their bytes are counted here."""
+        self._bodiless += size
+        if self._bodiless > self._limits.line + self._limits.header_bytes:
             raise self._headers_too_large()
 
     def eof_received(self) -> bool:
@@ -155,6 +155,7 @@ class HttpConnection(asyncio.Protocol):
         request = Request(self._parser.get_method().decode("latin-1"), path, query, self._headers, self._peer)
         request.keep_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         self._request = request
+        self._bodiless = 0
         self.since = monotonic()
         host = self._headers.get("host")
         if (host is None and self._parser.get_http_version() == "1.1") or (host is not None and "," in host):
@@ -173,21 +174,29 @@ class HttpConnection(asyncio.Protocol):
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
+        size = len(self._body) + len(body)
         limit = self._request.body_limit if self._request is not None else 0
-        if self._body_bytes > limit:
-            raise self._too_large(self._body_bytes, limit)
+        if size > limit:
+            raise self._too_large(size, limit)
         self._held += len(body)
         self._server.held += len(body)
         if self._server.held > self._limits.memory:
             raise ApiError(503, "overloaded", "too many large requests at once", retry_after=1)
-        self._body.append(body)
+        self._bodiless = 0
+        if not self._body:
+            self._body = body
+            return
+        if isinstance(
+            self._body, bytes
+        ):  # one buffer: an object for each chunk of a byte or two takes twenty times that
+            self._body = bytearray(self._body)
+        self._body += body
 
     def on_message_complete(self) -> None:
         request = self._request
         if request is None:
             return
-        request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        request.body = self._body
         request.received = monotonic()
         self._reset()
         self._waiting.append(request)
@@ -331,9 +340,10 @@ class HttpConnection(asyncio.Protocol):
             self._transport.close()
 
     def finish(self) -> None:
-        """Close as soon as the requests in work are answered."""
+        """Close as soon as the requests in work are answered, one whose body is on its way included."""
         self._stop_after = True
-        if not self._busy and not self._waiting and self._transport is not None:
+        uploading = self._request is not None and not self._lingers
+        if not (self._busy or self._waiting or uploading) and self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:

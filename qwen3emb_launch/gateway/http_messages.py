@@ -49,7 +49,7 @@ class Request:
         self.query = query
         self.headers = headers
         self.peer = peer
-        self.body = b""
+        self.body: bytes | bytearray = b""
         self.body_limit = 0
         self.keep_alive = True
         self.received = monotonic()

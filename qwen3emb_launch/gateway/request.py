@@ -34,7 +34,7 @@ class EmbeddingRequest:
         return len(self.texts) or len(self.ids)
 
 
-def parse(body: bytes, max_items: int = 2048) -> EmbeddingRequest:
+def parse(body: bytes | bytearray, max_items: int = 2048) -> EmbeddingRequest:
     """Raises ApiError 400."""
     try:
         data = orjson.loads(body)
