@@ -1,4 +1,4 @@
-"""The gateway's pure parts: cache, fair queue, tasks, keys, configuration, metrics, token rules, disk cache."""
+"""The gateway's pure parts: cache, fair queue, tasks, keys, configuration, metrics, token rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import sqlite3
 import stat
 from collections import OrderedDict
 from contextlib import closing
@@ -20,14 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3emb_launch.demo_model import EOS_ID, VOCAB, make_demo_model
-from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.errors import InvalidInputError, LaunchError
 from qwen3emb_launch.gateway import config as configuration
 from qwen3emb_launch.gateway import keys, metrics, tasks
 from qwen3emb_launch.gateway.access_log import AccessLog
 from qwen3emb_launch.gateway.answer import encode, shrink
 from qwen3emb_launch.gateway.api_errors import ApiError, clean, from_engine
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
-from qwen3emb_launch.gateway.disk_cache import DiskCache
 from qwen3emb_launch.gateway.fair_queue import FairQueue, share
 from qwen3emb_launch.gateway.host import usable_cores
 from qwen3emb_launch.gateway.tokens import Prepared, TokenRules
@@ -129,88 +127,6 @@ def test_floats_in_json_give_the_same_float32_back(values: list[float]) -> None:
 
     row = np.array(values, np.float32)
     assert np.array_equal(np.array(json.loads(encode(row, "float")), np.float32), row)
-
-
-# -- disk cache
-
-
-def disk(path: Path, fingerprint: str = "f", reference: np.ndarray | None = None, size: int = 1 << 20) -> DiskCache:
-    return DiskCache(path / "c.db", fingerprint, vector(0) if reference is None else reference, size)
-
-
-def test_the_disk_cache_survives_a_restart_and_is_private(tmp_path: Path) -> None:
-    first = disk(tmp_path)
-    for i in range(300):
-        first.put(i.to_bytes(15, "little"), vector(i), i)
-    first.close()
-    assert stat.S_IMODE((tmp_path / "c.db").stat().st_mode) == 0o600
-    second = disk(tmp_path)
-    assert second.secret == first.secret
-    for i in range(300):
-        found = second.get(i.to_bytes(15, "little"))
-        assert found is not None
-        assert np.array_equal(found[0], vector(i))
-        assert found[1] == i
-    second.close()
-
-
-@pytest.mark.parametrize("change", ["fingerprint", "reference", "width"])
-def test_the_disk_cache_is_dropped_when_its_vectors_are_anothers(tmp_path: Path, change: str) -> None:
-    first = disk(tmp_path)
-    first.put(b"k" * 15, vector(1), 1)
-    first.close()
-    second = {
-        "fingerprint": lambda: disk(tmp_path, fingerprint="g"),
-        "reference": lambda: disk(tmp_path, reference=vector(5)),
-        "width": lambda: disk(tmp_path, reference=vector(0, 16)),
-    }[change]()
-    assert second.get(b"k" * 15) is None
-    assert second.secret != first.secret
-    second.close()
-
-
-def test_a_vector_that_the_disk_changed_is_a_miss(tmp_path: Path) -> None:
-    first = disk(tmp_path)
-    first.put(b"k" * 15, vector(1), 1)
-    first.put(b"l" * 15, vector(2), 1)
-    first.close()
-    with sqlite3.connect(tmp_path / "c.db") as db:
-        db.execute("UPDATE vectors SET vector = (SELECT vector FROM vectors WHERE id = 2) WHERE id = 1")
-    db.close()
-    second = disk(tmp_path)
-    assert second.get(b"k" * 15) is None
-    assert second.get(b"l" * 15) is not None
-    assert second.broken == 1
-    second.close()
-
-
-@pytest.mark.parametrize("garbage", [b"", b"x", b"x" * 100_000])
-def test_a_file_that_is_no_store_is_made_anew(tmp_path: Path, garbage: bytes) -> None:
-    (tmp_path / "c.db").write_bytes(garbage)
-    store = disk(tmp_path)
-    store.put(b"k" * 15, vector(1), 1)
-    store.close()
-    again = disk(tmp_path)
-    assert again.get(b"k" * 15) is not None
-    again.close()
-
-
-def test_the_disk_cache_keeps_within_its_bytes(tmp_path: Path) -> None:
-    store = disk(tmp_path, size=100 * 160)
-    for i in range(1000):
-        store.put(i.to_bytes(15, "little"), vector(i), i)
-    store.close()
-    with sqlite3.connect(tmp_path / "c.db") as db:
-        kept = [r[0] for r in db.execute("SELECT flags FROM vectors")]
-    db.close()
-    assert len(kept) == 100
-    assert 999 in kept
-
-
-def test_a_folder_that_cannot_be_had_is_said(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UnfitError):
-        disk(tmp_path / "file")
 
 
 # -- fair queue

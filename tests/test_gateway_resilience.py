@@ -152,15 +152,15 @@ def test_opening_the_disk_cache_holds_nobody_up_and_a_change_of_model_meanwhile_
     async def main() -> None:
         old, new = NullEngine(64), NullEngine(64, seed=2)
         opening, go_on, opened = threading.Event(), threading.Event(), []
-        prepare = DiskCache._prepare
+        prepare = DiskCache._prepared
 
-        def slowly(disk: DiskCache) -> bytes:
+        def slowly(disk: DiskCache) -> object:
             opening.set()
             assert go_on.wait(30)
             opened.append(disk._fingerprint)
             return prepare(disk)
 
-        monkeypatch.setattr(DiskCache, "_prepare", slowly)
+        monkeypatch.setattr(DiskCache, "_prepared", slowly)
         settings = {"wait": False, "disk_cache": str(tmp_path / "c.db"), "fingerprint": "old"}
         async with Served(old) as one, Served(new) as two, gateway(one, **settings) as gw:
             await until(opening.is_set)
@@ -171,7 +171,7 @@ def test_opening_the_disk_cache_holds_nobody_up_and_a_change_of_model_meanwhile_
             go_on.set()
             assert np.array_equal(rows(await asked)[0], new.vector("x"))
             assert opened == ["old", "new"]
-            monkeypatch.setattr(DiskCache, "_prepare", lambda _: 1 // 0)
+            monkeypatch.setattr(DiskCache, "_prepared", lambda _: 1 // 0)
             await gw.service.new_model("newer")
             await until(lambda: gw.service.endpoint.model is not None)
             await checked(gw, new, "without a second level")

@@ -28,6 +28,9 @@ SCHEMA = 1
 BATCH = 256
 PENDING = 4_096  # vectors waiting to be written; beyond that new ones are not kept
 ROW_OVERHEAD = 128  # bytes a row takes beside its vector: key twice (row and index), flags, checksum
+OPENING = 60.0  # seconds that another worker may take to empty it
+MAGIC = b"SQLite format 3\0"
+SPOILT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 SAME = 0.9999  # the same engine and model, after a restart, on the probe text
 
 
@@ -57,24 +60,39 @@ class DiskCache:
         self._fingerprint = fingerprint
         self._reference = reference
         try:
-            self._read = self._open()
-            self.secret = self._prepare()
+            self._read, self.secret = self._prepared()
         except sqlite3.DatabaseError as exc:
+            if getattr(exc, "sqlite_errorcode", 0) & 0xFF not in SPOILT:  # in use by others, or not ours
+                raise _unfit(path, exc) from exc
             log.warning("the disk cache %s cannot be used (%s) and is made anew", path, exc)
             self._remove()
             try:
-                self._read = self._open()
-                self.secret = self._prepare()
+                self._read, self.secret = self._prepared()
             except (sqlite3.Error, OSError) as again:
                 raise _unfit(path, again) from again
         self._queue: queue.Queue[tuple[bytes, bytes, int] | None] = queue.Queue(PENDING)
         self._writer = threading.Thread(target=self._write, name="disk-cache", daemon=True)
         self._writer.start()
 
-    def _open(self) -> sqlite3.Connection:
+    def _prepared(self) -> tuple[sqlite3.Connection, bytes]:
+        """The first connection, and the secret that the keys were made with. Raises UnfitError, sqlite3.Error."""
+        # Only before it: to close a file is to lose this process's locks on it, and with them SQLite's, so that another
+        # process would take itself for the last one and remove the log that this one writes.
         make_place(self.path)
-        db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
-        for pragma in ("page_size=16384", "journal_mode=WAL", "synchronous=NORMAL", "mmap_size=268435456"):
+        with self.path.open("rb") as file:
+            if file.read(len(MAGIC)) not in (b"", MAGIC):
+                raise _unfit(self.path, ValueError("it is no SQLite file, so not ours, and left alone"))
+        db = self._open(OPENING)
+        try:
+            return db, self._prepare(db)
+        except BaseException:
+            db.close()
+            raise
+
+    def _open(self, patience: float = 5.0) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, timeout=patience, isolation_level=None, check_same_thread=False)
+        # Not mapped into memory: a bad sector or a truncated file would be a SIGBUS, and reads are no slower without.
+        for pragma in ("page_size=16384", "journal_mode=WAL", "synchronous=NORMAL", "mmap_size=0"):
             db.execute(f"PRAGMA {pragma}")
         return db
 
@@ -82,9 +100,8 @@ class DiskCache:
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
-    def _prepare(self) -> bytes:
+    def _prepare(self, db: sqlite3.Connection) -> bytes:
         """The tables, emptied unless they are of the same vectors; gives the secret that the keys were made with."""
-        db = self._read
         db.execute("BEGIN IMMEDIATE")
         db.execute("CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value BLOB)")
         db.execute(
@@ -143,7 +160,7 @@ class DiskCache:
     def _write(self) -> None:
         try:
             db = self._open()
-        except (sqlite3.Error, OSError) as exc:
+        except sqlite3.Error as exc:
             self._complain(exc)
             return
         while True:
@@ -165,7 +182,7 @@ class DiskCache:
         """Write a batch and drop the oldest rows beyond the bound; ids only grow, so their span is the count."""
         db.execute("BEGIN IMMEDIATE")
         try:
-            db.executemany("INSERT OR IGNORE INTO vectors (key, flags, crc, vector) VALUES (?, ?, ?, ?)", wanted)
+            db.executemany("INSERT OR REPLACE INTO vectors (key, flags, crc, vector) VALUES (?, ?, ?, ?)", wanted)
             db.execute("DELETE FROM vectors WHERE id <= (SELECT max(id) FROM vectors) - ?", (self.max_rows,))
             db.execute("COMMIT")
         except BaseException:
