@@ -294,6 +294,60 @@ def test_vectors_of_nan_zero_or_wrong_width_are_never_served_nor_cached() -> Non
     run(main())
 
 
+@pytest.mark.parametrize("begins", [b"", b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n"])
+def test_an_answer_without_end_is_none_and_no_death(begins: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is cut off at what so many vectors may take; an engine that says what is no HTTP lives too. It is tried again,
+    and the text is not blamed."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            answered = Link.write
+            endless = True
+
+            def write(link: Link, status: int, body: bytes) -> None:
+                if endless and link.url == b"/v1/embeddings":
+                    link.transport.write(begins + b"x" * (2 << 20))
+                else:
+                    answered(link, status, body)
+
+            monkeypatch.setattr(Link, "write", write)
+            asked = asyncio.create_task(checked(gw, engine, "a"))
+            seen = engine.calls
+            await until(lambda: engine.calls >= seen + 2)
+            endless = False
+            await asked
+            killers = gw.service.endpoint.model.batcher._killers
+            assert not killers._suspects._kept
+
+    run(main())
+
+
+def test_what_an_engine_says_unasked_is_nobodys_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first half of an answer too many comes at once, the second when the next text was sent."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            answered = Link.write
+            _, other = await engine.embed(b'{"input": ["another text"], "encoding_format": "base64"}')
+            extra = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(other), other)
+            half: dict[Link, bytes] = {}
+
+            def write(link: Link, status: int, body: bytes) -> None:
+                link.transport.write(half.pop(link, b""))
+                answered(link, status, body)
+                link.transport.write(extra[:-10])
+                half[link] = extra[-10:]
+
+            monkeypatch.setattr(Link, "write", write)
+            for i in range(5):
+                await checked(gw, engine, f"t{i}")
+                await asyncio.sleep(0.01)  # for what is said unasked
+
+    run(main())
+
+
 def test_an_engine_that_always_fails_ends_in_502_not_in_an_endless_loop() -> None:
     async def main() -> None:
         engine = NullEngine(64)

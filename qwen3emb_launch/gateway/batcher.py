@@ -30,7 +30,7 @@ from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.tracing import Tracing
 from qwen3emb_launch.gateway.upstream import PATIENCE, Upstream, UpstreamPool, UpstreamState
-from qwen3emb_launch.gateway.vectors_in import BadAnswerError, read_vectors
+from qwen3emb_launch.gateway.vectors_in import BadAnswerError, most_bytes, read_vectors
 from qwen3emb_launch.gateway.waiting_room import WaitingRoom
 from qwen3emb_launch.gateway.work import BatchLimits, Item, Kind, Wait
 
@@ -220,12 +220,11 @@ class Batcher:
             try:
                 inputs = [item.prepared.wire(upstream.takes_ids) for item in batch]
                 body = orjson.dumps({"model": upstream.model, "input": inputs, "encoding_format": "base64"})
+                most, timeout = most_bytes(len(batch), self.cache.width), self.limits.timeout
                 if self.tracing is None:
-                    answer = await upstream.client.request("POST", "/embeddings", body, self.limits.timeout)
+                    answer = await upstream.client.request("POST", "/embeddings", body, timeout, most=most)
                 else:
-                    answer = await self.tracing.traced(
-                        upstream.client, upstream.model, body, self.limits.timeout, batch
-                    )
+                    answer = await self.tracing.traced(upstream.client, upstream.model, body, timeout, most, batch)
             finally:
                 self._calls.land(call)
             took = monotonic() - began

@@ -16,13 +16,14 @@ import orjson
 
 from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.errors import InvalidInputError
+from qwen3emb_launch.gateway.vectors_in import BadAnswerError
 
 CONNECT_TIMEOUT = 5.0
-MAX_ANSWER = 1 << 30
+MAX_ANSWER = 16 << 20  # bytes, where the caller expects no more
 
 
 class EngineGoneError(Exception):
-    """The connection could not be made, broke, or what came back was not HTTP. `sent` when the request had left."""
+    """The connection could not be made, or broke. `sent` when the request had left."""
 
     def __init__(self, message: str, *, sent: bool, stale: bool = False) -> None:
         super().__init__(message)
@@ -93,6 +94,7 @@ class _Link(asyncio.Protocol):
         self.watch: Watch | None = None
         self._future: asyncio.Future[Answer] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._most = 0
         self._fresh()
 
     def _fresh(self) -> None:
@@ -105,9 +107,10 @@ class _Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
 
-    def send(self, data: bytes, timeout: float) -> asyncio.Future[Answer]:
+    def send(self, data: bytes, timeout: float, most: int) -> asyncio.Future[Answer]:
         loop = asyncio.get_running_loop()
         future = self._future = loop.create_future()
+        self._most = most
         if self.transport is None:
             self._fail(EngineGoneError("the engine closed the connection", sent=False, stale=True))
         else:
@@ -116,10 +119,13 @@ class _Link(asyncio.Protocol):
         return future
 
     def data_received(self, data: bytes) -> None:
+        if self._future is None:  # an answer that nobody asked for must not be the next request's
+            self.close()
+            return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
-            self._fail(EngineGoneError(f"the engine answered something that is not HTTP: {exc}", sent=True))
+            self._fail(BadAnswerError(f"the engine answered something that is not HTTP: {exc}"))
             self.close()
 
     def on_message_begin(self) -> None:
@@ -131,8 +137,8 @@ class _Link(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
         self._size += len(body)
-        if self._size > MAX_ANSWER:
-            self._fail(EngineGoneError(f"the engine's answer is larger than {MAX_ANSWER} bytes", sent=True))
+        if self._size > self._most:
+            self._fail(BadAnswerError(f"the engine's answer is larger than {self._most} bytes"))
             self.close()
 
     def on_message_complete(self) -> None:
@@ -141,10 +147,13 @@ class _Link(asyncio.Protocol):
         if 100 <= status < 200:  # an interim answer: the real one follows
             self._headers, self._body = {}, []
             return
+        if self._future is None:
+            self.close()  # a second answer
+            return
         answer = Answer(status, self._headers, self._body[0] if len(self._body) == 1 else b"".join(self._body))
         self._fresh()
         self.used = True
-        if self._future is not None and not self._future.done():
+        if not self._future.done():
             self._future.set_result(answer)
         self._asked_no_more()
         if not keep:
@@ -159,7 +168,7 @@ class _Link(asyncio.Protocol):
             EngineGoneError(f"the engine closed the connection{f': {exc}' if exc else ''}", sent=True, stale=stale)
         )
 
-    def _fail(self, error: EngineGoneError | TimeoutError) -> None:
+    def _fail(self, error: EngineGoneError | BadAnswerError | TimeoutError) -> None:
         if self._future is not None and not self._future.done():
             self._future.set_exception(error)
         self._asked_no_more()
@@ -215,11 +224,14 @@ class HttpClient:
             f"host: {address.authority}\r\nuser-agent: qwen3emb-gateway\r\naccept: application/json\r\n{auth}"
         )
 
-    async def request(self, method: str, path: str, body: bytes, timeout: float, more: str = "") -> Answer:
+    async def request(
+        self, method: str, path: str, body: bytes, timeout: float, more: str = "", most: int = MAX_ANSWER
+    ) -> Answer:
         """Send and wait, for so long once there is a connection. `path` is below the base URL's prefix, `more` whole
-        header lines.
+        header lines; an answer of more than `most` bytes is none.
 
-        Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError.
+        Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError,
+        BadAnswerError for what is not HTTP or too long.
         """
         content = "content-type: application/json\r\n" if body else ""
         head = (
@@ -233,7 +245,7 @@ class HttpClient:
             try:
                 if link is None:
                     link = await self._new()
-                answer = await link.send(head + body, timeout)
+                answer = await link.send(head + body, timeout, most)
             except EngineGoneError as error:
                 if kept and error.stale:
                     taken = taken or error.sent

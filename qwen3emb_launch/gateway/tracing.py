@@ -89,7 +89,7 @@ class Tracing:
         )
 
     async def traced(
-        self, client: HttpClient, model: str, body: bytes, timeout: float, batch: Sequence[Item]
+        self, client: HttpClient, model: str, body: bytes, timeout: float, most: int, batch: Sequence[Item]
     ) -> Answer:
         """An engine call in a span of its own. Raises what the client raises."""
         causes = [wait.span for item in batch for wait, _ in item.waiters]
@@ -97,7 +97,7 @@ class Tracing:
         span = self.call(client.address.url, model, len(batch), tokens, causes)
         error = ""
         try:
-            answer = await client.request("POST", "/embeddings", body, timeout, self.header(span))
+            answer = await client.request("POST", "/embeddings", body, timeout, self.header(span), most)
             error = "" if answer.status == 200 else str(answer.status)
         except BaseException as exc:
             error = type(exc).__name__

@@ -11,9 +11,17 @@ import pybase64
 
 from qwen3emb_launch.gateway.answer import Vector
 
+NUMBER_BYTES = 32  # of JSON, a generous number
+ANSWER_ROOM = 1 << 20  # bytes of an answer beside its numbers
+
 
 class BadAnswerError(Exception):
-    """An engine answered 200 with something that must not be passed on."""
+    """An engine answered with something that must not be passed on."""
+
+
+def most_bytes(count: int, width: int) -> int:
+    """What an answer of so many vectors may take; one that is longer never ends, or is none."""
+    return ANSWER_ROOM + count * width * NUMBER_BYTES
 
 
 def read_vectors(body: bytes, count: int, width: int | None) -> tuple[list[Vector], int]:
