@@ -390,6 +390,71 @@ def test_an_engine_that_makes_the_same_ids_gets_ids_any_other_one_texts(tmp_path
     run(main())
 
 
+def test_whether_it_was_cut_is_said_of_each_list_of_ids(tmp_path: Path) -> None:
+    """A list that was cut and one that fits may be the same ids to the engine, and share a vector."""
+    folder = make_demo_model(tmp_path / "demo")
+
+    async def main() -> None:
+        settings = {"model_path": str(folder), "context_length": 10, "overflow": "truncate"}
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served, **settings) as gw:
+            for token, counts in ((65, (8, 20, 8)), (66, (20, 8, 20))):  # eight and the end token fit
+                asked = engine.items
+                for count in counts:
+                    answer = await gw.post({"model": "null", "input": [token] * count})
+                    assert ("x-qwen3emb-truncated" in answer.headers) == (count == 20)
+                assert engine.items == asked + 1
+            both = await gw.post({"model": "null", "input": [[67] * 8, [67] * 20]})
+            assert both.headers["x-qwen3emb-truncated"] == "1"
+
+    run(main())
+
+
+@pytest.mark.parametrize(("context", "overflow"), [(20, "truncate"), (60, "truncate"), (10, "refuse")])
+def test_a_text_that_an_earlier_run_cut_otherwise_is_embedded_anew(tmp_path: Path, context: int, overflow: str) -> None:
+    """The cache on disk outlives `--overflow` and the context length; where they are the same, it answers."""
+    folder = make_demo_model(tmp_path / "demo")
+    kept = {"model_path": str(folder), "disk_cache": str(tmp_path / "vectors.db")}
+
+    async def main() -> None:
+        engine = NullEngine(64, max_model_len=100)
+        async with Served(engine) as served:
+            for _ in range(2):
+                async with gateway(served, context_length=10, overflow="truncate", **kept) as gw:
+                    asked = engine.items
+                    answer = await gw.post({"model": "null", "input": "a" * 40})
+                    assert answer.headers["x-qwen3emb-truncated"] == "0"
+            assert engine.items == asked
+            async with gateway(served, context_length=context, overflow=overflow, **kept) as gw:
+                asked = engine.items
+                answer = await gw.post({"model": "null", "input": "a" * 40})
+                assert answer.status == (400 if overflow == "refuse" else 200)
+                assert ("x-qwen3emb-truncated" in answer.headers) == (context == 20)
+                assert engine.items == asked + (overflow == "truncate")
+
+    run(main())
+
+
+def test_a_requests_parts_are_its_time() -> None:
+    """Of several calls, or of one that was joined under way: queue, engine and gateway add up to the total."""
+
+    async def main() -> None:
+        engine = NullEngine(64, delay=0.2, serial=True)
+        async with Served(engine) as served, gateway(served, calls=1, batch_items=2) as gw:
+            first = asyncio.create_task(gw.post({"model": "null", "input": [f"t{i}" for i in range(6)]}))
+            async with asyncio.timeout(10):
+                while not gw.service.endpoint.model.batcher.in_air:
+                    await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)
+            assert (await gw.post({"model": "null", "input": "t0"})).status == 200
+            await first
+            sums = {part: h.sum for part, h in gw.service.metrics.seconds.items()}
+            assert sums["queue"] + sums["engine"] + sums["gateway"] == pytest.approx(sums["total"], rel=1e-6)
+            assert sums["gateway"] < 0.2
+
+    run(main())
+
+
 def test_an_engine_that_refuses_ids_gets_texts(tmp_path: Path) -> None:
     folder = make_demo_model(tmp_path / "demo")
 

@@ -287,7 +287,7 @@ class Batcher:
         if self.on_vector is not None:
             self.on_vector(item.key, vector, kept)
         for wait, index in item.waiters:
-            wait.give(index, vector, told, began - item.queued_at, took)
+            wait.give(index, vector, told, began, began + took)
         item.call = None
 
     def _refused(self, batch: list[Item], error: ApiError) -> None:

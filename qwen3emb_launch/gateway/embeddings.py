@@ -149,13 +149,21 @@ class Embeddings:
             found = cache.get(key)
             if found is not None:
                 hits["memory"] += hit
-            elif disk is not None and (found := disk.get(key)) is not None:
+            elif disk is not None and (found := self._on_disk(disk, key, payload)) is not None:
                 hits["disk"] += hit
                 cache.put(key, *found)
             if found is None:
                 reply.missing.append((index, key))
             else:
-                reply.add(index, *found)
+                reply.add(index, found[0], _flags(payload, found[1]))
+
+    def _on_disk(self, disk: SecondLevel, key: bytes, payload: str | Prepared) -> tuple[Vector, int] | None:
+        """A text that was cut at another length in an earlier run, or would not be cut now, has another vector now."""
+        found = disk.get(key)
+        if found is None or not found[1] & TRUNCATED or not isinstance(payload, str):
+            return found
+        same = self.rules.overflow == "truncate" and found[1] & TOKEN_MASK == self.rules.max_tokens
+        return found if same else None
 
     def _rest(
         self, model: Model, job: Job, reply: _Reply, payloads: Sequence[str | Prepared]
@@ -195,6 +203,7 @@ class Embeddings:
             prepared = await self._prepare(wait, batcher, payloads, reply, count)
             try:
                 if not wait.future.done():
+                    wait.submitted = monotonic()
                     for slot, (_, key) in enumerate(missing):
                         batcher.submit(wait, slot, key, prepared[slot])
                 results = await wait.future
@@ -205,7 +214,7 @@ class Embeddings:
         finally:
             batcher.leave(wait)
         for slot, (vector, flags) in enumerate(results, 1):
-            reply.add(missing[slot - 1][0], vector, flags)
+            reply.add(missing[slot - 1][0], vector, _flags(payloads[slot - 1], flags))
             if not slot % STEP:
                 await asyncio.sleep(0)
         received = job.request.received
@@ -276,6 +285,13 @@ class Embeddings:
         if reply.flags & ESTIMATED:
             headers["x-qwen3emb-usage"] = "estimated"
         return Response(200, embeddings(reply.encoded, asked.model, reply.tokens), JSON, headers)
+
+
+def _flags(payload: str | Prepared, kept: int) -> int:
+    """The flags of one input. Token ids that were cut are those of a list that fits: which it was, each says itself."""
+    if isinstance(payload, str):
+        return kept
+    return kept | TRUNCATED if payload.truncated else kept & ~TRUNCATED
 
 
 class _Reply:

@@ -74,7 +74,9 @@ class Wait:
     future, and such a circle keeps the request's texts until the garbage collector comes round.
     """
 
-    __slots__ = ("client", "deadline", "engine", "future", "items", "left", "queued", "results", "span", "started")
+    __slots__ = (
+        "client", "deadline", "engine", "future", "items", "left", "queued", "results", "span", "started", "submitted",
+    )  # fmt: skip
 
     def __init__(self, client: str, count: int, deadline: float, loop: asyncio.AbstractEventLoop) -> None:
         self.client = client
@@ -82,22 +84,25 @@ class Wait:
         self.left = count
         self.items: list[Item] = []
         self.future: asyncio.Future[list[Any] | ApiError] = loop.create_future()
-        self.started = monotonic()
+        self.started = self.submitted = monotonic()
         self.deadline = deadline
         self.span: Any = None
         self.queued = 0.0
         self.engine = 0.0
 
-    def give(self, index: int, vector: Vector, flags: int, queued: float, engine: float) -> None:
-        """One of the vectors is there."""
+    def give(self, index: int, vector: Vector, flags: int, began: float, ended: float) -> None:
+        """One of the vectors is there, of an engine call from `began` to `ended`."""
         if self.future.done():
             return
         if self.results[index] is not None:
             return  # an answer that was read in part, and asked for again
         self.results[index] = (vector, flags)
-        self.queued, self.engine = max(self.queued, queued), max(self.engine, engine)
         self.left -= 1
         if not self.left:
+            # The last one's are the request's: those of others went by meanwhile. A call that it joined is not its own
+            # before it came.
+            self.queued = max(0.0, began - self.submitted)
+            self.engine = ended - max(began, self.submitted)
             self.future.set_result(self.results)
 
     def fail(self, error: ApiError) -> None:
