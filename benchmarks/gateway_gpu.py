@@ -62,8 +62,13 @@ class Endpoint:
         if self.pid is None:
             return 0.0, 0.0
         text = get(self.url.removesuffix("/v1") + "/metrics").decode()
-        rows = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        return float(rows["qwen3emb_engine_calls_total"]), float(rows["qwen3emb_engine_call_items_sum"])
+        rows = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+
+        def total(name: str) -> float:
+            """Of all workers."""
+            return sum(float(value) for series, value in rows if series.partition("{")[0] == name)
+
+        return total("qwen3emb_engine_calls_total"), total("qwen3emb_engine_call_items_sum")
 
 
 def cpu_of(pid: int) -> float:

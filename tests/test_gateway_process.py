@@ -122,7 +122,7 @@ def test_upstreams_come_and_go_through_the_admin_socket(tmp_path: Path) -> None:
 
 
 def test_workers_share_the_port_the_disk_cache_and_their_numbers(tmp_path: Path) -> None:
-    """A killed worker is started again; /metrics is the sum of all; a vector of one is a hit in the other."""
+    """A killed worker is started again, and no series of another one falls; a vector of one is a hit in the other."""
     engine = NullEngine(64)
     disk = tmp_path / "vectors.db"
     with in_thread(engine) as served, gateway(tmp_path, "--upstream", served.url, "--workers", "2",
@@ -133,20 +133,27 @@ def test_workers_share_the_port_the_disk_cache_and_their_numbers(tmp_path: Path)
         workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
         assert len(workers) == 2
 
-        def total() -> int:
+        def items() -> dict[str, int]:
+            """By worker."""
             text = gw.call("/metrics")[1].decode()
-            return sum(int(float(x.split()[-1])) for x in text.splitlines() if x.startswith("qwen3emb_items_total"))
+            rows = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("qwen3emb_items_total")]
+            return {series.partition("{")[2]: int(value) for series, value in rows}
 
-        until(lambda: total() == 40)
+        until(lambda: sum(items().values()) == 40)
+        assert set(items()) == {'worker="0"}', 'worker="1"}'}
         until(lambda: disk.exists())
         asked = engine.items
         for i in range(40):
             gw.vector(f"t{i}")
         assert engine.items - asked < 40  # on either worker, most are found in memory or on disk
+        before = items()
+        assert json.loads(gw.call("/ui/state")[1])["series"]["qwen3emb_items_total"] == sum(before.values()) == 80
         os.kill(workers[1], signal.SIGKILL)
         for i in range(10):  # those that the kernel deals to the dead one wait in its socket for the next
             assert np.array_equal(gw.vector(f"u{i}"), engine.vector(f"u{i}"))
         until(lambda: "started again" in gw.log.read_text())
+        until(lambda: len(items()) == 2)
+        assert items()['worker="0"}'] >= before['worker="0"}']
         os.kill(gw.process.pid, signal.SIGKILL)
         gw.process.wait(10)
         until(lambda: all(map(gone, workers)))  # a zombie is gone: this process may have become the one that adopts it

@@ -56,7 +56,7 @@ class Admin:
         alone = OWN in request.headers or not service.peers.sockets
         match request.method, request.path:
             case "GET", "/metrics":
-                return json_response(service.app.snapshot())
+                return json_response({"worker": service.number, "series": service.app.snapshot()})
             case "GET", "/settings":
                 return json_response(service.settings())
             case "GET", "/state":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -47,6 +47,7 @@ class App:
         loopback: bool,
         access_log: AccessLog | None = None,
         price: tuple[str, float, str] | None = None,
+        worker: int = 0,
         peers: Peers | None = None,
         tracing: Tracing | None = None,
     ) -> None:
@@ -60,6 +61,7 @@ class App:
         self.server: HttpServer | None = None
         self.tracing = tracing
         self.created = int(time.time())
+        self.worker = worker
         self.stopping = False
         self.allow_hosts: tuple[str, ...] = ()
         self.peers = peers or Peers()
@@ -278,13 +280,16 @@ class App:
             out[f"qwen3emb_saved_money_total{{{labels}}}"] = self.metrics.tokens * per_million / 1e6
         return out
 
-    async def _all(self) -> dict[str, float]:
-        """All workers' series as one."""
-        others = await self.peers.all("GET", "/metrics") if self.peers.sockets else []
-        return prometheus.add_up([self.snapshot(), *others])
+    async def _workers(self) -> dict[int, Mapping[str, float]]:
+        """The series of all workers that answer, this one's too, by the worker's number."""
+        others = await self.peers.all("GET", "/metrics")
+        return {self.worker: self.snapshot()} | {o["worker"]: o["series"] for o in others}
 
     async def _metrics(self, _: Request) -> Response:
-        text = prometheus.render(await self._all())
+        """Of several workers each for itself: of one that is started again, or does not answer for once, their sum
+        would fall, which Prometheus takes for a restart of all."""
+        workers = await self._workers() if self.peers.sockets else {}
+        text = prometheus.render(prometheus.by_worker(workers) if workers else self.snapshot())
         return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _ui(self, _: Request) -> Response:
@@ -303,7 +308,7 @@ class App:
             "p95_ms": _percentile(recent, 0.95),
             "upstreams": [u.describe() for u in self.pool.upstreams.values()],
             "price": self.price and {"api": self.price[0], "per_million": self.price[1], "currency": self.price[2]},
-            "series": await self._all(),
+            "series": prometheus.add_up((await self._workers()).values()),
         }
         return json_response(body, headers={"cache-control": "no-store"})
 

@@ -160,6 +160,16 @@ def add_up(snapshots: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
+def by_worker(snapshots: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """Several workers' snapshots beside each other: each series with the label of its worker."""
+    out: dict[str, float] = {}
+    for worker, snapshot in sorted(snapshots.items()):
+        for series, value in snapshot.items():
+            name, brace, labels = series.partition("{")
+            out[f'{name}{{worker="{worker}"{"," + labels if brace else "}"}'] = value
+    return out
+
+
 def render(snapshot: Mapping[str, float]) -> str:
     """Prometheus text exposition format 0.0.4, families together, in the order of HELP."""
     families: dict[str, list[str]] = {name: [] for name in HELP}

@@ -83,7 +83,7 @@ class Service:
         self.tracing = tracing or (Tracing() if config.otel else None)
         self.app = App(
             self.endpoint, self.pool, self.metrics, keys=keyring, loopback=config.loopback,
-            access_log=self.access_log, price=price, peers=self.peers, tracing=self.tracing,
+            access_log=self.access_log, price=price, worker=number, peers=self.peers, tracing=self.tracing,
         )  # fmt: skip
         limits = HttpLimits(body=config.max_body, connections=config.connections)
         self.server = HttpServer(self.app.handle, limits, config.cors_origins)
