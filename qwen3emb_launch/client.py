@@ -48,10 +48,12 @@ class _Call:
 def _plan(texts: Sequence[str], task: str | None, dims: int | None, model: str | None, served: list[str]) -> _Call:
     """Decide who applies the task. Raises InvalidInputError (`unknown_task`)."""
     if model is None:
+        if not served:
+            raise NetworkError("no_model", "the endpoint serves no model yet", "wait for its engine: qwen3emb status")
         model = served[0]
     if task is None:
         return _Call(model, list(texts), dims)
-    if f"{model}:{task}" in served:
+    if any(one.partition(":")[2] == task for one in served):  # a gateway lists its tasks with its first name only
         return _Call(f"{model}:{task}", list(texts), dims)
     if task not in TASKS and " " not in task.strip():
         known = sorted({*TASKS, *(m.removeprefix(f"{model}:") for m in served if m.startswith(f"{model}:"))})
@@ -122,7 +124,7 @@ class Client:
         from openai import OpenAIError
 
         try:
-            if self._served is None:
+            if not self._served:
                 self._served = [m.id for m in self.openai.models.list()]
             call = _plan([text] if isinstance(text, str) else text, task, dims, self._model, self._served)
             out: list[list[float]] = []
@@ -175,7 +177,7 @@ class AsyncClient:
         from openai import OpenAIError
 
         try:
-            if self._served is None:
+            if not self._served:
                 self._served = [m.id async for m in self.openai.models.list()]
             call = _plan([text] if isinstance(text, str) else text, task, dims, self._model, self._served)
             out: list[list[float]] = []

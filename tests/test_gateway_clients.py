@@ -109,6 +109,24 @@ def test_our_client_uses_the_gateways_tasks(engine: NullEngine, url: str) -> Non
             client.embed(" ")
 
 
+def test_our_client_uses_the_gateways_tasks_under_any_of_its_names(engine: NullEngine) -> None:
+    """Aliases are listed for the first name only, and count for all: the dims, not only the instruction, are theirs."""
+    with served_gateway(engine, models=("null", "second")) as url, Client(url, model="second") as client:
+        assert len(client.embed("a", task="faq_match")) == 128
+        assert np.allclose(client.embed("a", task="query"), engine.vector(instruct("a", "query")))
+
+
+def test_our_client_waits_for_no_model_but_says_so(engine: NullEngine) -> None:
+    """A gateway that was started before its engine lists nothing yet; the same client works once it does."""
+    with served_gateway(engine) as url, Client(url) as client:
+        listed = client.openai.models.list
+        client.openai.models.list = list  # type: ignore[assignment, method-assign]
+        with pytest.raises(NetworkError, match="serves no model yet"):
+            client.embed("a")
+        client.openai.models.list = listed  # type: ignore[method-assign]
+        assert np.allclose(client.embed("a"), engine.vector("a"))
+
+
 def test_our_client_applies_the_instruction_itself_before_a_bare_engine() -> None:
     bare = NullEngine(64)
     with in_thread(bare) as served:
