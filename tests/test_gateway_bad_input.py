@@ -84,7 +84,9 @@ BROKEN = {
         HEAD + b"transfer-encoding: chunked\r\n\r\n10000\r\n" + b"x" * 65536 + b"\r\n0\r\n\r\n", 413
     ),
     "unknown expectation": (HEAD + b"expect: miracles\r\ncontent-length: 2\r\n\r\n{}", 417),
-    "upgrade": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", 200),
+    "upgrade": (
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade, close\r\nupgrade: websocket\r\n\r\n", 200
+    ),
     "connect": (b"CONNECT x:1 HTTP/1.1\r\nhost: localhost\r\n\r\n", 404),
     "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
     "two hosts": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nhost: other\r\n\r\n", 400),
@@ -205,6 +207,28 @@ def test_a_client_that_does_not_read_is_let_go_and_holds_no_memory() -> None:
     run(main())
 
 
+@pytest.mark.parametrize("cut", [0, 40, 200])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_an_offer_of_http_2_is_declined_and_its_request_answered(cut: int, chunked: bool) -> None:
+    """What Java's HTTP client sends first on a connection; many of them, in one piece or two, are as many answers."""
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served) as gw:
+            offer = HEAD + b"connection: Upgrade, HTTP2-Settings\r\nhttp2-settings: AAEAAEAA\r\nupgrade: h2c\r\n"
+            if chunked:
+                one = offer + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(OK_BODY), OK_BODY)
+            else:
+                one = offer + b"content-length: %d\r\n\r\n%b" % (len(OK_BODY), OK_BODY)
+            raw = one * 100 + post(OK_BODY)
+            out = await talk(gw.service.port, *filter(None, (raw[:cut], raw[cut:])), pause=0.05)
+            assert out.count(b"HTTP/1.1 200 OK") == 101
+            assert b"Upgrade" not in out
+            refused = await talk(gw.service.port, one.replace(b"localhost", b"page.example"))
+            assert parse_answer(refused).status == 421
+
+    run(main())
+
+
 def test_a_body_that_is_on_its_way_is_taken_and_answered_before_the_end() -> None:
     """SIGTERM while a client uploads: its request counts as in work."""
 
@@ -239,6 +263,9 @@ def test_expect_100_continue_is_answered() -> None:
             writer.write(OK_BODY)
             assert b" 200 " in await reader.readline()
             writer.close()
+            old = HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + b"expect: 100-continue\r\n"  # it knows no such answer
+            out = await talk(gw.service.port, old + b"content-length: %d\r\n\r\n" % len(OK_BODY) + OK_BODY)
+            assert out.startswith(b"HTTP/1.1 200")
 
     run(main())
 

@@ -342,6 +342,9 @@ def test_tasks_choose_instruction_and_dims() -> None:
             by_header = await gw.post({"model": "null", "input": "lost parcel"}, x_embedding_task="faq_match")
             assert by_header.headers["x-qwen3emb-cache"] == "hit"
             assert np.array_equal(rows(by_header), rows(answer))
+            alone = await gw.post({"model": "null", "input": "lost parcel"}, x_embedding_role="query")
+            assert (alone.status, error(alone)["code"]) == (400, "role_without_task")
+            assert (await gw.post({"model": "null", "input": "x"}, x_embedding_role="document")).status == 200
             own_dims = await gw.post({"model": "null:faq_match", "input": "lost parcel", "dimensions": 64})
             assert rows(own_dims).shape == (1, 64)
             assert base64.b64encode(rows(answer).tobytes())  # finite numbers, float32

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LINGER = 2.0  # seconds a refused client may go on sending into the void
+OFFERS = ("upgrade", "http2-settings")
 HIGH_WATER = 1 << 20  # bytes a connection may have unsent before its requests wait
 
 
@@ -38,6 +39,7 @@ class HttpConnection(asyncio.Protocol):
         self._refused: ApiError | None = None
         self._deaf = False
         self._lingers = False
+        self._head: bytes | None = None  # of a request that offers another protocol, without the offer
         self._reset()
         self._begun = 0  # requests
         self._held = 0  # bytes of bodies of this connection in memory
@@ -85,19 +87,44 @@ class HttpConnection(asyncio.Protocol):
             return
         try:
             begun, body = self._begun, len(self._body)
-            self._parser.feed_data(data)
+            rest: bytes | memoryview | None = data
+            while rest is not None:
+                rest = self._feed(rest)
             if begun == self._begun and body == len(self._body):
                 self._count_bodiless(len(data))
         except ApiError as error:
             self._refuse(error)
-        except httptools.HttpParserUpgrade:
-            self._deaf = True  # the request is answered as HTTP/1.1; what follows would be another protocol
         except httptools.HttpParserError as exc:
             cause = exc.__context__
             if isinstance(cause, ApiError):
                 self._refuse(cause)
             else:
                 self._refuse(ApiError(400, "bad_http", "that was not a well-formed HTTP/1.1 request"))
+
+    def _feed(self, data: bytes | memoryview) -> memoryview | None:
+        """Parse; what is left when a client has offered another protocol, which is declined by reading on without it.
+
+        Java's own HTTP client offers HTTP/2 with its first request, whose body comes as HTTP/1.1; the parser skips it.
+        """
+        try:
+            self._parser.feed_data(data)
+            return None
+        except httptools.HttpParserUpgrade as offer:
+            rest = memoryview(data)[offer.args[0] :]
+        if self._head is None:
+            self._deaf = True  # CONNECT is answered; what follows would be anything
+            return None
+        head, self._head = self._head, None
+        self._parser = httptools.HttpRequestParser(self)
+        self._parser.feed_data(head)
+        return rest
+
+    def _head_without_offer(self) -> bytes:
+        kept = [(name, value) for name, value in self._headers.items() if name not in ("connection", *OFFERS)]
+        if not self._parser.should_keep_alive():
+            kept.append(("connection", "close"))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in kept).encode("latin-1")
+        return b"%b %b HTTP/1.1\r\n%b\r\n" % (self._parser.get_method(), self._url, lines)
 
     def _count_bodiless(self, size: int) -> None:
         """A header or trailer that never ends is kept by the parser, empty lines before a request are skipped by it,
@@ -152,7 +179,11 @@ class HttpConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         path, _, query = self._url.decode("latin-1").partition("?")
-        request = Request(self._parser.get_method().decode("latin-1"), path, query, self._headers, self._peer)
+        method = self._parser.get_method().decode("latin-1")
+        if self._parser.should_upgrade() and method != "CONNECT":
+            self._head = self._head_without_offer()
+            return
+        request = Request(method, path, query, self._headers, self._peer)
         request.keep_alive = self._parser.should_keep_alive() and not self._parser.should_upgrade()
         self._request = request
         self._bodiless = 0
@@ -170,7 +201,8 @@ class HttpConnection(asyncio.Protocol):
         if expect is not None:
             if expect.lower() != "100-continue":
                 raise ApiError(417, "expectation_failed", f"cannot meet `Expect: {expect[:50]}`")
-            if not self._busy and self._transport is not None:
+            old = self._parser.get_http_version() == "1.0"  # such a client would take it for the answer
+            if not (self._busy or old) and self._transport is not None:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:

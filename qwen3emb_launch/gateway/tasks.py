@@ -58,6 +58,8 @@ class TaskTable:
                 f"unknown role {_short(role)!r}: query or document", "model" if alias_role else None, "bad_role"
             )
         if name is None:
+            if role == "query":
+                raise invalid("role 'query' without a task: the instruction is the task's", code="role_without_task")
             return Chosen(base, None, None)
         found = self.tasks.get(name)
         if found is None:
