@@ -343,7 +343,7 @@ def test_tasks_choose_instruction_and_dims() -> None:
             assert by_header.headers["x-qwen3emb-cache"] == "hit"
             assert np.array_equal(rows(by_header), rows(answer))
             alone = await gw.post({"model": "null", "input": "lost parcel"}, x_embedding_role="query")
-            assert (alone.status, error(alone)["code"]) == (400, "role_without_task")
+            assert (alone.status, error(alone)["code"]) == (404, "task_not_found")
             assert (await gw.post({"model": "null", "input": "x"}, x_embedding_role="document")).status == 200
             own_dims = await gw.post({"model": "null:faq_match", "input": "lost parcel", "dimensions": 64})
             assert rows(own_dims).shape == (1, 64)

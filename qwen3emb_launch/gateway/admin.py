@@ -10,7 +10,7 @@ HTTP on a Unix socket that only its owner may open:
                                                          forget all vectors, prove the upstreams again; the list, when
                                                          given, replaces the old ones; nothing in work is lost
     POST   /reload                                       tasks and keys
-    GET    /metrics, /settings                           of this worker: series; what a restarted worker takes over
+    GET    /metrics, /settings                           of this worker: numbers; what a restarted worker takes over
 
 Any worker may be told: it tells the others, and its answer speaks for all.
 """
@@ -29,12 +29,12 @@ from qwen3emb_launch.gateway.api_errors import ApiError, invalid
 from qwen3emb_launch.gateway.config import UpstreamConfig
 from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.http_messages import Request, Response, json_response
+from qwen3emb_launch.gateway.upstream import described_by_all
 
 if TYPE_CHECKING:
     from qwen3emb_launch.gateway.service import Service
 
 LONGEST = 7_200.0  # seconds another worker may take over a change: each change has a bound of its own
-WORSE = ("up", "draining", "down", "refused")
 Change = dict[str, Any] | Awaitable[dict[str, Any]]
 
 
@@ -56,7 +56,7 @@ class Admin:
         alone = OWN in request.headers or not service.peers.sockets
         match request.method, request.path:
             case "GET", "/metrics":
-                return json_response({"worker": service.number, "series": service.app.snapshot()})
+                return json_response(service.app.numbers())
             case "GET", "/settings":
                 return json_response(service.settings())
             case "GET", "/state":
@@ -128,14 +128,7 @@ def state_of_all(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name in ("workers", "queued", "in_air"):
         out[name] = sum(s[name] for s in states)
     out["ready"] = all(s["ready"] for s in states)
-    out["upstreams"] = []
-    for row in states[0]["upstreams"]:
-        rows = [u for s in states for u in s["upstreams"] if u["url"] == row["url"]]
-        worst = max(rows, key=lambda u: WORSE.index(u["state"]))
-        if len(rows) < len(states):  # one was told later, or not yet
-            worst = {**row, "state": "down", "reason": "not known to all workers yet"}
-        counts = {name: sum(u[name] for u in rows) for name in ("calls", "items", "answered", "failed")}
-        out["upstreams"].append({**worst, **counts})
+    out["upstreams"] = described_by_all([s["upstreams"] for s in states])
     return out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -23,7 +23,7 @@ from qwen3emb_launch.gateway.keys import Client, Keyring
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.peers import Peers
 from qwen3emb_launch.gateway.tracing import Tracing
-from qwen3emb_launch.gateway.upstream import UpstreamPool
+from qwen3emb_launch.gateway.upstream import UpstreamPool, described_by_all
 
 log = logging.getLogger(__name__)
 
@@ -280,17 +280,27 @@ class App:
             out[f"qwen3emb_saved_money_total{{{labels}}}"] = self.metrics.tokens * per_million / 1e6
         return out
 
-    async def _workers(self) -> dict[int, Mapping[str, float]]:
-        """The series of all workers that answer, this one's too, by the worker's number."""
-        others = await self.peers.all("GET", "/metrics")
-        return {self.worker: self.snapshot()} | {o["worker"]: o["series"] for o in others}
+    def numbers(self) -> dict[str, Any]:
+        """What the other workers are told for /metrics and /ui."""
+        return {
+            "worker": self.worker,
+            "series": self.snapshot(),
+            "recent_s": self.metrics.recent_seconds(60.0),
+            "upstreams": [u.describe() for u in self.pool.upstreams.values()],
+        }
+
+    async def _workers(self) -> list[dict[str, Any]]:
+        """The numbers of all workers that answer, this one's first."""
+        return [self.numbers(), *(await self.peers.all("GET", "/metrics"))]
 
     async def _metrics(self, _: Request) -> Response:
         """Of several workers each for itself: of one that is started again, or does not answer for once, their sum
         would fall, which Prometheus takes for a restart of all."""
-        workers = await self._workers() if self.peers.sockets else {}
-        text = prometheus.render(prometheus.by_worker(workers) if workers else self.snapshot())
-        return Response(200, text.encode(), "text/plain; version=0.0.4; charset=utf-8")
+        if self.peers.sockets:
+            series = prometheus.by_worker({w["worker"]: w["series"] for w in await self._workers()})
+        else:
+            series = self.snapshot()
+        return Response(200, prometheus.render(series).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _ui(self, _: Request) -> Response:
         policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -299,16 +309,17 @@ class App:
 
     async def _state(self, _: Request) -> Response:
         """What the status page shows."""
-        recent = sorted(self.metrics.recent_seconds(60.0))
+        workers = await self._workers()
+        recent = sorted(seconds for w in workers for seconds in w["recent_s"])
         body = {
             "version": __version__,
             "uptime_s": round(monotonic() - self.metrics.started, 1),
             "models": self.endpoint.names,
             "p50_ms": _percentile(recent, 0.50),
             "p95_ms": _percentile(recent, 0.95),
-            "upstreams": [u.describe() for u in self.pool.upstreams.values()],
+            "upstreams": described_by_all([w["upstreams"] for w in workers]),
             "price": self.price and {"api": self.price[0], "per_million": self.price[1], "currency": self.price[2]},
-            "series": prometheus.add_up((await self._workers()).values()),
+            "series": prometheus.add_up(w["series"] for w in workers),
         }
         return json_response(body, headers={"cache-control": "no-store"})
 

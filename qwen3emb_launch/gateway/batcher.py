@@ -273,7 +273,7 @@ class Batcher:
         elif status >= 500:
             raise BadAnswerError(f"the engine answered {status}")
         else:  # 401, 403, 404: nothing the client could mend
-            reason = from_engine(502, answer.json())
+            reason = from_engine(status, answer.json())
             message = f"the engine refused the gateway itself ({status}): {reason.message}"
             self.pool.failed(upstream, message)
             for item in batch:

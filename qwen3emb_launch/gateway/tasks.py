@@ -58,8 +58,9 @@ class TaskTable:
                 f"unknown role {_short(role)!r}: query or document", "model" if alias_role else None, "bad_role"
             )
         if name is None:
-            if role == "query":
-                raise invalid("role 'query' without a task: the instruction is the task's", code="role_without_task")
+            if role == "query":  # whose instruction would it be?
+                known = ", ".join(sorted(self.tasks))
+                raise ApiError(404, "task_not_found", f"role 'query' without a task: there are {known}", param="model")
             return Chosen(base, None, None)
         found = self.tasks.get(name)
         if found is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from time import monotonic
@@ -33,6 +33,10 @@ PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
 FAILURES_TO_DOWN = 3
 DOUBT = 0.05  # seconds in which a process that ends loses all its connections
 PATIENCE = 2.0  # seconds: for calls of suspects to have an engine to themselves, and for all others to leave it to them
+
+
+WORSE = ("up", "draining", "down", "refused")
+COUNTS = ("calls", "items", "answered", "failed")
 
 
 class UpstreamState(StrEnum):
@@ -386,6 +390,18 @@ class UpstreamPool:
         except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as exc:
             raise BadAnswerError(f"GET /models answered no list of models: {exc!r}") from exc
         upstream.context_length = length if type(length) is int else None
+
+
+def described_by_all(workers: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What several workers say of the first one's upstreams: counts added up, states as far as the last of them."""
+    out: list[dict[str, Any]] = []
+    for row in workers[0]:
+        rows = [u for worker in workers for u in worker if u["url"] == row["url"]]
+        worst = max(rows, key=lambda u: WORSE.index(u["state"]))
+        if len(rows) < len(workers):  # one was told later, or not yet
+            worst = {**row, "state": "down", "reason": "not known to all workers yet"}
+        out.append({**worst, **{name: sum(u[name] for u in rows) for name in COUNTS}})
+    return out
 
 
 def _cosine(a: Vector, b: Vector) -> float:
