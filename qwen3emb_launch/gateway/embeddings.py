@@ -18,6 +18,7 @@ from qwen3emb_launch.gateway.batcher import Batcher
 from qwen3emb_launch.gateway.cache import Keyer, VectorCache
 from qwen3emb_launch.gateway.http_messages import JSON, Request, Response
 from qwen3emb_launch.gateway.keys import Client
+from qwen3emb_launch.gateway.large_body import parse_large
 from qwen3emb_launch.gateway.metrics import Metrics
 from qwen3emb_launch.gateway.request import EmbeddingRequest, parse
 from qwen3emb_launch.gateway.tasks import Chosen, TaskTable
@@ -26,6 +27,7 @@ from qwen3emb_launch.gateway.work import ESTIMATED, TOKEN_MASK, TRUNCATED, Wait
 
 MAX_SHOWN = 200  # indexes of truncated inputs a header lists
 STEP = 32  # inputs looked up or answered in one go: a wide vector as text takes 0.1 ms
+LARGE = 512 << 10  # bytes of a body that are parsed in one go
 INLINE_IDS = 1_000  # token ids that are checked on the event loop
 
 
@@ -93,7 +95,17 @@ class Embeddings:
 
     def handle(self, request: Request, client: Client, served: Served) -> Response | Awaitable[Response]:
         """Answer now or later. Raises ApiError."""
-        asked = parse(request.body, self.max_items)
+        if len(request.body) > LARGE:
+            return self._handle_large(request, client, served)
+        return self._handle(request, parse(request.body, self.max_items), client, served)
+
+    async def _handle_large(self, request: Request, client: Client, served: Served) -> Response:
+        answer = self._handle(request, await parse_large(request.body, self.max_items), client, served)
+        return answer if isinstance(answer, Response) else await answer
+
+    def _handle(
+        self, request: Request, asked: EmbeddingRequest, client: Client, served: Served
+    ) -> Response | Awaitable[Response]:
         served.items = asked.count
         headers = request.headers
         chosen = self.tasks.choose(asked.model, headers.get("x-embedding-task"), headers.get("x-embedding-role"))

@@ -5,6 +5,7 @@ Whatever is wrong is answered as OpenAI would: 400, the parameter named, the ite
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import orjson
 
 from qwen3emb_launch.errors import nearest
 from qwen3emb_launch.gateway.answer import Encoding
-from qwen3emb_launch.gateway.api_errors import invalid
+from qwen3emb_launch.gateway.api_errors import ApiError, invalid
 
 FIELDS = frozenset({"input", "model", "dimensions", "encoding_format", "user"})
 KINDS = {type(None): "null", bool: "a boolean", int: "an integer", float: "a number", str: "a string", list: "a list"}
@@ -39,16 +40,30 @@ def parse(body: bytes | bytearray, max_items: int = 2048) -> EmbeddingRequest:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as exc:
-        raise invalid(f"the body is not JSON: {exc}", code="bad_json") from None
+        raise bad_json(f"the body is not JSON: {exc}") from None
     if type(data) is not dict:
-        raise invalid(f"the body must be a JSON object, not {_kind(data)}", code="bad_json")
-    if not data.keys() <= FIELDS:
-        unknown = min(data.keys() - FIELDS)
-        guess = nearest(unknown, set(FIELDS))
-        shown = unknown if len(unknown) <= 60 else unknown[:60] + "..."
-        raise invalid(
-            f"unknown field {shown!r}" + (f": did you mean {guess!r}?" if guess else ""), shown, "unknown_field"
-        )
+        raise bad_json(f"the body must be a JSON object, not {_kind(data)}")
+    check_fields(data.keys())
+    return check(data, max_items)
+
+
+def bad_json(message: str) -> ApiError:
+    """The error for a body that is no JSON object."""
+    return invalid(message, code="bad_json")
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Raises ApiError 400 for one that is not known."""
+    if FIELDS.issuperset(names):
+        return
+    unknown = min(set(names) - FIELDS)
+    guess = nearest(unknown, set(FIELDS))
+    shown = unknown if len(unknown) <= 60 else unknown[:60] + "..."
+    raise invalid(f"unknown field {shown!r}" + (f": did you mean {guess!r}?" if guess else ""), shown, "unknown_field")
+
+
+def check(data: dict[str, Any], max_items: int) -> EmbeddingRequest:
+    """The request of a parsed body with known fields. Raises ApiError 400."""
     model = data.get("model")
     if type(model) is not str or not model:
         raise invalid("'model' must be a non-empty string", "model", "bad_model")
@@ -63,11 +78,11 @@ def parse(body: bytes | bytearray, max_items: int = 2048) -> EmbeddingRequest:
         raise invalid(f"'user' must be a string, not {_kind(user)}", "user", "bad_user")
     if "input" not in data:
         raise invalid("'input' is missing", "input", "bad_input")
-    texts, ids = _inputs(data["input"], max_items)
+    texts, ids = inputs(data["input"], max_items)
     return EmbeddingRequest(texts, ids, model, dimensions, "base64" if encoding == "base64" else "float")
 
 
-def _inputs(value: Any, max_items: int) -> tuple[list[str], list[list[int]]]:
+def inputs(value: Any, max_items: int) -> tuple[list[str], list[list[int]]]:
     """The four forms of `input`, as texts or as lists of token ids: a text, texts, token ids, lists of them."""
     if type(value) is str:
         _check_text(value, 0, 1)
