@@ -140,6 +140,34 @@ def test_a_store_that_others_hold_is_not_taken_from_them(tmp_path: Path, monkeyp
     again.close()
 
 
+def test_a_full_disk_costs_what_comes_then_and_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened = DiskCache._open
+
+    def small(store: DiskCache, *args: float) -> sqlite3.Connection:
+        db = opened(store, *args)
+        db.execute("PRAGMA max_page_count=8")  # SQLite answers as on a full disk
+        return db
+
+    store = disk(tmp_path)
+    store.put(b"k" * 15, vector(1), 1)
+    store.close()
+    monkeypatch.setattr(DiskCache, "_open", small)
+    store = disk(tmp_path)
+    for i in range(5_000):
+        store.put(i.to_bytes(15, "little"), vector(i), i)
+        if store.dropped:
+            break
+    store.close()
+    assert store.dropped
+    assert "disk is full" in caplog.text
+    monkeypatch.undo()
+    again = disk(tmp_path)
+    assert again.get(b"k" * 15) is not None
+    again.close()
+
+
 def test_another_process_that_closes_the_store_leaves_our_log_alone(tmp_path: Path) -> None:
     """The last one removes the write-ahead log, which nobody is who has not lost its locks."""
     mine = disk(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
+import threading
 from pathlib import Path
 from time import monotonic
 
@@ -14,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from qwen3emb_launch.demo_model import EOS_ID, make_demo_model
+from qwen3emb_launch.gateway import tasks
 from qwen3emb_launch.gateway.calls import token_flags
 from qwen3emb_launch.gateway.request import EmbeddingRequest
 from qwen3emb_launch.gateway.tokens import Prepared
@@ -348,6 +350,31 @@ def test_tasks_choose_instruction_and_dims() -> None:
             own_dims = await gw.post({"model": "null:faq_match", "input": "lost parcel", "dimensions": 64})
             assert rows(own_dims).shape == (1, 64)
             assert base64.b64encode(rows(answer).tobytes())  # finite numbers, float32
+
+    run(main())
+
+
+def test_nobody_waits_while_a_table_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = tmp_path / "tasks.yaml"
+    table.write_text("schema: 1\ntasks: {mine: {dims: 32, role: document}}\n")
+    reading, go_on, load = threading.Event(), threading.Event(), tasks.load
+
+    def slowly(path: Path | None) -> tasks.TaskTable:
+        reading.set()
+        assert go_on.wait(30)
+        return load(path)
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, tasks_file=str(table)) as gw:
+            monkeypatch.setattr(tasks, "load", slowly)
+            table.write_text("schema: 1\ntasks: {mine: {dims: 48, role: document}}\n")
+            reloaded = asyncio.create_task(gw.service.reload())
+            assert await asyncio.to_thread(reading.wait, 30)
+            assert (await gw.vectors("x")).shape == (1, 64)
+            assert rows(await gw.post({"model": "null:mine", "input": "x"})).shape == (1, 32)
+            go_on.set()
+            await reloaded
+            assert rows(await gw.post({"model": "null:mine", "input": "x"})).shape == (1, 48)
 
     run(main())
 

@@ -62,14 +62,17 @@ class Admin:
             case "GET", "/state":
                 return json_response(service.state()) if alone else self._state_of_all()
             case "POST", "/reload":
-                service.reload()
-                return json_response(service.state()) if alone else self._everywhere(request, {}, service.state())
+                return self._answer(self._reload()) if alone else self._everywhere(request, {}, self._reload())
         change = self._changes.get((request.method, request.path))
         if change is None:
             raise ApiError(404, "not_found", f"the admin socket has no {request.method} {request.path}")
         body = _body(request)
         answer = change(body)
         return self._answer(answer) if alone else self._everywhere(request, body, answer)
+
+    async def _reload(self) -> dict[str, Any]:
+        await self._service.reload()
+        return self._service.state()
 
     async def _answer(self, answer: Change) -> Response:
         return json_response(answer if isinstance(answer, dict) else await answer)

@@ -186,7 +186,8 @@ class DiskCache:
             db.execute("DELETE FROM vectors WHERE id <= (SELECT max(id) FROM vectors) - ?", (self.max_rows,))
             db.execute("COMMIT")
         except BaseException:
-            db.execute("ROLLBACK")
+            if db.in_transaction:  # SQLite has ended it itself where the disk is full
+                db.execute("ROLLBACK")
             raise
 
     def _complain(self, exc: Exception) -> None:

@@ -104,6 +104,8 @@ class Service:
         self.admin_port: int | None = None
         self._watcher: asyncio.Task[None] | None = None
         self._opening: asyncio.Task[None] | None = None  # of the cache on disk
+        self._reloading: asyncio.Task[None] | None = None
+        self._one_reload = asyncio.Lock()
         if config.disk_cache:
             make_place(Path(config.disk_cache))
         self._seen = self._stamps()
@@ -262,7 +264,7 @@ class Service:
         loop = asyncio.get_running_loop()
         for name in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(name, self.stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self.reload)
+        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         await self.start()
         started(self)
         try:
@@ -295,9 +297,12 @@ class Service:
 
     # -- change while running
 
-    def reload(self) -> None:
+    def _hang_up(self) -> None:
+        self._reloading = asyncio.get_running_loop().create_task(self.reload())
+
+    async def reload(self) -> None:
         """SIGHUP: tasks and keys read again, the access log reopened."""
-        self._reload_files()
+        await self._reload_files()
         if self.access_log:
             try:
                 self.access_log.reopen()
@@ -311,7 +316,7 @@ class Service:
             if stamps != self._seen:
                 self._seen = stamps
                 try:
-                    self._reload_files()
+                    await self._reload_files()
                 except Exception:  # a watch that ended would never see the mended file
                     log.exception("reading tasks and keys again failed inside the gateway")
 
@@ -325,17 +330,20 @@ class Service:
             out.append((info.st_mtime_ns, info.st_size) if info else None)
         return out
 
-    def _reload_files(self) -> None:
-        """An invalid file keeps what was there and says why."""
+    async def _reload_files(self) -> None:
+        """An invalid file keeps what was there and says why. On a thread: the YAML of many tasks takes a while."""
         config = self.config
-        try:
-            self.endpoint.tasks = tasks.load(Path(config.tasks_file) if config.tasks_file else None)
-        except LaunchError as error:
-            log.error("the tasks stay as they were: %s", error.message)
-        try:
-            self.app.keys = keys.load(Path(config.keys_file) if config.keys_file else None)
-        except LaunchError as error:
-            log.error("the API keys stay as they were: %s", error.message)
+        async with self._one_reload:
+            try:
+                table = await asyncio.to_thread(tasks.load, Path(config.tasks_file) if config.tasks_file else None)
+                self.endpoint.tasks = table
+            except LaunchError as error:
+                log.error("the tasks stay as they were: %s", error.message)
+            try:
+                keyring = await asyncio.to_thread(keys.load, Path(config.keys_file) if config.keys_file else None)
+                self.app.keys = keyring
+            except LaunchError as error:
+                log.error("the API keys stay as they were: %s", error.message)
 
     def state(self) -> dict[str, Any]:
         """For the admin socket."""
