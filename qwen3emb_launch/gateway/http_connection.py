@@ -87,9 +87,13 @@ class HttpConnection(asyncio.Protocol):
             return
         try:
             begun, body = self._begun, len(self._body)
-            rest: bytes | memoryview | None = data
-            while rest is not None:
-                rest = self._feed(rest)
+            rest = None
+            try:
+                self._parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                rest = memoryview(data)[offer.args[0] :]
+            if rest is not None:
+                self._decline(rest)
             if begun == self._begun and body == len(self._body):
                 self._count_bodiless(len(data))
         except ApiError as error:
@@ -101,23 +105,24 @@ class HttpConnection(asyncio.Protocol):
             else:
                 self._refuse(ApiError(400, "bad_http", "that was not a well-formed HTTP/1.1 request"))
 
-    def _feed(self, data: bytes | memoryview) -> memoryview | None:
-        """Parse; what is left when a client has offered another protocol, which is declined by reading on without it.
+    def _decline(self, rest: memoryview) -> None:
+        """A client has offered another protocol before `rest`: read on as if it had not.
 
         Java's own HTTP client offers HTTP/2 with its first request, whose body comes as HTTP/1.1; the parser skips it.
         """
-        try:
-            self._parser.feed_data(data)
-            return None
-        except httptools.HttpParserUpgrade as offer:
-            rest = memoryview(data)[offer.args[0] :]
-        if self._head is None:
-            self._deaf = True  # CONNECT is answered; what follows would be anything
-            return None
-        head, self._head = self._head, None
-        self._parser = httptools.HttpRequestParser(self)
-        self._parser.feed_data(head)
-        return rest
+        more: memoryview | None = rest
+        while more is not None:
+            rest, more = more, None
+            if self._head is None:
+                self._deaf = True  # CONNECT is answered; what follows would be anything
+                return
+            head, self._head = self._head, None
+            self._parser = httptools.HttpRequestParser(self)
+            self._parser.feed_data(head)
+            try:
+                self._parser.feed_data(rest)
+            except httptools.HttpParserUpgrade as offer:
+                more = rest[offer.args[0] :]
 
     def _head_without_offer(self) -> bytes:
         kept = [(name, value) for name, value in self._headers.items() if name not in ("connection", *OFFERS)]
