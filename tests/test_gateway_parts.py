@@ -267,11 +267,20 @@ def test_cores_are_those_that_a_quota_pays_for(tmp_path: Path, text: str | None,
     assert usable_cores(tmp_path) == min(here, cores or here)
 
 
-@pytest.mark.parametrize("text", ["", "# only\n", "a b c\n", "a k rpm=0\n", "a k rpm=x\n", "a k xpm=3\n", "k\nn k\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# only\n", "a b c\n", "a k rpm=0\n", "a k rpm=x\n", "a k xpm=3\n", "k\nn k\n", "cl\u00e9\n"]
+)
 def test_a_bad_keys_file_is_refused_without_showing_a_key(tmp_path: Path, text: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         keyring(tmp_path, text)
     assert caught.value.code == "bad_keys"
+    assert "\u00e9" not in caught.value.message
+
+
+def test_a_key_that_no_header_could_carry_is_refused_and_a_byte_order_mark_is_none_of_it(tmp_path: Path) -> None:
+    assert keyring(tmp_path, "\ufeffsk-first\n").who("Bearer sk-first").name == "key-1"
+    with pytest.raises(InvalidInputError, match=r"QWEN3EMB_GATEWAY_API_KEYS, key 2: .* visible ASCII"):
+        keyring(tmp_path, "k\n", QWEN3EMB_GATEWAY_API_KEYS="sk-env,\u043a\u043b\u044e\u0447")
 
 
 # -- configuration

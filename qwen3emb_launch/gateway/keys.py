@@ -102,7 +102,7 @@ def load(path: Path | None, environ: Mapping[str, str] | None = None) -> Keyring
     clients: dict[str, Client] = {}
     if path is not None:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
             if path.stat().st_mode & 0o077:
                 log.warning("the keys file %s can be read by others: chmod 600 %s", path, path)
         except (OSError, UnicodeDecodeError) as exc:
@@ -118,6 +118,7 @@ def load(path: Path | None, environ: Mapping[str, str] | None = None) -> Keyring
             raise _bad(f"{path} holds no key")
     given = (os.environ if environ is None else environ).get(KEYS_VARIABLE, "")
     for number, key in enumerate(filter(None, map(str.strip, given.split(","))), 1):
+        _check_key(key, f"{KEYS_VARIABLE}, key {number}")
         clients.setdefault(key, Client(f"env-{number}"))
     return Keyring(clients)
 
@@ -133,9 +134,15 @@ def _client(words: list[str], where: str) -> tuple[str, Client]:
             if name not in OPTIONS or not (value.isascii() and value.isdigit()) or int(value) < 1:
                 raise _bad(f"{where}: options are rpm=N and tpm=N, N at least 1")
             limits[name] = int(value)
+    _check_key(bare[-1], where)
     name = bare[0] if len(bare) == 2 else f"key-{where.rsplit(' ', 1)[-1]}"
     client = Client(name, "admin" in words, Allowance(limits.get("rpm")), Allowance(limits.get("tpm")))
     return bare[-1], client
+
+
+def _check_key(key: str, where: str) -> None:
+    if not (key.isascii() and key.isprintable()):
+        raise _bad(f"{where}: a key is made of visible ASCII characters, the ones that HTTP carries safely")
 
 
 def _bad(what: str) -> InvalidInputError:
