@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen3emb_launch.gateway import openapi
+from qwen3emb_launch.gateway import http_connection, openapi
 from qwen3emb_launch.gateway.http_messages import HttpLimits
 from qwen3emb_launch.gateway.keys import Client, Keyring
 from tests.gateway_bench import error, gateway, parse_answer, rows
@@ -291,6 +291,45 @@ def test_at_the_connection_limit_an_idle_one_makes_room_and_none_at_work_does() 
             assert error(answer)["code"] == "too_many_connections"
             for _, writer in (*links, third):
                 writer.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("sent", [HEAD, HEAD + b"content-length: 50\r\n\r\nx"], ids=["head", "body"])
+def test_at_the_connection_limit_one_that_dawdles_makes_room(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes all connections and sends next to nothing keeps nobody out."""
+    monkeypatch.setattr(http_connection, "DAWDLING_HEAD", 0.05)
+    monkeypatch.setattr(http_connection, "DAWDLING_BODY", 0.05)
+
+    async def main() -> None:
+        async with Served(NullEngine(64)) as served, gateway(served, connections=3) as gw:
+            server, links = gw.service.server, []
+            for _ in range(3):
+                links.append(await asyncio.open_connection("127.0.0.1", gw.service.port))
+                links[-1][1].write(sent)
+            async with asyncio.timeout(5):
+                while sum(c.dawdles for c in server.connections) < 3:
+                    await asyncio.sleep(0.01)
+            for _ in range(3):
+                assert parse_answer(await talk(gw.service.port, post(OK_BODY))).status == 200
+            for _, writer in links:
+                writer.close()
+
+    run(main())
+
+
+def test_at_the_connection_limit_a_slow_reader_keeps_its_answer() -> None:
+    async def main() -> None:
+        async with Served(NullEngine(2560)) as served, gateway(served, connections=1) as gw:
+            body = orjson.dumps({"model": "null", "input": [f"t{i}" for i in range(400)]})
+            reader, writer = await asyncio.open_connection("127.0.0.1", gw.service.port, limit=1 << 10)
+            writer.write(HEAD + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            async with asyncio.timeout(10):
+                while not any(c.unsent for c in gw.service.server.connections):
+                    await asyncio.sleep(0.01)
+            assert parse_answer(await talk(gw.service.port, post(OK_BODY))).status == 503
+            assert len(rows(parse_answer(await reader.read()))) == 400
+            writer.close()
 
     run(main())
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LINGER = 2.0  # seconds a refused client may go on sending into the void
+DAWDLING_HEAD, DAWDLING_BODY = 1.0, 10.0  # seconds
 OFFERS = ("upgrade", "http2-settings")
 HIGH_WATER = 1 << 20  # bytes a connection may have unsent before its requests wait
 
@@ -346,8 +347,15 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def idle(self) -> bool:
-        """Between two requests."""
-        return not (self._reading or self._busy or self._waiting)
+        """Between two requests, the last answer fetched."""
+        return not (self._reading or self._busy or self._waiting or self._blocked_since)
+
+    @property
+    def dawdles(self) -> bool:
+        """Sending a request for longer than a client takes that is in earnest."""
+        if not self._reading or self._busy or self._waiting:
+            return False
+        return monotonic() - self.since > (DAWDLING_HEAD if self._request is None else DAWDLING_BODY)
 
     @property
     def unsent(self) -> int:

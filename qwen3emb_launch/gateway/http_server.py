@@ -106,8 +106,10 @@ class HttpServer:
             total -= size
 
     def make_room(self) -> bool:
-        """At the limit of connections: give up one that idles between requests for a new one, if there is any."""
-        idle = [c for c in islice(self.connections, LOOKED_AT) if c.idle]
-        if idle:
-            min(idle, key=lambda c: c.since).abort()
-        return bool(idle)
+        """At the limit of connections: give one up for a new one, that idles between requests or else dawdles over
+        sending one, if there is any. So whoever opens all of them and sends next to nothing keeps nobody out."""
+        seen = list(islice(self.connections, LOOKED_AT))
+        spare = [c for c in seen if c.idle] or [c for c in seen if c.dawdles]
+        if spare:
+            min(spare, key=lambda c: c.since).abort()
+        return bool(spare)
