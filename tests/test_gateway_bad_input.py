@@ -483,12 +483,17 @@ def test_browsers_get_cors_headers_only_when_asked_for() -> None:
                 ours = await gw.post({"model": "null", "input": "x"}, origin="https://a.example")
                 other = await gw.post({"model": "null", "input": "x"}, origin="https://b.example")
                 assert ours.headers["access-control-allow-origin"] == "https://a.example"
+                assert ours.headers["access-control-expose-headers"] == "*"  # Retry-After, what was cut
                 assert "access-control-allow-origin" not in other.headers
                 for keys in ({}, {"good": Client("g")}):
                     gw.service.app.keys = Keyring(keys)
-                    preflight = await gw.request("OPTIONS", "/v1/embeddings", origin="https://a.example")
+                    asked = "authorization,content-type,x-stainless-os"  # as OpenAI's client for browsers does
+                    preflight = await gw.request(
+                        "OPTIONS", "/v1/embeddings", origin="https://a.example", access_control_request_headers=asked
+                    )
                     assert preflight.status == 204
                     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+                    assert preflight.headers["access-control-allow-headers"] == asked
                 stranger = await gw.post({"model": "null", "input": "x"}, origin="https://a.example")
                 assert stranger.status == 401  # which the page can read
                 assert stranger.headers["access-control-allow-origin"] == "https://a.example"

@@ -121,7 +121,9 @@ class App:
     def _other(self, request: Request) -> Response | Awaitable[Response]:
         if request.method == "OPTIONS" and self.server is not None and self.server.cors_origins:
             allowed = {"access-control-allow-methods": "GET, POST", "access-control-max-age": "600"}
-            allowed["access-control-allow-headers"] = "authorization, content-type, x-embedding-task, x-embedding-role"
+            # Any that the page asks for: OpenAI's client for browsers sends a dozen of its own.
+            asked = request.headers.get("access-control-request-headers", "authorization, content-type")
+            allowed["access-control-allow-headers"] = asked
             return Response(204, b"", headers=allowed)
         if request.path == "/v1/embeddings":
             raise ApiError(405, "method_not_allowed", f"{request.method[:20]} is not for /v1/embeddings: POST is")

@@ -311,7 +311,8 @@ class HttpConnection(asyncio.Protocol):
             parts += [f"{k}: {v}\r\n".encode("latin-1", "replace") for k, v in response.headers.items()]
         if origin is not None and (origin in self._server.cors_origins or "*" in self._server.cors_origins):
             allowed = "*" if "*" in self._server.cors_origins else origin
-            parts.append(f"access-control-allow-origin: {allowed}\r\nvary: origin\r\n".encode("latin-1", "replace"))
+            parts.append(f"access-control-allow-origin: {allowed}\r\n".encode("latin-1", "replace"))
+            parts.append(b"access-control-expose-headers: *\r\nvary: origin\r\n")
         parts.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
         if not head:
             parts += body
