@@ -55,6 +55,26 @@ def test_the_disk_cache_is_dropped_when_its_vectors_are_anothers(tmp_path: Path,
     second.close()
 
 
+def test_other_vectors_go_as_new_ones_come(tmp_path: Path) -> None:
+    """To drop gigabytes at once would hold up the start, and the other workers."""
+    first = disk(tmp_path)
+    for i in range(400):
+        first.put(i.to_bytes(15, "little"), vector(i), i)
+    first.close()
+    second = disk(tmp_path, fingerprint="g")
+    kept = [400]
+    for i in range(300):
+        second.put(b"new" + i.to_bytes(12, "little"), vector(i), i)
+        if i % 100 == 99:
+            until(lambda i=i: second.get(b"new" + i.to_bytes(12, "little")) is not None)
+            kept.append(second._read.execute("SELECT count(*) FROM vectors").fetchone()[0])
+    second.close()
+    assert kept == [400, 300, 200, 300]
+    third = disk(tmp_path, fingerprint="g")
+    assert all(third.get(b"new" + i.to_bytes(12, "little")) is not None for i in range(300))
+    third.close()
+
+
 def test_a_vector_that_the_disk_changed_is_a_miss(tmp_path: Path) -> None:
     first = disk(tmp_path)
     first.put(b"k" * 15, vector(1), 1)
@@ -125,10 +145,11 @@ def test_a_database_with_other_tables_of_those_names_is_left_alone(tmp_path: Pat
 
 
 def test_a_store_that_others_hold_is_not_taken_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another worker that empties it, a backup: it is waited for, then done without, never removed."""
-    monkeypatch.setattr(disk_cache, "OPENING", 0.2)
+    """A backup, somebody at work on it by hand: it is waited for, then done without, never removed."""
+    monkeypatch.setattr(disk_cache, "PATIENCE", 0.2)
     first = disk(tmp_path)
     first.put(b"k" * 15, vector(1), 1)
+    until(lambda: first.get(b"k" * 15) is not None)
     with closing(sqlite3.connect(tmp_path / "c.db", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(UnfitError, match="locked"):
@@ -145,8 +166,8 @@ def test_a_full_disk_costs_what_comes_then_and_is_said(
 ) -> None:
     opened = DiskCache._open
 
-    def small(store: DiskCache, *args: float) -> sqlite3.Connection:
-        db = opened(store, *args)
+    def small(store: DiskCache) -> sqlite3.Connection:
+        db = opened(store)
         db.execute("PRAGMA max_page_count=8")  # SQLite answers as on a full disk
         return db
 

@@ -147,7 +147,7 @@ def test_a_change_of_model_under_load_loses_nothing_and_mixes_nothing() -> None:
 def test_opening_the_disk_cache_holds_nobody_up_and_a_change_of_model_meanwhile_counts(
     tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Emptying a large one takes a while: /health answers, embeddings wait; what it was opened for may have gone."""
+    """A disk may take a while: /health answers, embeddings wait; what it was opened for may have gone."""
 
     async def main() -> None:
         old, new = NullEngine(64), NullEngine(64, seed=2)

@@ -187,7 +187,7 @@ class Service:
             self._serve(pool.width, None)
 
     async def _open_disk(self, reference: Vector) -> None:
-        """On a thread, since emptying a large one takes a while; one that cannot be had is done without."""
+        """On a thread, since a disk may take a while; one that cannot be had is done without."""
         config = self.config
         path, disk = Path(config.disk_cache), None
         try:
