@@ -174,7 +174,8 @@ def test_a_letter_of_many_tokens_is_warned_of(endpoint: SmallEndpoint, url: str,
     def framed(body: Any) -> tuple[int, Any]:
         status, answer = right(body)
         if status == 200:
-            answer["usage"]["prompt_tokens"] += 9 * len(answer["data"])
+            for kind in ("prompt_tokens", "total_tokens"):
+                answer["usage"][kind] += 9 * len(answer["data"])
         return status, answer
 
     endpoint.embed = framed  # type: ignore[method-assign]
@@ -198,6 +199,34 @@ def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: st
     (failure,) = report.failures
     assert failure.id == "limit"
     assert "less is taken than the endpoint says" in failure.cause
+
+
+def test_an_answer_of_another_model_is_a_warning_of_a_foreign_endpoint(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path
+) -> None:
+    """Hosted APIs call a model by several names: one unlike what was asked is told; `--strict` requires it."""
+    endpoint.model["id"] = "Qwen/Qwen3-Embedding-4B"
+    right, name = endpoint.embed, "qwen3-embedding-4b-2507"
+
+    def named(body: Any) -> tuple[int, Any]:
+        status, answer = right(body)
+        return status, {**answer, "model": name}
+
+    endpoint.embed = named  # type: ignore[method-assign]
+    assert report_of(url, tmp_path, "model_name").checks[-1].verdict is Verdict.PASS
+    name = "text-embedding-3-small"
+    check = report_of(url, tmp_path, "model_name").checks[-1]
+    assert check.verdict is Verdict.WARN
+    assert "another model" in check.cause
+    assert report_of(url, tmp_path, "model_name", options=Options(strict=True)).failures
+
+
+def test_a_path_is_no_other_model_where_nobody_told_it(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
+    """SGLang answers its model's path, which only its own information routes tell; a proxy may hide those."""
+    endpoint.model |= {"id": "embeddings", "owned_by": "sglang"}
+    right = endpoint.embed
+    endpoint.embed = lambda body: (lambda s, a: (s, {**a, "model": "/models/Q4B"}))(*right(body))  # type: ignore[method-assign]
+    assert report_of(url, tmp_path, "model_name").checks[-1].verdict is Verdict.PASS
 
 
 @pytest.mark.parametrize(

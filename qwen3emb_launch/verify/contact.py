@@ -9,15 +9,15 @@ from __future__ import annotations
 import ipaddress
 import json
 import ssl
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
 from qwen3emb_launch.vectors import from_base64
+from qwen3emb_launch.verify.tally import LONG, Shape, Tally
 
 NUMBERS = {float, int, type(None)}  # of JSON, in a vector; null stands for NaN
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
@@ -61,14 +61,8 @@ class Embeddings:
     seconds: float
     base64: bool
     headers: Mapping[str, str]
-
-
-@dataclass
-class Tally:
-    """Well-formed requests asked so far, and those that were not answered with status 200."""
-
-    asked: int = 0
-    failures: list[str] = field(default_factory=list)
+    total: int | None = None
+    model: Any = None
 
 
 def is_loopback(url: str) -> bool:
@@ -116,7 +110,6 @@ class Contact:
         self.tally = Tally()
         self.model = ""
         self.unanswered = 0  # embedding requests in a row without any HTTP answer
-        self._lock = threading.Lock()
         self._key = api_key
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
@@ -194,26 +187,32 @@ class Contact:
         if encoding is not None:
             body["encoding_format"] = encoding
         many = not isinstance(inputs, str) and bool(inputs) and not isinstance(inputs[0], int)
-        count = len(inputs) if many else 1
+        texts = list(inputs) if many else [inputs]
+        busy = self.tally.begin()
         try:
             reply = self.post("embeddings", body, timeout)
         except NetworkError as exc:
             self.unanswered += 1
-            self._count(f"{exc.code}: {exc.message}")
+            self.tally.count(f"{exc.code}: {exc.message}")
             raise Misanswer(exc.message, _no_answer(exc)) from exc
+        finally:
+            busy |= self.tally.end()
         self.unanswered = 0
         refused = reply.status in (400, 413, 422)
         failed = reply.status != 200 and not (refused and may_refuse)
-        self._count(f"{reply.status}: {reply.message}" if failed else None)
+        self.tally.count(f"{reply.status}: {reply.message}" if failed else None)
         if reply.status != 200:
             raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply), refused)
-        return _parsed(reply, count)
-
-    def _count(self, failure: str | None) -> None:
-        with self._lock:
-            self.tally.asked += 1
-            if failure:
-                self.tally.failures.append(failure)
+        found = _parsed(reply, len(texts))
+        if found.base64 and encoding != "base64":
+            raise Misanswer(
+                "base64 strings, although numbers were asked",
+                "base64 is answered unasked: clients without a decoder cannot read it",
+            )
+        long = any(isinstance(t, str) and len(t.encode()) > LONG for t in texts)
+        shape = Shape(batch=len(texts) > 1, dims=dims is not None, base64=found.base64, long=long, busy=busy)
+        self.tally.look_at(shape, texts, found.vectors, found.indices, found.model)
+        return found
 
     def openai_vector(self, text: str) -> list[float]:
         """One vector through the official client with its own defaults (it asks for base64)."""
@@ -229,9 +228,9 @@ class Contact:
             try:
                 answer = client.embeddings.create(model=self.model, input=text)
             except openai.OpenAIError as exc:
-                self._count(f"through openai: {exc}")
+                self.tally.count(f"through openai: {exc}")
                 raise Misanswer(f"the OpenAI client raises {type(exc).__name__}: {exc}", "not OpenAI's form") from exc
-            self._count(None)
+            self.tally.count(None)
             return list(answer.data[0].embedding) if answer.data else []
 
 
@@ -242,7 +241,7 @@ def _json(body: bytes) -> Any:
     for read in (orjson.loads, json.loads):
         try:
             return read(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return None
 
@@ -257,9 +256,11 @@ def _refusal(reply: Reply) -> str:
     words = reply.message.lower()
     if reply.status in (401, 403):
         return "the endpoint wants another API key: --api-key-file FILE or OPENAI_API_KEY"
-    if "matryoshka" in words or "dimensions" in words:
+    if "matryoshka" in words:
         override = "--json-model-override-args '{\"is_matryoshka\": true}'"
         return f"the engine was started without the matryoshka override: {override}"
+    if "dimension" in words:
+        return "the endpoint refuses these `dimensions`, which the model has"
     if reply.status == 400 and "embedding" in words:
         return "the engine does not serve this checkpoint as an embedding model: start it with --is-embedding"
     if "not json compliant" in words or "out of range float" in words:
@@ -267,6 +268,18 @@ def _refusal(reply: Reply) -> str:
     if reply.status == 429 or reply.status == 503:
         return "the endpoint sheds load; ask again when it is idle"
     return "the endpoint fails well-formed requests" if reply.status >= 500 else "the endpoint refuses a right request"
+
+
+def _vector(values: list[Any]) -> tuple[float, ...]:
+    """JSON's numbers; null is NaN, and an int of hundreds of digits infinite."""
+    try:
+        return tuple(map(float, values))
+    except (TypeError, OverflowError):
+        return tuple(float("nan") if x is None else float("inf") if abs(x) > 1e308 else float(x) for x in values)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _parsed(reply: Reply, count: int) -> Embeddings:
@@ -287,16 +300,18 @@ def _parsed(reply: Reply, count: int) -> Embeddings:
             except ValueError as exc:
                 raise Misanswer(f"an embedding is a string that is {exc}", "broken base64") from exc
         elif isinstance(value, list) and value and {*map(type, value)} <= NUMBERS:
-            vectors.append(tuple(float("nan") if x is None else float(x) for x in value))
+            vectors.append(_vector(value))
         else:
             raise Misanswer(f"an embedding is {str(value)[:60]!r}", "an embedding must be a list of numbers or base64")
     usage = body.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    counted = usage if isinstance(usage, dict) else {}
     return Embeddings(
         vectors=tuple(vectors),
         indices=tuple(item.get("index") for item in items),
-        tokens=tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None,
+        tokens=_whole(counted.get("prompt_tokens")),
+        total=_whole(counted.get("total_tokens")),
         seconds=reply.seconds,
         base64=coded,
         headers=reply.headers,
+        model=body.get("model"),
     )

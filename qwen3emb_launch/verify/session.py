@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwen3emb_launch.verify.contact import Contact, Misanswer
+from qwen3emb_launch.verify.contact import Contact, Embeddings, Misanswer
 from qwen3emb_launch.verify.identity import Identity
 from qwen3emb_launch.verify.report import Level, Outcome
 from qwen3emb_launch.verify.texts import BASE
@@ -51,10 +51,13 @@ class Session:
     def vector(self, text: str) -> Vector:
         """The full vector of one text, asked alone, once."""
         if text not in self.singles:
-            answer = self.contact.embed(text)
-            self.tokens[text] = answer.tokens
-            self.singles[text] = answer.vectors[0]
+            self.keep(text, self.contact.embed(text))
         return self.singles[text]
+
+    def keep(self, text: str, answer: Embeddings) -> None:
+        """Remember the answer to a text asked alone."""
+        self.tokens[text] = answer.tokens
+        self.singles[text] = answer.vectors[0]
 
     def vectors(self, texts: Sequence[str]) -> list[Vector]:
         """Full vectors, each asked alone, one after another: what load does to them is another check's business."""
