@@ -20,6 +20,8 @@ from qwen3emb_launch.vectors import from_base64
 from qwen3emb_launch.verify.tally import LONG, Shape, Tally
 
 NUMBERS = {float, int, type(None)}  # of JSON, in a vector; null stands for NaN
+LARGEST = 64 << 20  # bytes of an answer: a hundred vectors of 4096 numbers are 9 MB
+ENDLESS = "the answer does not end: this is no embeddings route, or a broken proxy"
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -48,7 +50,12 @@ class Reply:
         body = self.data if isinstance(self.data, dict) else {}
         nested = body.get("error")
         found = nested.get("message") if isinstance(nested, dict) else nested or body.get("message")
-        return str(found or self.text).strip().replace("\n", " ")[:200]
+        return printable(str(found or self.text).strip()[:200])
+
+
+def printable(text: str) -> str:
+    """On one line, without what a terminal takes as a command: the words of a server that nobody has proven yet."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @dataclass(frozen=True)
@@ -149,8 +156,15 @@ class Contact:
         headers = {"content-type": "application/json"} if body is not None else {}
         limit: Any = timeout if timeout is not None else httpx.USE_CLIENT_DEFAULT
         began = time.perf_counter()
+        content = bytearray()
         try:
-            answer = self._client.request(method, url, content=body, headers=headers, timeout=limit)
+            with self._client.stream(method, url, content=body, headers=headers, timeout=limit) as answer:
+                for piece in answer.iter_bytes():
+                    content += piece
+                    if len(content) > LARGEST:
+                        raise NetworkError("endpoint_endless", f"{url} answers more than {LARGEST >> 20} MiB", ENDLESS)
+                    if time.perf_counter() - began > (timeout or self.timeout):  # httpx's own is for each piece
+                        raise httpx.ReadTimeout("a byte now and then")
         except httpx.TimeoutException as exc:
             waited = time.perf_counter() - began
             raise NetworkError(
@@ -165,8 +179,8 @@ class Contact:
                 "is the address right and the engine up? `qwen3emb status`, `qwen3emb up`",
             ) from exc
         seconds = time.perf_counter() - began
-        text = answer.content[:8000].decode(errors="replace")[:2000]
-        return Reply(answer.status_code, _json(answer.content), text, dict(answer.headers), seconds)
+        text = content[:8000].decode(errors="replace")[:2000]
+        return Reply(answer.status_code, _json(content), text, dict(answer.headers), seconds)
 
     def embed(
         self,
@@ -234,7 +248,7 @@ class Contact:
             return list(answer.data[0].embedding) if answer.data else []
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes | bytearray) -> Any:
     """The body's JSON, None when it is none. 2,560 numbers take orjson 0.06 ms, json 0.5; json alone reads NaN."""
     import orjson
 
@@ -247,6 +261,8 @@ def _json(body: bytes) -> Any:
 
 
 def _no_answer(exc: NetworkError) -> str:
+    if exc.code == "endpoint_endless":
+        return ENDLESS
     if exc.code == "endpoint_timeout":
         return "the request was queued for ever or the engine hangs: an input longer than the KV pool does that"
     return "the server closed the connection or is gone: it may have died on an earlier request"
@@ -285,7 +301,9 @@ def _whole(value: Any) -> int | None:
 def _parsed(reply: Reply, count: int) -> Embeddings:
     body = reply.data
     if not isinstance(body, dict) or not isinstance(body.get("data"), list):
-        raise Misanswer(f"200 without a data list: {reply.text[:120]}", "this is no OpenAI-compatible embeddings route")
+        raise Misanswer(
+            f"200 without a data list: {printable(reply.text[:120])}", "this is no OpenAI-compatible embeddings route"
+        )
     items = body["data"]
     if len(items) != count:
         cause = "items of a batch are dropped" if len(items) < count else "more vectors than inputs are answered"
