@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchError, NetworkError, UnfitError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
+from qwen3emb_launch.vectors import finite
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -115,10 +116,19 @@ class Embedder:
             )
         except OpenAIError as error:
             raise translate(error, self.url) from error
-        vectors = [item.embedding for item in sorted(answer.data, key=lambda item: item.index)]
-        if len(vectors) != len(texts):
+        items = list(answer.data)
+        if len(items) != len(texts):
             raise EngineFailedError(
-                "wrong_answer", f"{len(vectors)} vectors came back for {len(texts)} texts", "qwen3emb verify"
+                "wrong_answer", f"{len(items)} vectors came back for {len(texts)} texts", "qwen3emb verify"
+            )
+        if {repr(item.index) for item in items} != {*map(repr, range(len(items)))}:
+            raise EngineFailedError(
+                "wrong_answer", "the answer's index fields do not tell which vector is whose", "qwen3emb verify"
+            )
+        vectors = [item.embedding for item in sorted(items, key=lambda item: item.index)]
+        if not all(map(_is_vector, vectors)):
+            raise EngineFailedError(
+                "wrong_answer", "a vector came back that is not all numbers: NaN, null or text", "qwen3emb verify"
             )
         if dims is not None and any(len(vector) != dims for vector in vectors):
             raise EngineFailedError(
@@ -127,6 +137,11 @@ class Embedder:
                 "qwen3emb verify",
             )
         return vectors
+
+
+def _is_vector(value: Any) -> bool:
+    """Whether it is what a client must be able to rely on: numbers, all of them finite."""
+    return isinstance(value, list) and bool(value) and {*map(type, value)} <= {float, int} and finite(value)
 
 
 def translate(error: OpenAIError, url: str) -> LaunchError:

@@ -490,6 +490,15 @@ def test_diff_judges_by_distance_and_by_what_searches_find(change: float, verdic
     assert found.may_share == (verdict != "other")
 
 
+def test_diff_of_two_lengths_never_shares() -> None:
+    """One direction is one cosine, but an index by inner product ranks the longer side first."""
+    short = as_set(0.0, "a")
+    long = ReferenceSet("b", "bfloat16", {t: tuple(7.3 * x for x in v) for t, v in short.vectors.items()})
+    found = compare_sets(short, long, allowed=3e-3)
+    assert not found.may_share
+    assert "length 1.000 and 7.300" in found.reason
+
+
 def test_diff_of_two_widths_never_shares() -> None:
     """One index has one width."""
     found = compare_sets(as_set(0.0, "a"), as_set(0.0, "b", 32), allowed=3e-3)
