@@ -21,6 +21,7 @@ from qwen3emb_launch.verify.tally import LONG, Shape, Tally
 
 NUMBERS = {float, int, type(None)}  # of JSON, in a vector; null stands for NaN
 LARGEST = 64 << 20  # bytes of an answer: a hundred vectors of 4096 numbers are 9 MB
+REFRESH = {"x-qwen3emb-cache": "refresh"}
 ENDLESS = "the answer does not end: this is no embeddings route, or a broken proxy"
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
@@ -140,20 +141,22 @@ class Contact:
         """A GET of an absolute URL. Raises NetworkError when there is no HTTP answer."""
         return self._send("GET", url, None, None)
 
-    def post(self, route: str, body: Any, timeout: float | None = None) -> Reply:
-        """A POST below the base URL: `body` as JSON, or bytes sent as they are."""
+    def post(self, route: str, body: Any, timeout: float | None = None, *, cached: bool = True) -> Reply:
+        """A POST below the base URL: `body` as JSON, or bytes sent as they are. Not `cached`: see `embed`."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._send("POST", f"{self.base_url}/{route}", raw, timeout)
+        return self._send("POST", f"{self.base_url}/{route}", raw, timeout, {} if cached else REFRESH)
 
     def tokenize(self, text: str) -> Reply:
         """The token ids of a text by SGLang's or vLLM's own route, beside the base URL."""
         raw = json.dumps({"model": self.model, "prompt": text}).encode()
         return self._send("POST", f"{self.root}/tokenize", raw, None)
 
-    def _send(self, method: str, url: str, body: bytes | None, timeout: float | None) -> Reply:
+    def _send(
+        self, method: str, url: str, body: bytes | None, timeout: float | None, more: Mapping[str, str] | None = None
+    ) -> Reply:
         import httpx
 
-        headers = {"content-type": "application/json"} if body is not None else {}
+        headers = {"content-type": "application/json", **(more or {})} if body is not None else {}
         limit: Any = timeout if timeout is not None else httpx.USE_CLIENT_DEFAULT
         began = time.perf_counter()
         content = bytearray()
@@ -190,9 +193,12 @@ class Contact:
         encoding: str | None = None,
         timeout: float | None = None,
         may_refuse: bool = False,
+        cached: bool = False,
     ) -> Embeddings:
         """A well-formed embedding request. Raises Misanswer when it is not answered as the API says.
 
+        Unless it may be `cached`, qwen3emb's gateway computes it anew: out of its cache a text asked alone and the
+        same in a batch are one vector, whatever the engine makes of batches. Others do not know that header.
         `may_refuse`: the text may be too long for this endpoint, so a refusal is not counted as a failure.
         """
         body: dict[str, Any] = {"model": self.model, "input": inputs}
@@ -204,7 +210,7 @@ class Contact:
         texts = list(inputs) if many else [inputs]
         busy = self.tally.begin()
         try:
-            reply = self.post("embeddings", body, timeout)
+            reply = self.post("embeddings", body, timeout, cached=cached)
         except NetworkError as exc:
             self.unanswered += 1
             self.tally.count(f"{exc.code}: {exc.message}")
@@ -216,7 +222,8 @@ class Contact:
         failed = reply.status != 200 and not (refused and may_refuse)
         self.tally.count(f"{reply.status}: {reply.message}" if failed else None)
         if reply.status != 200:
-            raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply), refused)
+            cause = _refusal(reply) if self.model else "the endpoint lists no model to ask for: --model ID"
+            raise Misanswer(f"{reply.status}: {reply.message}", cause, refused)
         found = _parsed(reply, len(texts))
         if found.base64 and encoding != "base64":
             raise Misanswer(

@@ -293,7 +293,7 @@ def probe_order(session: Session) -> Outcome:
     if not all(map(has_direction, session.base)):
         return skipped(NO_DIRECTION)
     texts = [BASE[i] for i in (8, 2, 0, 3)]
-    answer = session.contact.embed(texts)
+    answer = session.contact.embed(texts, cached=True)
     indices = list(answer.indices)
     nearest = [
         min(range(len(texts)), key=lambda j: distance(v, session.vector(texts[j]))) for v in answer.vectors
