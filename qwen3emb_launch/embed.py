@@ -59,6 +59,12 @@ def base_url(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise InvalidInputError("bad_url", f"{url!r} is no http address", "--base-url http://127.0.0.1:30000/v1")
+    if "@" in parts.netloc:
+        raise InvalidInputError(
+            "bad_url",
+            f"the address of {parts.hostname} holds a name or password, which the process list shows",
+            "give the key by --api-key-file FILE or OPENAI_API_KEY",
+        )
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
 

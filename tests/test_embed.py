@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from http.server import ThreadingHTTPServer
@@ -212,6 +213,16 @@ def test_proxies_do_not_reach_loopback(endpoint: Endpoint, monkeypatch: pytest.M
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     (found,) = embedding.Embedder(endpoint.url, model=None, key=None, loopback=True).embed(["x"])
     assert len(found.embedding) == 64
+
+
+def test_what_is_no_key_is_refused_unseen(capsys: OUTER, endpoint: Endpoint, tmp_path: Path) -> None:
+    """A file of several lines, letters that no header carries, a password in the address: said, never shown."""
+    file = tmp_path / "key"
+    for content in ("sesame\nopen", "sésame"):
+        file.write_text(content, encoding="utf-8")
+        assert run(["embed", "x", "--base-url", endpoint.url, "--api-key-file", str(file)]) == 2
+    assert run(["embed", "x", "--base-url", endpoint.url.replace("//", "//user:sesame@")]) == 2
+    assert not re.search("s[eé]same", "".join(capsys.readouterr()))
 
 
 def test_key_from_a_file(capsys: OUTER, endpoint: Endpoint, tmp_path: Path) -> None:

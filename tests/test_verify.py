@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,6 +239,10 @@ def test_a_path_is_no_other_model_where_nobody_told_it(endpoint: SmallEndpoint, 
         (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "int4"], 2, "bad_dtype"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "r.txt"], 2, "bad_report"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "/no/such/folder/r.md"], 3, "unwritable"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--save-reference", "/no/such/folder/s.json"], 3, "unwritable"),
+        (["--base-url", "http://user:sesame@127.0.0.1:9/v1"], 2, "bad_url"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--api-key", "two\nlines sesame"], 2, "bad_key"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--api-key", "sésame"], 2, "bad_key"),
         (["--base-url", "http://127.0.0.1:9/v1", "--reference", "/no/such/file.json"], 2, "bad_reference"),
         (["--base-url", "http://127.0.0.1:9/v1", "--checkpoint", "/no/such/folder"], 2, "not_a_model"),
         (["--base-url", "http://127.0.0.1:9/v1", "--engine-python", "/no/such/python"], 2, "bad_python"),
@@ -250,9 +255,11 @@ def test_a_path_is_no_other_model_where_nobody_told_it(endpoint: SmallEndpoint, 
 def test_bad_input_is_refused_before_anything_is_asked(
     arguments: list[str], status: int, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each with its own code and exit status."""
+    """Each with its own code and exit status, and without a word of a secret."""
     assert run(["verify", *arguments, "--json"]) == status
-    assert envelope(capsys)["error"]["code"] == code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["error"]["code"] == code
+    assert not re.search("s[eé]same", "".join(said))
 
 
 def test_an_unknown_check_is_named_with_the_nearest(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,7 +280,16 @@ def test_a_failing_endpoint_leaves_no_reference(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"schema": 2, "vectors": []}', '{"schema": 1, "vectors": [], "origin": ""}']
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"schema": 2, "vectors": []}',
+        '{"schema": 1, "vectors": [], "origin": ""}',
+        '{"schema": 1, "vectors": [{"text": "x", "vector": "AACAPw=="}], "origin": "", "dtype": "float32", "model": ""'
+        ', "fingerprint": [], "at": ""}',
+    ],
 )
 def test_what_is_no_reference_set_is_refused(content: str, tmp_path: Path) -> None:
     """Empty, foreign, newer, without vectors."""

@@ -110,6 +110,8 @@ def verify(
         from qwen3emb_launch.verify.session import Options
 
         targets = check_report_paths(report or [])
+        if save_reference:
+            check_folder(save_reference)
         options = Options(level.value, max_latency, context, strict)
         request = replace(
             target(console, name, base_url, options, api_key=read_key(console, api_key, api_key_file), timeout=timeout),
@@ -194,14 +196,28 @@ def read_key(console: Console, given: str | None, file: Path | None) -> str | No
         from qwen3emb_launch.errors import InvalidInputError
 
         try:
-            return file.read_text(encoding="utf-8").strip() or None
+            return check_key(file.read_text(encoding="utf-8").strip(), str(file))
         except (OSError, UnicodeDecodeError) as exc:
             raise InvalidInputError(
                 "bad_key_file", f"cannot read {file}: {exc}", "a text file with the key in it"
             ) from exc
     if given:
         console.warn("--api-key is seen in the process list; --api-key-file or OPENAI_API_KEY are not")
-    return given or os.environ.get("OPENAI_API_KEY") or None
+        return check_key(given, "--api-key")
+    return check_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
+
+
+def check_key(key: str, origin: str) -> str | None:
+    """A key as a header can carry it, None for an empty one. It is never shown."""
+    from qwen3emb_launch.errors import InvalidInputError
+
+    if all("!" <= letter <= "~" for letter in key):
+        return key or None
+    raise InvalidInputError(
+        "bad_key",
+        f"{origin} holds no API key: it has spaces, several lines or letters that no key has",
+        "one key, nothing else",
+    )
 
 
 def check_dtype(name: str | None) -> str | None:
@@ -229,18 +245,23 @@ def check_checkpoint(folder: Path) -> Path:
 
 def check_report_paths(files: list[Path]) -> list[Path]:
     """Report files by ending, refused before anything is asked."""
-    from qwen3emb_launch.errors import InvalidInputError, UnfitError
+    from qwen3emb_launch.errors import InvalidInputError
 
     for file in files:
         if file.suffix not in (".json", ".md"):
             raise InvalidInputError(
                 "bad_report", f"a report is written as .json or .md, not {file.name!r}", "--report r.md"
             )
-        if not file.absolute().parent.is_dir():
-            raise UnfitError(
-                "unwritable", f"there is no folder {file.parent} for the report", f"mkdir -p {file.parent}"
-            )
+        check_folder(file)
     return files
+
+
+def check_folder(file: Path) -> None:
+    """What is written at the end of minutes has a place to go."""
+    from qwen3emb_launch.errors import UnfitError
+
+    if not file.absolute().parent.is_dir():
+        raise UnfitError("unwritable", f"there is no folder {file.parent} for {file.name}", f"mkdir -p {file.parent}")
 
 
 def find_python(plan_python: Path | None, engine: str | None, given: Path | None) -> Path | None:

@@ -95,6 +95,12 @@ def normalised_url(url: str) -> str:
         raise InvalidInputError(
             "bad_url", f"{url!r} is no http(s) address", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
         )
+    if "@" in parts.netloc:
+        raise InvalidInputError(
+            "bad_url",
+            f"the address of {parts.hostname} holds a name or password, which reports and process lists would show",
+            "give the key by --api-key-file FILE or OPENAI_API_KEY",
+        )
     return url.removesuffix("/embeddings")
 
 
