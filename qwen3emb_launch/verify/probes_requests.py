@@ -8,7 +8,7 @@ import uuid
 from itertools import pairwise
 
 from qwen3emb_launch.errors import NetworkError
-from qwen3emb_launch.vectors import distance, finite, has_direction, largest_difference, sliced
+from qwen3emb_launch.vectors import distance, finite, has_direction, sliced
 from qwen3emb_launch.verify.contact import Misanswer
 from qwen3emb_launch.verify.probes_vectors import (
     NO_DIRECTION,
@@ -131,11 +131,8 @@ def probe_base64(session: Session) -> Outcome:
         return broken(expected, f"{len(answer.vectors[0])} numbers, not {len(whole)}", "base64 is not of float32")
     if apart > session.precision.distance:
         return broken(expected, f"1 - cosine {apart:.2g}", "base64 is not little-endian float32, or of another vector")
-    off, allowed = largest_difference(answer.vectors[0], whole), session.precision.component(max(map(abs, whole)))
-    if off > allowed or (byte_storage(answer.vectors[0]) and not byte_storage(whole)):
-        return broken(
-            expected, f"a component is {off:.4f} off", "base64 is of a coarser number format, or another length"
-        )
+    if byte_storage(answer.vectors[0]) and not byte_storage(whole):
+        return broken(expected, "a byte a component", "base64 is of a coarser number format")
     return _base64_batch(session, expected) or held(expected, f"{len(whole)} float32, 1 - cosine {apart:.1e}")
 
 

@@ -116,7 +116,7 @@ def probe_steps(session: Session) -> Outcome:
     return broken(
         expected,
         f"{len({*vectors[0]})} values in a vector of {session.width}: {stored[0]}",
-        "the vectors were stored in a byte a component (int8 or float8)",
+        "the vectors were stored in a byte a component (int8 or float8), or rounded to few digits",
     )
 
 
