@@ -238,6 +238,13 @@ def usage_contradicts_itself(exchange: Exchange) -> tuple[int, Any]:
     return _usage(exchange, lambda n: (n, 0))
 
 
+def joins_lists_of_ids(exchange: Exchange) -> tuple[int, Any]:
+    given = exchange.body.get("input")
+    if isinstance(given, list) and given and isinstance(given[0], list):
+        exchange.body["input"] = [[i for ids in given for i in ids]] * len(given)
+    return exchange.forward()
+
+
 def index_restarts(exchange: Exchange) -> tuple[int, Any]:
     """Batches are computed 32 at a time, and numbered so."""
     status, answer = exchange.forward()
@@ -291,6 +298,7 @@ QUICK: list[tuple[Fault, str, str]] = [
 FULL: list[tuple[Fault, str, str]] = [
     (unnormalised_when_long, "throughout", "no L2 normalisation .*for long texts"),
     (index_restarts, "throughout", "index fields are wrong"),
+    (joins_lists_of_ids, "token_ids", "lists of token ids are mixed up"),
     (caches_by_end, "tail", "cached by their end"),
     (keeps_the_end, "tail", "beginning of long texts is cut"),
 ]

@@ -211,6 +211,9 @@ def probe_token_ids(session: Session) -> Outcome:
     allowed = session.precision.distance
     apart = distance(with_eos, text)
     if apart <= allowed:
+        several = session.contact.embed([[bare[0], eos], [*bare, eos]]).vectors
+        if distance(several[1], text) > allowed:
+            return broken(expected, "right alone, another vector in a list of lists", "lists of token ids are mixed up")
         return held(expected, f"{len(ids)} ids ({source}): 1 - cosine {apart:.1e}", distance=apart)
     without = distance(session.contact.embed(bare).vectors[0], text)
     cause = (
