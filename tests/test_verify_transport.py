@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -127,6 +128,22 @@ def test_nonsense_is_no_route(body: bytes, tmp_path: Path) -> None:
 
     with answering(nonsense) as url:
         assert quick(url, tmp_path).failures[0].id == "answers"
+
+
+@pytest.mark.parametrize("component", [None, "a word", {}])
+def test_what_openais_client_lets_through_is_no_defect_of_ours(component: object) -> None:
+    """It hands on what is no number; said of the endpoint."""
+    endpoint = SmallEndpoint()
+    endpoint.embed = lambda _: (200, {"data": [{"index": 0, "embedding": [component, 0.5]}]})  # type: ignore[method-assign]
+    with answering(None, endpoint) as url:
+        client = Contact(url)
+        client.model = "hash"
+        if component is None:
+            assert math.isnan(client.openai_vector("a")[0])
+        else:
+            with pytest.raises(Misanswer, match="OpenAI client raises"):
+                client.openai_vector("a")
+        client.close()
 
 
 def test_what_a_server_says_does_not_steer_the_terminal() -> None:

@@ -13,6 +13,7 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
+    from qwen3emb_launch.errors import CheckFailedError
     from qwen3emb_launch.verify.report import Report
     from qwen3emb_launch.verify.runner import Request
 
@@ -104,7 +105,6 @@ def verify(
     with shell("verify", json) as console:
         from dataclasses import replace
 
-        from qwen3emb_launch.errors import CheckFailedError
         from qwen3emb_launch.verify import reference as sets
         from qwen3emb_launch.verify.runner import verify as run
         from qwen3emb_launch.verify.session import Options
@@ -128,24 +128,32 @@ def verify(
         request = replace(request, python=python)
         with console.progress("verify") as progress:
             result, kept = run(request, progress.step)
-        write_reports(targets, result)
+        error = None if result.passed else refusal(result)
+        write_reports(targets, result, error)
         if save_reference and kept:
             sets.save(kept, save_reference)
             console.say(f"saved {len(kept.vectors)} vectors to {save_reference}")
         elif save_reference:
             console.warn(f"{save_reference} was not written: an endpoint that fails is no reference")
-        if not result.passed:
-            failed = [f"{c.title}: {c.cause or c.seen}" for c in result.failures]
-            error = CheckFailedError(
-                "verification_failed",
-                f"{len(failed)} required check{'s' * (len(failed) != 1)} failed: " + "; ".join(failed),
-                "the table above says what was expected and seen; do not index with these vectors",
-            )
-            error.result = result
+        if error:
             if not console.json:
                 show(console, result)
             raise error
         console.result(result, lambda out: show(out, result))
+
+
+def refusal(result: Report) -> CheckFailedError:
+    """The error of an endpoint that failed, with the report in it."""
+    from qwen3emb_launch.errors import CheckFailedError
+
+    failed = [f"{c.title}: {c.cause or c.seen}" for c in result.failures]
+    error = CheckFailedError(
+        "verification_failed",
+        f"{len(failed)} required check{'s' * (len(failed) != 1)} failed: " + "; ".join(failed),
+        "the table above says what was expected and seen; do not index with these vectors",
+    )
+    error.result = result
+    return error
 
 
 def target(
@@ -284,14 +292,15 @@ def find_python(plan_python: Path | None, engine: str | None, given: Path | None
         return None
 
 
-def write_reports(files: list[Path], result: Report) -> None:
-    """The report as JSON or Markdown, by each file's ending."""
-    from qwen3emb_launch.results import success
+def write_reports(files: list[Path], result: Report, error: CheckFailedError | None) -> None:
+    """The report as Markdown, or as JSON in the envelope that --json prints, by each file's ending."""
+    from qwen3emb_launch.results import failure, success
     from qwen3emb_launch.verify.reference import write_whole
     from qwen3emb_launch.verify.report import markdown
 
+    envelope = failure("verify", error, result) if error else success("verify", result)
     for file in files:
-        write_whole(file, markdown(result) if file.suffix == ".md" else success("verify", result) + "\n")
+        write_whole(file, markdown(result) if file.suffix == ".md" else envelope + "\n")
 
 
 def show(out: Console, result: Report) -> None:

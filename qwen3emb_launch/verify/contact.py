@@ -241,7 +241,7 @@ class Contact:
         self.tally.look_at(shape, texts, found.vectors, found.indices, found.model)
         return found
 
-    def openai_vector(self, text: str) -> list[float]:
+    def openai_vector(self, text: str) -> tuple[float, ...]:
         """One vector through the official client with its own defaults (it asks for base64)."""
         import openai
 
@@ -254,11 +254,12 @@ class Contact:
         ) as client:
             try:
                 answer = client.embeddings.create(model=self.model, input=text)
-            except openai.OpenAIError as exc:
+                vector = _vector(answer.data[0].embedding) if answer.data else ()
+            except (openai.OpenAIError, AttributeError, TypeError, ValueError) as exc:  # of what it takes unlooked at
                 self.tally.count(f"through openai: {exc}")
                 raise Misanswer(f"the OpenAI client raises {type(exc).__name__}: {exc}", "not OpenAI's form") from exc
             self.tally.count(None)
-            return list(answer.data[0].embedding) if answer.data else []
+            return vector
 
 
 def _json(body: bytes | bytearray) -> Any:
@@ -299,7 +300,7 @@ def _refusal(reply: Reply) -> str:
     return "the endpoint fails well-formed requests" if reply.status >= 500 else "the endpoint refuses a right request"
 
 
-def _vector(values: list[Any]) -> tuple[float, ...]:
+def _vector(values: Sequence[Any]) -> tuple[float, ...]:
     """JSON's numbers; null is NaN, and an int of hundreds of digits infinite."""
     try:
         return tuple(map(float, values))

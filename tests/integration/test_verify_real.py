@@ -435,8 +435,9 @@ def test_the_command_prints_an_envelope_and_exits_by_the_verdict(
     assert json.loads(capsys.readouterr().out)["result"]["passed"] is True
     assert "| unit length | pass |" in page.read_text(encoding="utf-8")
     with faulty(demo_endpoint.base_url, faults.unnormalised) as url:
-        assert run(["verify", "--base-url", url, "--json"]) == 1
+        assert run(["verify", "--base-url", url, "--json", "--report", str(tmp_path / "report.json")]) == 1
     envelope = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == envelope
     assert envelope["error"]["code"] == "verification_failed"
     assert "no L2 normalisation" in envelope["error"]["message"]
     assert envelope["result"]["passed"] is False
