@@ -22,9 +22,10 @@ def _open_closed_streams() -> None:
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, fd)
             if null != fd:
+                os.dup2(null, fd)
                 os.close(null)
+            os.set_inheritable(fd, True)  # `up` becomes its supervisor, which would find it closed again
             setattr(sys, name, open(fd, "w" if fd else "r", encoding="utf-8", closefd=False))  # noqa: SIM115 - stays open
 
 

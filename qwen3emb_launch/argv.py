@@ -100,6 +100,7 @@ SPELLINGS: dict[str, Spelling] = {
     "max_running_requests": _value("--max-running-requests"),
     "max_queued_requests": _value("--max-queued-requests"),
     "max_prefill_tokens": _value("--max-prefill-tokens"),
+    "prefill_max_requests": _value("--prefill-max-requests"),
     "chunked_prefill_size": _value("--chunked-prefill-size"),
     "page_size": _value("--page-size"),
     "radix_cache": _when(False, "--disable-radix-cache"),

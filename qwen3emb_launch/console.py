@@ -6,6 +6,7 @@ Colour and live displays follow the terminal: none in a pipe, none with NO_COLOR
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,12 @@ STYLES = {
     **dict.fromkeys(("WARN", "warn", "degraded", "starting", "restarting", "stopping"), "yellow"),
     **dict.fromkeys(("SKIP", "-"), "dim"),
 }
+
+
+def escape_what_the_locale_lacks() -> None:
+    """A letter that stdout's encoding has none for is escaped, not a crash; stderr does so by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Console:
@@ -175,26 +182,45 @@ class _PlainProgress:
 
 @contextmanager
 def _live_progress(err: RichConsole, title: str) -> Iterator[Progress]:
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    """One line: what is done and for how long; with a bar, bytes and speed while the whole is known."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        ProgressColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class OfKnown(ProgressColumn):
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self.column = column
+
+        def render(self, task: Any) -> Any:
+            return Text("") if task.total is None else self.column.render(task)
 
     bars = Bars(
+        SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
+        *map(OfKnown, (BarColumn(bar_width=24), DownloadColumn(binary_units=True), TransferSpeedColumn())),
         TimeElapsedColumn(),
         console=err,
         transient=True,
     )
-    task = bars.add_task(title, total=None)
+    bars.add_task(title, total=None)
+    (task,) = bars.tasks
 
     class Live:
         def step(self, text: str) -> None:
-            bars.update(task, description=f"{title}: {text}" if text != title else text, completed=0, total=None)
+            task.total = None  # to `update`, None is no change
+            bars.update(task.id, description=f"{title}: {text}" if text != title else text, completed=0)
 
         def update(self, done: int, total: int | None = None) -> None:
-            bars.update(task, completed=done, total=total)
+            bars.update(task.id, completed=done, total=total)
 
     with bars:
         yield Live()

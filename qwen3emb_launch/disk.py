@@ -34,7 +34,7 @@ def disk_error(error: OSError, path: Path) -> LaunchError:
         return UnfitError(
             "folder_unwritable",
             f"cannot write {where} ({reason})",
-            f"who owns it: ls -ld {path.parent}; or choose other folders (QWEN3EMB_DATA_DIR, HF_HOME)",
+            f"who owns it: ls -ld {path.parent}; or choose other folders (QWEN3EMB_DATA_DIR, _CONFIG_DIR, HF_HOME)",
         )
     if error.errno == errno.EFBIG:
         return UnfitError(

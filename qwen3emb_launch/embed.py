@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchError, NetworkError, UnfitError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
@@ -56,8 +56,8 @@ def check_task(task: str | None) -> str | None:
 
 def base_url(url: str) -> str:
     """An address as the OpenAI client takes it: a bare host gets its /v1. InvalidInputError `bad_url`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    parts = web_address(url)
+    if parts is None:
         raise InvalidInputError("bad_url", f"{url!r} is no http address", "--base-url http://127.0.0.1:30000/v1")
     if "@" in parts.netloc:
         raise InvalidInputError(
@@ -65,6 +65,7 @@ def base_url(url: str) -> str:
             f"the address of {parts.hostname} holds a name or password, which the process list shows",
             "give the key by --api-key-file FILE or OPENAI_API_KEY",
         )
+    url = url.strip()
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
@@ -77,7 +78,12 @@ class Embedder:
     def __init__(self, url: str, *, model: str | None, key: str | None, loopback: bool) -> None:
         from openai import DefaultHttpxClient, OpenAI
 
-        http = DefaultHttpxClient(trust_env=not loopback)
+        try:
+            http = DefaultHttpxClient(trust_env=not loopback)
+        except Exception as error:  # the HTTP library's own kinds, which change with it
+            raise NetworkError(
+                "bad_proxy", f"the proxy variables cannot be used: {error}", "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY"
+            ) from error
         self.url = url
         self._client: OpenAI = OpenAI(base_url=url, api_key=key or "none", http_client=http, timeout=TIMEOUT)
         self._model = model

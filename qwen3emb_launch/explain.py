@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from qwen3emb_launch import planning, recorded_flags
 from qwen3emb_launch.catalog import ModelShape, find_model
 from qwen3emb_launch.demo_model import EOS_ID, VOCAB, DemoShape
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, UnfitError
-from qwen3emb_launch.facts import EngineFacts, GpuFacts, LaunchPlan, ModelFacts
+from qwen3emb_launch.facts import EngineFacts, Flavour, GpuFacts, LaunchPlan, ModelFacts
 
 if TYPE_CHECKING:
     from qwen3emb_launch.profile import Profile
@@ -85,12 +85,20 @@ def problems_with(profile: Profile) -> list[LaunchError]:
     for candidate in (profile, *(profile.variant(name) for name in profile.variants)):
         try:
             engine = recorded(candidate)
-            model = _assumed_model(candidate.model) or planning.catalog_facts("4b")
+            model = published(candidate.model) or planning.catalog_facts("4b")
             planning.plan(planning.PlanRequest(candidate, model, engine, planning.nominal_gpu(candidate)))
         except LaunchError as error:
             error.message = f"{candidate.name}: {error.message}"
             found.append(error)
     return found
+
+
+def to_be_installed(flavour: Flavour) -> EngineFacts:
+    """What `engine install` would bring: the release it takes by default, with the plugin."""
+    from qwen3emb_launch.engines import plugin_wheel, releases
+
+    version = releases.build(flavour).version
+    return replace(recorded_flags.engine(version, flavour), plugin=plugin_wheel.version())
 
 
 def recorded(profile: Profile) -> EngineFacts:
@@ -117,8 +125,11 @@ def _engine(profile: Profile, name: str | None, notes: list[str]) -> EngineFacts
     except UnfitError as error:
         if name is not None or error.code not in NO_ENGINE:
             raise
-    assumed = recorded(profile)
-    notes.append(f"no {assumed.flavour} engine is installed: sglang {assumed.version} is assumed")
+    assumed = to_be_installed(profile.engine.flavour)
+    if not profile.engine.admits(assumed.version):
+        assumed = recorded(profile)
+    with_plugin = f" with plugin {assumed.plugin}" if assumed.plugin else ""
+    notes.append(f"no {assumed.flavour} engine is installed: sglang {assumed.version}{with_plugin} is assumed")
     return assumed
 
 
@@ -142,7 +153,7 @@ def _model(name: str, notes: list[str]) -> ModelFacts:
     found = hub.local(name)
     if found is not None:
         return found
-    assumed = _assumed_model(name)
+    assumed = published(name)
     if assumed is None:
         raise InvalidInputError(
             "unknown_model", f"{name} is not on this machine, so its shape is unknown", f"qwen3emb download {name}"
@@ -151,7 +162,7 @@ def _model(name: str, notes: list[str]) -> ModelFacts:
     return assumed
 
 
-def _assumed_model(name: str) -> ModelFacts | None:
+def published(name: str) -> ModelFacts | None:
     """A model whose shape is known without its files, or None."""
     known = find_model(name)
     if known:

@@ -118,6 +118,7 @@ class Settings(Part):
         default=None, description="tokens of one prefill step; -1 means no chunks"
     )
     max_prefill_tokens: Count | None = Field(default=None, description="tokens of one prefill batch")
+    prefill_max_requests: Count | None = Field(default=None, description="texts of one prefill batch")
     max_total_tokens: Count | None = Field(default=None, description="tokens the KV pool holds, or counts without one")
     max_running_requests: Count | None = None
     max_queued_requests: Count | None = None

@@ -28,7 +28,7 @@ from qwen3emb_engine_plugin import asked, cpu_pass, prefill_graph, serve, switch
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
-from qwen3emb_engine_plugin.housekeeping import IdleRounds, Snapshots
+from qwen3emb_engine_plugin.housekeeping import FreedTogether, IdleRounds, Snapshots
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.tokens import PROBES, encoder
 from starlette.routing import Match
@@ -577,6 +577,42 @@ class Housekeeping(unittest.TestCase):
         self.scheduler.is_fully_idle = lambda: False
         on_idle(self.round, self.scheduler)
         self.assertEqual((self.rounds, self.sleeps), (1, 0))
+
+    def test_a_batch_s_places_are_given_back_at_once(self) -> None:
+        """All of them, by one copy of the free list; also where the batch's processing fails, and inside a group."""
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+        class Places(TokenToKVPoolAllocator):
+            copies = 0
+
+            def free(self, free_index: torch.Tensor) -> None:
+                self.copies += self.is_not_in_free_group
+                super().free(free_index)
+
+        def process(processor: Any, batch: Any, result: Any) -> Any:
+            for text in batch:
+                processor.token_to_kv_pool_allocator.free(text)
+            return result()
+
+        places = Places(40, torch.bfloat16, "cpu", None, need_sort=False)
+        processor = SimpleNamespace(token_to_kv_pool_allocator=places)
+        freed = FreedTogether()
+        batch = list(places.alloc(30).split(5))
+        self.assertEqual(freed(process, processor, batch, lambda: "done"), "done")
+        self.assertEqual((places.available_size(), places.copies), (40, 1))
+        self.assertEqual(sorted(places.free_pages.tolist()), list(range(1, 41)))
+
+        batch = list(places.alloc(20).split(5))
+        with self.assertRaises(ZeroDivisionError):
+            freed(process, processor, batch, lambda: 1 // 0)
+        self.assertEqual((places.available_size(), places.copies), (40, 2))
+
+        batch = list(places.alloc(10).split(5))
+        places.free_group_begin()
+        freed(process, processor, batch, lambda: None)
+        self.assertEqual((places.available_size(), places.copies), (30, 2))
+        places.free_group_end()
+        self.assertEqual((places.available_size(), places.copies), (40, 3))
 
     def test_the_last_load_is_always_published(self) -> None:
         """Under load some are left out; an idle scheduler writes whatever the clock says."""

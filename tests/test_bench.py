@@ -40,12 +40,14 @@ from qwen3emb_launch.cli.bench import parse_sweep, seconds
 from qwen3emb_launch.cli.bench_view import sparkline
 from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
+from qwen3emb_launch.gateway.metrics import Metrics, render
 from qwen3emb_launch.gpu import GpuSample
 from qwen3emb_launch.results import plain
 from qwen3emb_launch.statistics import parse_slo
 from qwen3emb_launch.verify.texts import BASE
 
-QUICK = ["--duration", "0.5s", "--warmup", "0.1s", "-c", "2"]
+BRIEF = ["--duration", "0.5s", "--warmup", "0.1s"]
+QUICK = [*BRIEF, "-c", "2"]
 
 
 def command(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, dict]:
@@ -390,6 +392,13 @@ def test_records_of_other_vectors_say_so_when_compared() -> None:
         (Behaviour(), ["--preset", "other"], 2, "bad_preset"),
         (Behaviour(), ["--sweep", "auto", "--burst", "3x"], 2, "usage"),
         (Behaviour(), ["--soak", "1h", "--vs", "http://x/v1"], 2, "usage"),
+        (Behaviour(), ["--rate", "5", "-c", "2"], 2, "usage"),
+        (Behaviour(), ["--burst", "3x", "--requests", "9"], 2, "usage"),
+        (Behaviour(), ["--sweep", "auto", "--rounds", "2"], 2, "usage"),
+        (Behaviour(), ["--preset", "seed", "--rate", "5"], 2, "usage"),
+        (Behaviour(), ["--resume"], 2, "usage"),
+        (Behaviour(), ["--vs", "http://[::1"], 2, "bad_url"),
+        (Behaviour(), ["--vs", "http://x:y/v1"], 2, "bad_url"),
         (Behaviour(), ["--corpus", "/nowhere.txt"], 2, "no_corpus"),
         (Behaviour(), ["--output", "x.pdf"], 2, "bad_output"),
         (Behaviour(), ["--api-key-env", "NOT_SET_ANYWHERE"], 2, "no_api_key"),
@@ -400,7 +409,7 @@ def test_bad_input_has_a_code_a_hint_and_measures_nothing(behaviour, extra, stat
     """Before any load: the exit status of its kind, and the next thing to do."""
     with null_server(behaviour) as (url, endpoint):
         got, envelope = command(
-            capsys, "bench", "--base-url", url, *QUICK, *(x.replace("{tmp}", str(tmp_path)) for x in extra)
+            capsys, "bench", "--base-url", url, *BRIEF, *(x.replace("{tmp}", str(tmp_path)) for x in extra)
         )
     assert (got, envelope["error"]["code"]) == (status, code)
     assert envelope["error"]["hint"]
@@ -592,6 +601,15 @@ def test_what_the_client_had_to_do_with_the_figures_is_said(client: ClientLoad, 
     assert (said in note) if said and note else note is said
 
 
+def test_a_warning_is_said_once_however_many_phases_have_it(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Three phases of one burst behind a client that was busy: one warning."""
+    monkeypatch.setattr(modes, "client_note", lambda figures: f"busy ({figures.client.cpu:.3f})")
+    with null_server() as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, *QUICK, "--burst", "3x")
+    assert status == 0
+    assert len([w for w in envelope["result"]["warnings"] if w.startswith("busy")]) == 1
+
+
 def test_a_load_shorter_than_its_requests_says_so(capsys) -> None:
     """Requests of 0.4 s begin before a window of 0.2 s and end after it: no wrong answer, but none to count either."""
     with null_server(Behaviour(delay=0.4)) as (url, _):
@@ -611,6 +629,16 @@ def test_a_sweep_that_still_rises_claims_no_knee() -> None:
     flat = tuple(one(level=n, rate=20.0) for n in (1, 2, 4))
     record = Record(**{**common, "runs": flat}, knee=modes.knee(flat, "closed", None))
     assert report.knee_lines(record) == ["a: the knee is at 1 client, 20 requests/s"]
+
+
+def test_an_open_loops_knee_is_judged_by_what_arrived() -> None:
+    """86 of 100 requests/s came by chance and all were answered: kept. Of 200 only 150 were: past the knee."""
+    runs = [
+        one(level=50, rate=52, requests=52),
+        one(level=100, rate=86, requests=86),
+        one(level=200, rate=150, requests=150, failed={"timeout": 45}),
+    ]
+    assert modes.knee(runs, "open", None)["a"] == {"level": 100, "requests_per_s": 86}
 
 
 def test_an_objective_that_nothing_meets_says_the_nearest() -> None:
@@ -678,12 +706,61 @@ def test_the_page_needs_no_network_and_no_script(mode) -> None:
     assert report.markdown(record)
 
 
+@pytest.mark.parametrize(
+    ("name", "columns"), [("short", 2), ("a-machine-with-a-long-name.example.com:30000", 1), ("推" * 20, 1)]
+)
+def test_a_legend_of_long_names_has_one_column(name, columns) -> None:
+    """Two beside each other would be written over each other."""
+    plot = html_report._xy("t", [(f"{name}{n}", [(0, 1), (1, 2)]) for n in (1, 2)], "x")
+    places = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="12"', plot)
+    assert len(set(places)) == columns
+
+
+def test_reports_tell_the_first_failure_of_each_kind() -> None:
+    """The terminal, the page and the Markdown alike; what the endpoint said is text, in one line."""
+    runs = (
+        one(failed={"http_503": 2}, details={"http_503": "<b>busy</b>\n- later"}),
+        one(details={"http_503": "again"}),
+    )
+    record = Record(
+        mode="steady", load={}, targets=(), runs=runs, created="now", seed=1, warnings=("careful",)
+    )  # fmt: skip
+    assert report.failure_lines(record) == ["first http_503: <b>busy</b>\n- later"]
+    assert "first http_503: &lt;b&gt;busy&lt;/b&gt;" in html_report.page(record)
+    assert report.markdown(record).endswith("\n> - first http_503: <b>busy</b> - later\n> - warning: careful\n")
+
+
 def test_the_compute_floor_of_the_claim() -> None:
     """32 x 2048 tokens of the 4B on a 4090 take 3.1 s at its peak: 85 ms is impossible. Unknown GPUs have no floor."""
     shape = CATALOG["4b"].shape
     assert floor_seconds(shape, "NVIDIA GeForce RTX 4090", 32, 2048) == pytest.approx(3.1, abs=0.1)
     assert floor_seconds(shape, "NVIDIA A100-SXM4-80GB", 1, 1) == pytest.approx(shape.flops_per_token(1) / 312e12)
     assert floor_seconds(shape, "Radeon", 32, 2048) is None
+
+
+def gateway_metrics() -> str:
+    counted = Metrics()
+    counted.answered(total=0.5, queue=0.2, engine=0.25, now=0.0)
+    counted.answered(total=0.5, queue=0.4, engine=0.05, now=0.0)
+    counted.answered(total=0.001, queue=0.0, engine=0.0, now=0.0)  # from the cache: it waited for nobody
+    return render(counted.snapshot())
+
+
+VLLM = 'vllm:request_queue_time_seconds_{0}{{engine="0",model_name="m"}} {1}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        (gateway_metrics(), pytest.approx((0.6, 2))),
+        (VLLM.format("sum", "1.5e-1") + VLLM.format("count", "3.0"), (0.15, 3)),
+        ("qwen3emb_requests_total 3\n", None),
+    ],
+)
+def test_time_in_queue_is_the_gateways_or_the_engines(monkeypatch: pytest.MonkeyPatch, text: str, seen) -> None:
+    """Sum and count so far, by their series; nobody's word is no figure."""
+    monkeypatch.setattr(endpoint, "ask", lambda spec, path, body=None: (200, text.encode()))
+    assert endpoint.queue_seconds(LoadSpec(url="http://a/v1", model="m", phases=())) == seen
 
 
 def test_gpu_energy_comes_from_the_cards_counter() -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -44,12 +45,24 @@ def closed(url: str, clients: int = 4, seconds: float = 0.5, **changes: object) 
 
 
 @given(
-    st.sampled_from(["7", "3-90", "normal:50:20@5-80", "lognormal:40:1.5@2-300", "normal:9:30"]), st.integers(0, 999)
+    st.sampled_from(["7", "3-90", "3-90@40-60", "normal:50:20@5-80", "lognormal:40:1.5@2-300", "normal:9:30"]),
+    st.integers(0, 999),
 )
 def test_draws_stay_within_their_bounds(text, seed) -> None:
     """Whatever the distribution, a draw lies between its bounds."""
     parsed = lengths.parse(text)
     assert parsed.low <= parsed.draw(random.Random(seed)) <= parsed.high
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [("33@50-90", 50, 50), ("33@8-90", 33, 33), ("100-20000@16-2048", 100, 2048), ("5-9@7-7", 7, 7)],
+)
+def test_a_bound_holds_for_numbers_and_ranges_too(text, low, high) -> None:
+    """None of it is ignored: draws are clamped into the bound."""
+    parsed = lengths.parse(text)
+    assert (parsed.low, parsed.high) == (low, high)
+    assert all(low <= parsed.draw(random.Random(seed)) <= high for seed in range(99))
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -454,6 +467,22 @@ def test_two_processes_share_the_load_and_no_text() -> None:
     assert result.texts_taken >= 602
 
 
+@pytest.mark.parametrize("hard", [4096, 300])
+def test_as_many_clients_as_the_limit_of_open_files_allows(hard: int) -> None:
+    """A low soft limit is raised; more clients than the hard one allows are refused, not blamed on the endpoint."""
+    with null_server(Behaviour(delay=0.2)) as (url, _):
+        spec = closed(url, clients=280, seconds=0.5, vocabulary=Vocabulary(WORDS))
+        words = [sys.executable, "-m", "qwen3emb_launch.bench.load", "-"]
+        limited = ["bash", "-c", f'ulimit -Sn 256 && ulimit -Hn {hard} && exec "$@"', "-", *words]
+        ran = subprocess.run(limited, input=json.dumps(spec.to_dict()), capture_output=True, text=True, check=False)
+    if hard == 4096:
+        found = json.loads(ran.stdout)
+        assert found["kinds"] == [""]
+        assert len(found["requests"]["done"]) >= 280
+    else:
+        assert "280 clients in one process need 344 open files, and it may have 300" in ran.stderr
+
+
 def test_warm_up_is_sent_but_not_measured() -> None:
     """The measured phase begins after it, and a request across the edge counts by its part."""
     with null_server(Behaviour(delay=0.05)) as (url, endpoint):
@@ -492,6 +521,21 @@ def test_a_busy_client_is_in_the_figures() -> None:
     phase = result.phases[-1]
     found = [figures_of(result, replace(phase, cpu=cpu), None).client for cpu in (0.1, 0.95)]
     assert [(client.cpu, client.limited) for client in found] == [(0.1, False), (0.95, True)]
+
+
+def test_a_timeline_reaches_the_end_of_its_phase() -> None:
+    """Three points of 100 requests/s, though the phase was a hair shorter than its three seconds."""
+    with null_server() as (url, _):
+        result = load.run(closed(url, 1, 0.1))
+    done = [n / 100 + 0.005 for n in range(300)]
+    rows = {"scheduled": [at - 0.004 for at in done], "sent": done, "done": done}
+    batch = load.Batch(**{k: array("d", v) for k, v in rows.items()}, tokens=array("l", [33] * 300))
+    batch.kind.extend([0] * 300)
+    phase = replace(result.phases[0], began=0.0, ended=2.99997)
+    timeline = figures_of(replace(result, batch=batch, phases=[phase]), phase, None).timeline
+    assert [(at, round(rate), round(p50 or 0), round(p95 or 0)) for at, rate, p50, p95 in timeline] == [
+        (0.0, 100, 4, 4), (1.0, 100, 4, 4), (2.0, 100, 4, 4),
+    ]  # fmt: skip
 
 
 def test_a_burst_changes_the_number_of_clients() -> None:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import typer
+from test_state import record as a_record
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.app import COMMANDS, build, run
 from qwen3emb_launch.cli.program_help import first_sentence
+from qwen3emb_launch.cli.up_view import UpView
 from qwen3emb_launch.console import Console
+from qwen3emb_launch.lifecycle import State, Transition
 
 PROGRAM = f"{sys.executable} -m qwen3emb_launch"
 
@@ -32,6 +35,19 @@ def test_closed_streams_are_no_crash(arguments: str) -> None:
     """A stream closed by the shell is output that nobody wants."""
     done = shell(f"{PROGRAM} {arguments} >&- <&-")
     assert (done.returncode, done.stderr.count("Traceback")) == (0, 0)
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_open_to_what_the_command_becomes(closed: str, tmp_path: Path) -> None:
+    """`up` is replaced by its supervisor, and children inherit: a stream that the shell closed leads to /dev/null."""
+    seen = tmp_path / "seen"
+    look = f"import os; open({str(seen)!r}, 'w').write(' '.join(os.readlink(f'/proc/self/fd/{{n}}') for n in range(3)))"
+    (tmp_path / "code.py").write_text(
+        "import os, sys; from qwen3emb_launch.__main__ import _open_closed_streams; _open_closed_streams()\n"
+        f"os.execv(sys.executable, ['python', '-c', {look!r}])"
+    )
+    assert shell(f"{sys.executable} {tmp_path / 'code.py'} {closed}").returncode == 0
+    assert seen.read_text().split().count("/dev/null") >= closed.count("&-")
 
 
 @pytest.mark.parametrize("arguments", ["profiles list", "profiles list --json", "profiles show demo"])
@@ -138,6 +154,26 @@ def test_refused_start_leaves_no_instance(capsys: pytest.CaptureFixture[str]) ->
     assert state.instances() == []
 
 
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("up --profile rtx40", ["rtx4090"]),
+        ("profiles explain h", ["h100", "h200"]),
+        ("up --model 0", ["0.6b"]),
+        ("logs mi", ["mine"]),
+        ("engine check zz", []),
+    ],
+)
+def test_completion_knows_the_names_that_are_there(line: str, offered: list[str]) -> None:
+    """Tab after an option or command that takes a name offers profiles, models, instances, environments."""
+    mine = state.claim("mine")
+    state.write_private(mine.plan, "{}")
+    words = f"qwen3emb {line}"
+    asked = {"_QWEN3EMB_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = shell(f"{Path(sys.executable).with_name('qwen3emb')}", **asked)
+    assert (done.returncode, done.stdout.split()) == (0, offered), done.stderr
+
+
 def test_ctrl_c_before_a_command_is_told_like_any_other(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,12 +195,13 @@ def test_ctrl_c_between_up_and_its_supervisor_waits() -> None:
     assert (done.returncode, json.loads(done.stdout)["error"]["code"]) == (130, "interrupted"), done.stderr
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """A verdict's cell has its colour beside its word, other cells none; NO_COLOR leaves the word."""
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
 
     def shown() -> str:
         monkeypatch.setattr(sys, "stdout", terminal := Terminal())
@@ -179,3 +216,34 @@ def test_a_terminal_colours_verdicts_unless_told_not_to(monkeypatch: pytest.Monk
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[3" not in shown()
     assert "PASS 3" in shown()
+
+
+def test_an_endpoint_that_cannot_be_printed_is_served_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`up > file` on a disk that is full by the time it is ready: said on stderr, and the instance lives."""
+    ready = Transition("one", State.STARTING, State.READY, "test", 2.0)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        UpView(Console("up")).moved(ready, a_record())
+    err = capsys.readouterr().err
+    assert "warning: stdout cannot be written: No space left on device" in err
+    assert "Ctrl-C stops it." in err
+
+
+def test_progress_shows_amounts_only_where_the_whole_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal a step of unknown size is its words and the time, also after one whose size was known."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Console("engine").progress("engine") as progress:
+        progress.step("downloading")
+        progress.update(5, 10)
+    assert "engine: downloading" in terminal.getvalue()
+    assert "5/10 bytes" in terminal.getvalue()
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    with Console("engine").progress("engine") as progress:
+        progress.update(5, 10)
+        progress.step("starting its python")
+    last = terminal.getvalue().split("starting its python")[-1]
+    assert "bytes" not in last
+    assert "/?" not in last

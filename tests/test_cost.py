@@ -18,6 +18,9 @@ SEED_ARGS = [
     "--calls-per-day", "240000", "--currency", "CNY",
 ]  # fmt: skip
 
+RECORDS = Path(__file__).parents[1] / "docs/benchmarks/h100-user-2026-11-22"
+RECORD_ARGS = ["cost", "--bench", str(RECORDS / "bench.json"), "--gpu-hour", "2.5"]
+
 
 def test_the_seeds_inputs_give_the_right_answer() -> None:
     """¥10.34 a day over 240,000 calls is ¥0.0431 per 1,000, not ¥0.00028."""
@@ -79,6 +82,37 @@ def test_throughput_and_utilisation_make_the_calls() -> None:
     assert not found.warnings
 
 
+def test_a_record_gives_rate_tokens_and_power(capsys) -> None:
+    """The best row's, by hand: 1,329 calls/s of 33 tokens at 567 W, busy 30% of the day."""
+    words = ["--utilisation", "0.3", "--hardware-price", "30000", "--electricity", "0.3", "--idle-watts", "70"]
+    assert run(["cost", *RECORD_ARGS[1:3], *words, "--capacity-for", "5e8", "--peak-factor", "3", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["result"]
+    calls, tokens, watts = 1329.1248527, 33, 567.0220458
+    day = 30000 / 1095 + (70 + 0.3 * (watts - 70)) * 24 / 1000 * 0.3
+    assert found["cost"]["per_1k_calls"] == pytest.approx(day / (calls * 86400 * 0.3) * 1000)
+    assert found["cost"]["per_1m_tokens"] == pytest.approx(day / (calls * tokens * 86400 * 0.3) * 1e6)
+    assert found["capacity"]["gpus"] == 14  # 17,361 a second at the peak
+    assert run([*RECORD_ARGS, "--capacity-for", "5e8", "--peak-factor", "3"]) == 0
+    assert "500,000,000 calls a day, peak 17,361/s, 1,329/s a GPU: 14 GPUs, 7% left" in capsys.readouterr().out
+
+
+def test_a_record_without_a_load_within_the_objective_says_the_nearest(capsys) -> None:
+    """The percentile that is missed, with what was seen."""
+    assert run([*RECORD_ARGS, "--slo", "p95=70ms,p99=50ms", "--json"]) == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error["code"] == "slo_missed"
+    assert error["message"].endswith("nearest: steady at 64, p99 71.94 ms > 50 ms")
+
+
+def test_texts_a_call_are_those_of_the_row_that_counts(tmp_path: Path, capsys) -> None:
+    """The seed's rows have batches of their own, whatever --batch was: the best is one text a call."""
+    record = json.loads((RECORDS / "seed.json").read_text())
+    record["load"]["batch"] = 8
+    (tmp_path / "seed.json").write_text(json.dumps(record))
+    assert run(["cost", "--bench", str(tmp_path / "seed.json"), "--gpu-hour", "2.5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["measured"]["texts_per_call"] == 1
+
+
 def test_a_load_beyond_what_was_measured_is_refused() -> None:
     """More calls than the hardware can do is no cheap call but an error with both numbers."""
     with pytest.raises(InvalidInputError, match=r"2\.00 times what was measured") as caught:
@@ -91,6 +125,9 @@ def test_what_is_not_given_is_left_out_by_name_and_full_load_is_said() -> None:
     found = cost(Costs("USD", hardware_price=1000), Load(capacity=1))
     assert [x.split()[0] for x in found.left_out] == ["electricity", "people"]
     assert "utilisation 1" in found.warnings[0]
+    idle = cost(Costs("USD", watts=500, electricity=1), Load(capacity=10, utilisation=0.25))
+    assert idle.per_day == 12.0
+    assert idle.warnings == ("500 W are counted all day, busy or not: give --idle-watts",)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +251,10 @@ def test_a_bad_exchange_rate_is_refused(text) -> None:
         ([*SEED_ARGS, "--capacity-for", "100"], "usage"),
         ([*SEED_ARGS, "--prices", "/nowhere.yaml"], "bad_prices"),
         ([*SEED_ARGS, "--bench", "/nowhere.json"], "no_record"),
+        ([*RECORD_ARGS, "--capacity-for", "nan"], "bad_load"),
+        ([*RECORD_ARGS, "--capacity-for", "inf"], "bad_load"),
+        ([*RECORD_ARGS, "--capacity-for", "1", "--peak-factor", "nan"], "bad_load"),
+        ([*RECORD_ARGS, "--tokens-per-call", "0"], "bad_load"),
     ],
 )
 def test_bad_input_exits_2_with_an_envelope(args, code, capsys) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ def test_every_command_has_a_page_and_an_example() -> None:
     leaves = [w for w in commands() if not any(o[: len(w)] == w and o != w for o in commands())]
     without = [w for w in leaves if sections[f"qwen3emb {' '.join(w)}"].count("qwen3emb") < 2]
     assert not without, "help without an example"
+
+
+def test_help_shows_every_word_of_it() -> None:
+    """What stands in brackets is text, not markup; a paragraph's lines end where the terminal's do."""
+    import typer
+
+    from qwen3emb_launch.cli.app import build
+
+    reference = (DOCS / "cli.md").read_text(encoding="utf-8")
+    for words in commands():
+        command = typer.main.get_command(build())
+        for word in words:
+            command = command.commands[word]
+        shown = reference.split(f"## qwen3emb {' '.join(words)}\n", 1)[1].split("\n## ", 1)[0]
+        helps = [p.help for p in command.params if getattr(p, "help", None) and not getattr(p, "hidden", False)]
+        lost = {w for text in helps for w in text.replace("\\[", "[").split()} - set(shown.split())
+        assert not lost, words
+        prose = shown.split("```text\n")[1].split("╭")[0].splitlines()
+        full = [len(line) + len(after.split()[0]) > 97 for line, after in pairwise(prose) if line and after]
+        assert all(full), words
 
 
 def test_links_lead_somewhere() -> None:

@@ -387,8 +387,8 @@ def test_ports() -> None:
             assert second.status is FAIL
             assert "+ 10000" in second.says
             assert machine.port(number - 10000, []).status is OK  # behind the gateway the engine has ports of its own
-    assert machine.port(60000, [], bare=True).status is FAIL
-    assert machine.port(60000, []).status is OK
+    assert machine.port(62000, [], bare=True).status is FAIL
+    assert machine.port(62000, []).status is OK  # above the ports of outgoing connections: free
 
 
 def test_the_kernels_own_numbers_are_read() -> None:
@@ -410,6 +410,7 @@ def test_the_kernels_own_numbers_are_read() -> None:
         ({"http_proxy": "proxy:3128", "no_proxy": "example.com"}, WARN),
         ({"http_proxy": "proxy:3128", "no_proxy": "localhost, 127.0.0.1"}, OK),
         ({"ALL_PROXY": "socks5://p:1", "NO_PROXY": "*"}, OK),
+        ({"ALL_PROXY": "http://me:hunter2@[::1"}, WARN),
     ],
 )
 def test_proxies(environ: dict[str, str], status: Status) -> None:

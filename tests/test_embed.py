@@ -132,11 +132,22 @@ def test_nothing_runs(capsys: OUTER) -> None:
     assert (body["error"]["code"], body["error"]["hint"]) == ("not_running", "qwen3emb up")
 
 
-@pytest.mark.parametrize("url", ["ftp://x/v1", "127.0.0.1:30000", "", "http://"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x/v1", "127.0.0.1:30000", "", "http://", "http://[::1", "http://h:x/v1", "http://a b"]
+)
 def test_bad_address(url: str) -> None:
     """What is no http address is refused before any request."""
     with pytest.raises(InvalidInputError):
         embedding.base_url(url)
+
+
+def test_a_proxy_that_is_no_address(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said as what it is, and only where a proxy would be asked."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:abc")
+    assert run(["embed", "x", "--base-url", "http://192.0.2.1:9/v1", "--json"]) == 5
+    assert lines(capsys)[0]["error"]["code"] == "bad_proxy"
+    assert run(["embed", "x", "--base-url", "http://127.0.0.1:9/v1", "--json"]) == 5
+    assert lines(capsys)[0]["error"]["code"] == "endpoint_down"
 
 
 def test_address_forms() -> None:

@@ -390,6 +390,8 @@ def test_a_configuration_survives_its_json(tmp_path: Path) -> None:
         ({"upstreams": ["ftp://x"]}, "bad_upstream"),
         ({"upstreams": ["http://u:p@x/v1"]}, "bad_upstream"),
         ({"upstreams": ["http://x:99999/v1"]}, "bad_upstream"),
+        ({"upstreams": ["http://[::1"]}, "bad_upstream"),
+        ({"upstreams": ["http://a b/v1"]}, "bad_upstream"),
         ({"host": "0.0.0.0"}, "no_api_keys"),
         ({"host": "::"}, "no_api_keys"),
         ({"host": "example.org"}, "no_api_keys"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -189,6 +190,15 @@ def test_names_that_mean_nothing(name: str, code: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         hub.local(name)
     assert caught.value.code == code
+
+
+def test_a_folder_of_another_encoding_is_refused(tmp_path: Path) -> None:
+    """Named on a system of another encoding: said, instead of a crash where its path is written down."""
+    gbk = tmp_path / os.fsdecode("模型".encode("gbk"))
+    gbk.mkdir()
+    with pytest.raises(InvalidInputError, match="no UTF-8 name") as caught:
+        hub.local(str(gbk))
+    assert caught.value.code == "not_utf8"
 
 
 def test_revisions_and_downloads_are_for_hubs_only(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 from loopback_hub import Fault, LoopbackHub, checkpoint, loopback_hub
 
 from qwen3emb_launch import hub
@@ -304,9 +305,25 @@ def test_nobody_at_the_address(server: LoopbackHub, monkeypatch: pytest.MonkeyPa
     assert caught.value.code == "hub_unreachable"
     assert "secret" not in caught.value.message
     assert "http://127.0.0.1:9" in caught.value.message
+    assert "qwen3emb download Qwen/Qwen3-Embedding-0.6B --source modelscope" in caught.value.hint, "up has no --source"
 
 
-@pytest.mark.parametrize("address", ["garbage", "hf-mirror.com", "http://", "ftp://hub.example", "me:secret@hub"])
+def test_a_socks_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ALL_PROXY=socks5://… is what many proxy programs set: asked by both hubs' clients, and one that is not there is
+    unreachable, no riddle."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1:9")
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    with pytest.raises(NetworkError, match="refused") as caught:
+        fetch("huggingface")
+    assert caught.value.code == "hub_unreachable"
+    with pytest.raises(requests.ConnectionError, match="refused"):  # ModelScope's, without its pauses
+        requests.get("http://192.0.2.1:9", timeout=5)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["garbage", "hf-mirror.com", "http://", "ftp://hub.example", "me:secret@hub", "http://[::1", "http://hub:a"],
+)
 @pytest.mark.parametrize("source", ["auto", "huggingface"])
 def test_an_address_that_is_none_is_refused_at_once(
     server: LoopbackHub, monkeypatch: pytest.MonkeyPatch, address: str, source: str
@@ -525,6 +542,7 @@ def test_remove_frees_everything_and_the_next_download_starts_anew(server: Loopb
     with pytest.raises(UnfitError) as caught:
         hub.remove("0.6b")
     assert caught.value.code == "model_missing"
+    assert "models list" in caught.value.hint, "nobody who removes wants to download"
     assert fetch(source).bytes_fetched == result.bytes_total
 
 

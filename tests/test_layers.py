@@ -14,7 +14,7 @@ NAME = "qwen3emb_launch"
 LAYERS = {
     part: layer
     for layer, parts in {
-        0: "__init__ errors lifecycle catalog facts paths results instructions profile progress variables",
+        0: "__init__ addresses errors lifecycle catalog facts paths results instructions profile progress variables",
         1: "planning argv profile_text vectors statistics cost unit_text",
         2: "engines engine_process hub gpu probe notify listening state demo_model files disk profile_files "
         "recorded_flags weights",

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -99,7 +100,7 @@ def test_prefill_graphs_are_sized_by_hand(name: str) -> None:
     assert max(sizes) <= (chunk if chunk > 0 else made.context_length)
     assert said(made, "--disable-decode-cuda-graph") == []
     if chunk == -1:
-        assert 64 * 33 in sizes, "64 waiting clients with 32 tokens and an end token each"
+        assert {64 * 33, 128 * 33} <= set(sizes), "64 and 128 waiting clients with 32 tokens and an end token each"
     short = plan(name, overrides={"context_length": "300"})
     assert max(int(s) for s in said(short, "--cuda-graph-bs-prefill")) <= 300
 
@@ -159,6 +160,26 @@ def test_layers_win_in_order() -> None:
     assert origins["max_prefill_tokens"] == (4096, "flag")
     assert origins["--enable-metrics"] == (True, "flag")
     assert all(s.reason for s in made.settings)
+
+
+@pytest.mark.parametrize(
+    ("folder", "served"),
+    [
+        ("/home/alice/models/my-embedder", "my-embedder"),
+        ("/home/alice/我的 模型/", "我的 模型"),
+        ("/home/alice/models/v1/..", "models"),
+        ("/models/e5:v2", "e5-v2"),
+        ("/c/hub/models--Qwen--Qwen3-Embedding-0.6B/snapshots/97b0c6", "Qwen/Qwen3-Embedding-0.6B"),
+    ],
+)
+def test_a_folder_is_served_by_its_name(folder: str, served: str) -> None:
+    """Where a model lies on the server is not told to clients; in the hub's cache it has its repository's name."""
+    mine = replace(model("4b"), name=folder, path=Path(folder), source="folder", catalog_key=None)
+    made = plan("h100", model=mine)
+    assert made.served_model_name == served
+    assert made.gateway["models"][0] == served
+    assert all("/home/" not in name for name in made.gateway["models"])
+    assert plan("h100", model=mine, overrides={"server.served_name": "emb"}).served_model_name == "emb"
 
 
 def test_parts_and_environment_can_be_set() -> None:
@@ -363,6 +384,18 @@ def test_full_graphs_only_where_they_are_proven(release: str, plugin: str | None
     assert said(made, "--cuda-graph-backend-prefill") == [backend]
     slots = ['{"prefill": {"full_prefill_max_req": 129}}'] if backend == "full" else None
     assert said(made, "--cuda-graph-config") == slots
+    assert said(made, "--prefill-max-requests") == (["128"] if backend == "full" else None)
+
+
+def test_no_batch_has_more_texts_than_a_full_graph() -> None:
+    """More places, more texts; a number that somebody gave stays."""
+    engine = replace(recorded_flags.engine("0.5.16", "cuda"), plugin="0.4.0")
+    assert said(plan("h100", engine=engine, overrides={"prefill_graph_requests": "257"}), "--prefill-max-requests") == [
+        "256"
+    ]
+    assert said(plan("h100", engine=engine, overrides={"prefill_max_requests": "64"}), "--prefill-max-requests") == [
+        "64"
+    ]
 
 
 def test_full_graphs_without_the_plugin_are_refused() -> None:

@@ -12,6 +12,7 @@ from planning_cases import card
 
 from qwen3emb_launch import gpu, profile_files
 from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.engines import releases
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.paths import paths, shipped_profiles
 
@@ -176,13 +177,27 @@ def test_show_prints_the_file_or_the_resolved_variant(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in shipped_profiles().glob("*.yaml")))
 def test_explain_works_on_a_bare_machine(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """Every shipped profile can be explained where neither GPU, engine nor model is; what is assumed is said."""
+    """Every shipped profile can be explained where neither GPU, engine nor model is; what is assumed is said, and is
+    what `engine install` would bring."""
     status, body = envelope(capsys, "explain", name)
     assert status == 0, body
     result = body["result"]
     assert all(s["origin"] and s["reason"] for s in result["plan"]["settings"])
-    assert result["command"].split()[1:3] == ["-m", "sglang.launch_server"]
-    assert any("engine is installed" in note for note in result["assumptions"])
+    assert result["command"].split()[1:3] == ["-m", "qwen3emb_engine_plugin.serve"]
+    version = releases.build(profile_files.load(name).engine.flavour).version
+    assert any(f"engine is installed: sglang {version} with plugin" in note for note in result["assumptions"])
+
+
+def test_explain_of_a_profile_for_other_releases(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the release that would be installed is not for the profile, a recorded one that is."""
+    own(
+        "newer",
+        "schema: 1\nname: newer\ndescription: mine\nmodel: 4b\nengine: {flavour: cuda, versions: '>=0.5.20'}\n"
+        "gpu: {names: [NVIDIA H100*], vram_gib: 80, min_vram_gib: 70, compute_capability: '9.0'}\n",
+    )
+    status, body = envelope(capsys, "explain", "newer")
+    assert status == 0, body
+    assert any("sglang 0.5.23 is assumed" in note for note in body["result"]["assumptions"])
 
 
 def test_explain_for_people(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Setup
 from qwen3emb_launch.tune.objective import Goal, Objective
 from qwen3emb_launch.tune.runner import Tuning
-from qwen3emb_launch.tune.space import Factor, View, derive, read_space
+from qwen3emb_launch.tune.space import Factor, View, derive, in_order, read_space
 from qwen3emb_launch.tune.trials import Measurement, Moves, Proof, Round, Stage, Status, Trial, moves
 
 SLO = parse_slo("p95=100ms")
@@ -99,6 +99,7 @@ class Machine:
     wrong: frozenset[str] = frozenset()
     places: int = 3
     ready: float = 10.0
+    compiles: float = 0.0  # seconds more of the first start
     spread: float = 0.0
     base_peak: float = 400.0
     base_alone: float = 20.0
@@ -134,16 +135,17 @@ class Machine:
     def start(self, changed: Moves, slot: int, within: float) -> Iterator[Engine]:
         if self.running >= self.places:
             raise UnfitError("vram", "no room beside the others", "")
+        ready = self.ready + (0.0 if self.started else self.compiles)
         self.started.append(changed)
-        self.clock.now += min(self.ready, within)
-        if self.ready > within:
+        self.clock.now += min(ready, within)
+        if ready > within:
             raise EngineFailedError("out_of_time", "did not serve in time", "")
         if self.fails & set(changed):
             raise EngineFailedError("out_of_memory", "CUDA out of memory", "", {"last_lines": ["OOM"]})
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
-            yield Engine(self, changed, self.ready)
+            yield Engine(self, changed, ready)
         finally:
             self.running -= 1
             self.clock.now += 1
@@ -182,12 +184,13 @@ def tune(
     start: float = 4,
     open_loop: bool = False,
     apart: bool = False,
+    space: tuple[Factor, ...] = (),
     **machine: object,
 ) -> Run:
     clock = Clock()
     made = Machine(clock, **machine)
     journal = Journal(path / "run.tune.jsonl", IDENTITY, resume=resume)
-    setup = Setup(objective, factors(*tried), start, open_loop, 12.0, 1.0, budget, rounds, apart)
+    setup = Setup(objective, space or factors(*tried), start, open_loop, 12.0, 1.0, budget, rounds, apart)
     tuning = Tuning(setup, made, journal, clock)
     try:
         return Run(tuning, made, journal, clock, tuning.run())
@@ -253,6 +256,20 @@ def test_a_trial_that_fails_is_a_result_with_its_reason(tmp_path: Path, what, st
     assert [t.number for t in run.journal.trials if t.number] == list(range(1, len(run.tried) + (failed.number > 0)))
     rows = [row[1] for row in report.rows(run.journal.trials, THROUGHPUT, False)]
     assert ("a=1" in rows) is (failed.number > 0)
+
+
+@pytest.mark.parametrize("open_loop", [False, True])
+def test_a_limit_that_the_load_stays_below_costs_no_start(tmp_path: Path, open_loop: bool) -> None:
+    """Twice what the baseline had in flight is between 10 and 512 texts; a resumed run knows it too."""
+    limits = (Factor("a", ("1024", "10"), "", limits="texts", present=512), Factor("b", ("1",), ""))
+    for resume in (False, True):
+        start = 300 if open_loop else 4
+        run = tune(tmp_path, space=limits, start=start, open_loop=open_loop, resume=resume)
+        assert run.tried["a=1024"] is Status.UNREACHED
+        assert run.tried["a=10"] is run.tried["b=1"] is Status.OK
+        assert not any(("a", "1024") in started for started in run.machine.started)
+    (aside,) = report.set_aside(run.journal.trials)
+    assert aside.startswith("a=1024: unreached: no batch of this load passes 512 texts (")
 
 
 def test_a_baseline_that_does_not_serve_ends_the_run(tmp_path: Path) -> None:
@@ -377,6 +394,38 @@ def test_a_budget_of_minutes_on_a_real_start_still_tries_settings(tmp_path: Path
     assert [t.label for t in journal.trials] == ["baseline", "a=1", "b=1", "c=1"]
     assert "no time was left for a final, which takes 218 s or more" in verdict.sentence
     assert "a=1 gave 1.200 times the baseline's score, which is not enough" in verdict.sentence
+
+
+def test_a_first_start_that_compiled_kernels_is_no_measure_of_the_next(tmp_path: Path) -> None:
+    """110 s, then 45 s each: ten minutes hold settings, what helped together, and a final."""
+    run = tune(
+        tmp_path, A, B, C, budget=600, ready=45.0, compiles=65.0, gives={A: 1.2, B: 1.1}, start=64, base_peak=2400.0
+    )
+    assert list(run.tried) == ["baseline", "a=1", "b=1", "a=1 b=1"]
+    assert (run.verdict.winner, len(run.journal.rounds)) == ((A, B), 5)
+    assert run.clock.now <= 600
+
+
+@pytest.mark.parametrize(
+    ("budget", "tried"),
+    [
+        (600, {"replicas=2", "quantization=fp8", "quantization=fp8 replicas=2"}),
+        (1200, {"replicas=3", "batch_tokenize=singles", "prefill_max_requests=64", "gateway.workers=4"}),
+    ],
+)
+def test_the_time_of_an_h100_is_spent_on_several_settings(tmp_path: Path, budget: float, tried: set[str]) -> None:
+    """256 clients, first start 109 s, then 45 s: ten minutes hold what matters most, twenty nearly everything."""
+    request = cases.request("h100", "4b", "0.5.16", gateway_workers=2)
+    plan = planning.plan(replace(request, engine=replace(request.engine, plugin="0.4.0")))
+    space = derive(View(plan, 1, 256, 16), Goal.THROUGHPUT, vectors_may_change=True).factors
+    run = tune(
+        tmp_path, space=space, budget=budget, start=256, ready=45.0, compiles=64.0, base_peak=1600.0, base_alone=11.0,
+        gives={("replicas", "2"): 1.4, ("quantization", "fp8"): 1.05}, objective=Objective(Goal.THROUGHPUT),
+    )  # fmt: skip
+    assert tried <= {name for name, status in run.tried.items() if status is Status.OK}
+    assert run.tried["max_prefill_tokens=8192"] is Status.UNREACHED, "a batch has 128 texts, 4,224 tokens"
+    assert len(run.journal.rounds) == 5
+    assert run.verdict.winner == (("quantization", "fp8"), ("replicas", "2"))
 
 
 def test_without_a_final_the_baseline_stays(tmp_path: Path) -> None:
@@ -607,7 +656,15 @@ def test_too_few_rounds_decide_nothing() -> None:
     rounds = [Round(n, {(): measurement(), (A,): measurement(rate=200)}) for n in (1, 2)]
     verdict = contest.judge(rounds, THROUGHPUT)
     assert verdict.winner == ()
-    assert "no interval" in verdict.sentence
+    assert "(2 rounds: no interval)" in verdict.sentence
+    assert "(1 round: no interval)" in contest.judge(rounds[:1], THROUGHPUT).sentence
+
+
+def test_a_trials_end_is_a_word_and_its_reason_if_there_is_one() -> None:
+    """An interrupted one has none."""
+    ended = trial(1, {"a": "1"}, status=Status.INTERRUPTED)
+    assert report.result(ended, None) == "interrupted"
+    assert report.result(replace(ended, status=Status.FAILED, reason="out of memory"), None) == "failed: out of memory"
 
 
 def test_the_front_holds_what_nothing_else_dominates() -> None:
@@ -688,6 +745,50 @@ def test_the_space_of_an_h100_starts_with_what_is_expected_most() -> None:
     assert "quantization" not in keys
     allowed = derive(View(plan, 1, 64, 16), Goal.THROUGHPUT, vectors_may_change=True)
     assert "quantization" in [f.key for f in allowed.factors]
+
+
+def test_a_further_value_of_a_setting_waits_for_the_first_of_others() -> None:
+    """Replicas 2, then fp8, then replicas 3; a space without expected gains stays as it is."""
+    plan = cases.plan("h100", "4b", "0.5.16")
+    space = derive(View(plan, 1, 256, 16), Goal.THROUGHPUT, vectors_may_change=True)
+    first = [f"{f.key}={v}" for f, v in in_order(space.factors)]
+    assert first[:4] == ["prefill_graph_backend=full", "replicas=2", "quantization=fp8", "replicas=3"]
+    own = (Factor("a", ("1", "2"), ""), Factor("b", ("1",), ""))
+    assert [(f.key, v) for f, v in in_order(own)] == [("a", "1"), ("a", "2"), ("b", "1")]
+
+
+@pytest.mark.parametrize(
+    ("cores", "workers", "tried"), [(16, 2, "4"), (8, 2, "4"), (8, 1, "2"), (4, 2, None), (2, 1, None)]
+)
+def test_more_gateway_workers_are_tried_where_there_are_cores(cores: int, workers: int, tried: str | None) -> None:
+    """Twice what the plan has, two cores for each, before many clients."""
+    plan = cases.plan("h100", "4b", "0.5.16", gateway_workers=workers)
+    by = {f.key: f.values for f in derive(View(plan, 1, 256, cores), Goal.THROUGHPUT).factors}
+    assert by.get("gateway.workers") == ((tried,) if tried else None)
+
+
+WIDER = {"max_prefill_tokens=32768", "max_running_requests=1024"}
+NARROWER = {"max_prefill_tokens=8192", "max_running_requests=256"}
+GRAPHS = {"prefill_graph_requests=257", "prefill_graph_sizes"}
+
+
+@pytest.mark.parametrize(
+    ("goal", "texts", "tokens", "unreached"),
+    [
+        (Goal.THROUGHPUT, 100, 2000, WIDER | NARROWER | GRAPHS),
+        (Goal.THROUGHPUT, 150, 5000, WIDER | NARROWER),
+        (Goal.THROUGHPUT, 300, 10_000, WIDER),
+        (Goal.LATENCY, 2, 66, {"max_prefill_tokens=32768", "max_prefill_tokens=8192"}),
+        (Goal.MEMORY, 2, 66, set()),
+    ],
+)
+def test_a_limit_that_no_batch_comes_to_is_known(goal: Goal, texts: int, tokens: int, unreached: set[str]) -> None:
+    """An H100 with the plugin has 16,384 tokens and 512 texts a batch, and graphs of 4,224 tokens and 129 texts."""
+    request = cases.request("h100", "4b", "0.5.16")
+    plan = planning.plan(replace(request, engine=replace(request.engine, plugin="0.4.0")))
+    pairs = in_order(derive(View(plan, 1, 64, 16), goal).factors)
+    found = [(f.key, v) for f, v in pairs if f.unreached(v, {"texts": texts, "tokens": tokens})]
+    assert {key if " " in v else f"{key}={v}" for key, v in found} == unreached
 
 
 def test_what_the_user_fixed_is_not_tried() -> None:

@@ -135,6 +135,7 @@ def test_people_see_the_trials_and_the_sentence(trials: Trials, capsys) -> None:
     lines = [line for line in seen.out.splitlines() if "tokenizer_workers" in line]
     assert len(lines) == 1
     assert lines[0].startswith("Not tried: tokenizer_workers=2: refused: sglang 0.5.15.post1: more than one tokenizer")
+    assert "\nResult: " in seen.out
     assert "Wrote" in seen.out
     assert "qwen3emb up --profile ./mine.yaml" in seen.out
 
@@ -258,7 +259,7 @@ def test_what_was_tuned_is_in_the_journals_first_line(trials: Trials, capsys) ->
     Path("mine.yaml").unlink()
     status, envelope = tune(capsys, "--goal", "latency", "--rounds", "0", "--resume", "--tokens", "64")
     assert (status, envelope["error"]["code"]) == (2, "journal_mismatch")
-    assert envelope["error"]["details"]["differ"] == ["load"]
+    assert envelope["error"]["details"]["differ"] == ["load.tokens"]
 
 
 # ---- parts of a trial ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,10 +20,13 @@ from supervised import fake_plan, gateway_plan, gone, until
 from qwen3emb_launch import gpu, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
+from qwen3emb_launch.console import Console
 from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.planning import plan_text
+from qwen3emb_launch.up.detached import command
 
 OUTER = pytest.CaptureFixture[str]
 
@@ -130,6 +134,39 @@ def test_up_says_where_and_how(capsys: OUTER, planned: Any) -> None:
     assert "demo stopped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("exempt", ["", "localhost,127.0.0.1"])
+def test_a_proxy_that_would_catch_the_users_requests_is_warned_of(
+    capsys: OUTER, monkeypatch: pytest.MonkeyPatch, planned: Any, exempt: str
+) -> None:
+    """The endpoint is proven without it; a client in the same shell would ask the proxy for this machine."""
+    planned()
+    monkeypatch.setenv("http_proxy", "http://me:hunter2@127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", exempt)
+    assert run(["up", "--profile", "demo", "-d"]) == 0
+    err = capsys.readouterr().err
+    assert ("export NO_PROXY=" in err) is not bool(exempt)
+    assert "hunter2" not in err
+
+
+def test_an_endpoint_is_shown_in_a_locale_without_its_letters() -> None:
+    """A model's name may have letters that the terminal's encoding lacks: they are escaped, and it serves."""
+    plan = fake_plan(name="demo", served_model_name="模型")
+    claim = state.claim("demo")
+    state.write_private(claim.plan, plan_text(plan))
+    with subprocess.Popen(
+        command(claim, ["--no-verify"]),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        pass_fds=(claim.lock_fd,),
+    ) as supervisor:
+        claim.release()
+        assert supervisor.stdout is not None
+        assert b"demo serves \\u6a21\\u578b" in supervisor.stdout.readline()
+        supervisor.terminate()
+        supervisor.stdout.read()
+    assert supervisor.returncode == 0
+
+
 def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
     """A failing engine: exit 4, its last words before the error, the same envelope with --json."""
     planned({"last_words": "RuntimeError: Not enough memory. Please try"})
@@ -139,6 +176,31 @@ def test_failed_up_shows_the_reason_once(capsys: OUTER, planned: Any) -> None:
     assert err.count("error: ") == 1
     status, body = envelope(capsys, "up", "--profile", "demo", "-d")
     assert (status, body["ok"], body["error"]["code"]) == (4, False, "engine_oom_pool")
+
+
+def test_logs_without_a_name_are_of_what_failed_last(capsys: OUTER, planned: Any) -> None:
+    """What a failure tells to do next, `qwen3emb logs`, shows the failed start although nothing runs."""
+    status, body = envelope(capsys, "logs")
+    assert (status, body["error"]["code"]) == (3, "not_running")
+    planned({"last_words": "RuntimeError: no such thing"})
+    for name in ("older", "demo"):
+        assert run(["up", "--profile", "demo", "--name", name, "-d"]) == 4
+    capsys.readouterr()
+    status, body = envelope(capsys, "logs", "-n", "1")
+    assert (status, "/demo/" in body["result"]["path"]) == (0, True)
+    assert body["result"]["lines"] == ["RuntimeError: no such thing"]
+
+
+def test_a_supervisor_that_could_not_write_its_record_keeps_its_exit_status(
+    capsys: OUTER, monkeypatch: pytest.MonkeyPatch, planned: Any
+) -> None:
+    """A full disk: the record does not tell why it ended, its exit status and last line do."""
+    planned()
+    said = "import sys; print('No space left on device'); sys.exit(3)"
+    monkeypatch.setattr("qwen3emb_launch.up.detached.command", lambda *_: [sys.executable, "-c", said])
+    status, body = envelope(capsys, "up", "--profile", "demo", "-d")
+    assert (status, body["error"]["code"]) == (3, "supervisor_died")
+    assert "No space left on device" in body["error"]["message"]
 
 
 def test_a_failed_smoke_test_shows_its_table(capsys: OUTER, planned: Any) -> None:
@@ -176,6 +238,7 @@ def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: A
         (("--profile", "demo", "--port", "0"), 2, "bad_port"),
         (("--profile", "demo", "--host", "256.1.1.1"), 2, "bad_host"),
         (("--profile", "demo", "--host", "192.0.2.1"), 2, "bad_host"),
+        (("--model", "4bb"), 2, "unknown_model"),
         (("--profile", "rtx4090"), 3, "no_gpu"),
         ((), 3, "no_gpu"),
         (("--frobnicate",), 2, "usage"),
@@ -205,9 +268,61 @@ def test_a_front_that_cannot_be_is_refused_first(
     capsys: OUTER, monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], status: int, code: str
 ) -> None:
     """What is wrong with address, keys or gateway is said before an engine is installed or a model fetched."""
-    monkeypatch.setattr("qwen3emb_launch.cli.launching._engine", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("qwen3emb_launch.cli.launching._engine_here", lambda *_: pytest.fail("too late"))
     seen, body = envelope(capsys, "up", "--profile", "demo", *args)
     assert (seen, body["error"]["code"]) == (status, code)
+
+
+@pytest.fixture
+def new_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An RTX 4090, no engine, no model; to install or to download either fails the test."""
+    from qwen3emb_launch import engines
+    from qwen3emb_launch.hub import downloading
+
+    card = GpuFacts(0, "NVIDIA GeForce RTX 4090", "b", 24 * 2**30, 23 * 2**30, (8, 9))
+    monkeypatch.setattr(gpu, "inventory", lambda *_: [card])
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr(engines, "install", lambda *_, **__: pytest.fail("installed"))
+    monkeypatch.setattr(downloading, "download", lambda *_, **__: pytest.fail("downloaded"))
+
+
+@pytest.mark.usefixtures("new_machine")
+@pytest.mark.parametrize(
+    ("args", "status", "code"),
+    [
+        (("--model", "/nowhere"), 2, "not_a_model"),
+        (("--model", "8b", "--set", "mem_fraction_static=0.5"), 3, "vram"),
+        (("--set", "mem_fraction_sttic=0.8"), 2, "unknown_setting"),
+        (("--set", "enable-prompt-trust-remote-code=true"), 2, "unknown_setting"),
+        (("--set", "kv_cache_dtype=fp9"), 2, "bad_setting"),
+        (("--set", "context_length=99999"), 2, "context_too_long"),
+    ],
+)
+def test_what_cannot_be_launched_is_refused_before_it_is_fetched(
+    capsys: OUTER, args: tuple[str, ...], status: int, code: str
+) -> None:
+    """On a new machine no gigabyte is fetched for a plan that engine and model, once here, would not save."""
+    seen, body = envelope(capsys, "up", *args)
+    assert (seen, body["error"]["code"]) == (status, code)
+
+
+@pytest.mark.usefixtures("new_machine")
+@pytest.mark.parametrize("profile", ["rtx4090", "rtx4090:lean", "rtx4090:fp8"])
+def test_what_can_be_launched_is_fetched(monkeypatch: pytest.MonkeyPatch, profile: str) -> None:
+    """What is known beforehand refuses nothing that would be served."""
+
+    class FetchedError(Exception):
+        pass
+
+    def fetch(*_: object, **__: object) -> None:
+        raise FetchedError
+
+    monkeypatch.setattr("qwen3emb_launch.engines.install", fetch)
+    options = launching.LaunchOptions(profile=profile)
+    console = Console("up")
+    with pytest.raises(FetchedError):
+        launching.make_plan(options, launching.choose(options, console), console)
 
 
 def test_a_port_given_as_a_setting_is_the_one_that_is_looked_at(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,6 +342,17 @@ def test_port_in_use_names_its_holder(capsys: OUTER) -> None:
     assert (status, body["error"]["code"]) == (3, "port_in_use")
     assert f"pid {os.getpid()}" in body["error"]["message"]
     assert "--port" in body["error"]["hint"]
+
+
+def test_high_port_in_use_is_told_too(capsys: OUTER) -> None:
+    """Above what an engine could take a gateway may listen: who holds such a port is said, and a lower one offered."""
+    with contextlib.ExitStack() as held:
+        port = 0
+        while port <= 55535:
+            port = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
+        status, body = envelope(capsys, "up", "--profile", "demo", "--port", str(port))
+    assert (status, body["error"]["code"]) == (3, "port_in_use")
+    assert 30000 <= int(body["error"]["hint"].rsplit(" ", 1)[1]) <= 55535
 
 
 def test_port_held_by_an_instance_is_told_by_its_name(capsys: OUTER, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,23 @@ def test_served_through_the_gateway_and_nothing_left() -> None:
     ]
 
 
+def test_stop_during_the_smoke_test_waits_for_nobody() -> None:
+    """Nobody is served yet: the test's own request, which waits in the gateway for its engine, is nothing to drain."""
+    plan = gateway_plan({"hang_after": 4}, deadlines=replace(QUICK, drain=60))
+    plan = replace(plan, gateway={**plan.gateway, "drain": 60.0, "hold": 60.0})
+    with Supervised(plan, SMOKE) as run:
+        path = str(run.claim.folder / "gateway.sock")
+
+        def tested() -> bool:
+            with contextlib.suppress(LaunchError):
+                return bool(admin_client.call(path, "GET", "/state")["in_air"])
+            return False
+
+        until(tested, "a request of the smoke test")
+        run.supervisor.stop("SIGINT")
+        assert run.wait(10).state is State.STOPPED
+
+
 def test_engine_killed_under_load_costs_no_request() -> None:
     """SIGKILL to the only engine: requests are held until it is back; none fails, none gets a wrong vector. Then the
     gateway is killed: it is back within two seconds, and the engine did not notice."""

@@ -3,8 +3,10 @@ link that tells the gateway its engines."""
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +35,7 @@ from qwen3emb_launch.up.link import GatewayLink
 from qwen3emb_launch.up.process_runner import ProcessRunner
 from qwen3emb_launch.up.room import available_memory
 from qwen3emb_launch.up.runner import EngineRunner, engine_spec
+from qwen3emb_launch.up.serving import snippet
 from qwen3emb_launch.up.sockets import short_path
 from qwen3emb_launch.up.starvation import starved
 from qwen3emb_launch.weights import weights_sample
@@ -371,3 +374,14 @@ def test_weights_that_were_replaced_while_the_engine_read_them(
     assert weighed.ask(1)().ok
     checkpoint(tmp_path, 2)
     assert weighed.ask(1)().ok
+
+
+def test_the_snippet_can_be_pasted_whatever_the_models_name() -> None:
+    """Quotes in a name end neither Python's string nor the shell's."""
+    name = """it's a "model" 模型"""
+    text = snippet("http://[::1]:1/v1", name, 256)
+    assert "curl -s 'http://[::1]:1/v1/embeddings' -H" in text
+    (call,) = (line for line in text.splitlines() if line.startswith("answer"))
+    assert {k.arg: ast.literal_eval(k.value) for k in ast.parse(call).body[0].value.keywords}["model"] == name
+    words = shlex.split(text[text.index("curl") :])
+    assert json.loads(words[words.index("-d") + 1])["model"] == name

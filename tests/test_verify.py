@@ -235,6 +235,8 @@ def test_a_path_is_no_other_model_where_nobody_told_it(endpoint: SmallEndpoint, 
     [
         (["--base-url", "ftp://somewhere/v1"], 2, "bad_url"),
         (["--base-url", "nonsense"], 2, "bad_url"),
+        (["--base-url", "http://[::1"], 2, "bad_url"),
+        (["--base-url", "http://127.0.0.1:x/v1"], 2, "bad_url"),
         (["demo", "--base-url", "http://127.0.0.1:9/v1"], 2, "usage"),
         (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "int4"], 2, "bad_dtype"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "r.txt"], 2, "bad_report"),

@@ -52,7 +52,7 @@ for step in "$@"; do
         run "down-$number.txt" 1 down "$name-$number"
       done
       ;;
-    tune) run tune.txt 40 tune --model "$model" --slo p95=100ms -c 64 --processes 4 --budget "${BUDGET:-20m}" -d 8s --rounds 3 "${more[@]}" --out "$out/tuned.yaml" ;;
+    tune) run tune.txt 40 tune --model "$model" --slo p95=250ms -c 256 --allow-vector-changes --processes 4 --budget "${BUDGET:-20m}" -d 8s --rounds 3 "${more[@]}" --out "$out/tuned.yaml" ;;
     *) echo "no step $step"; exit 2 ;;
   esac
 done

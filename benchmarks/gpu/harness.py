@@ -7,10 +7,10 @@
     python benchmarks/gpu/harness.py profile CONFIG --out DIR --only a --loads x        # py-spy beside a load
     python benchmarks/gpu/harness.py trace   CONFIG --out DIR --only a --loads x        # SGLang's kernels under a load
 
-CONFIG is YAML (see h100-4b.yaml): servers with argv and environment, loads with clients, texts and tokens. Servers run
-side by side and are loaded in turn, round by round, from processes of their own, so that drift hits all alike. The
-record (DIR/record.json) and the page (DIR/record.md) carry date, GPU, driver and versions. Needs: python3 with the
-engines importable through the configuration's environment, nvidia-ml-py, pyyaml.
+CONFIG is YAML (4b.yaml; demo.yaml needs no GPU): servers with argv and environment, loads with clients, texts and
+tokens. Servers run side by side and are loaded in turn, round by round, from processes of their own: drift hits all
+alike. The record (DIR/CONFIG.json) and the page (DIR/CONFIG.md) carry date, GPU, driver and versions. Needs: python3
+with the engines importable through the configuration's environment, nvidia-ml-py, pyyaml.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ from qwen3emb_launch.catalog import CATALOG
 from qwen3emb_launch.demo_model import make_demo_model
 from qwen3emb_launch.statistics import percentile
 
-FIRST_PORT = 21000
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,24 +58,27 @@ def main() -> None:
     parser.add_argument(
         "--together", action="store_true", help="start the servers at once: quick, but ready times mean nothing"
     )
+    parser.add_argument("--first-port", type=int, default=21000, help="each server takes the next but nineteen")
     parser.add_argument("--weights", action="store_true", help="write random weights instead of --load-format dummy")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     config = yaml.safe_load(args.config.read_text())
     model = checkpoint(config["model"], args)
     state = args.out / "servers.json"
-    if args.action in ("serve", "run"):
-        serve(config, args, model, state)
-    if args.action in ("load", "run"):
-        measure(config, args, model, state)
-    if args.action == "profile":
-        profile(config, args, model, state)
-    if args.action == "trace":
-        trace(config, args, model, state)
-    if args.action in ("stop", "run"):
-        for server in running.load(state):
-            running.stop_group(server.pid)
-        state.unlink(missing_ok=True)
+    try:
+        if args.action in ("serve", "run"):
+            serve(config, args, model, state)
+        if args.action in ("load", "run"):
+            measure(config, args, model, state)
+        if args.action == "profile":
+            profile(config, args, model, state)
+        if args.action == "trace":
+            trace(config, args, model, state)
+    finally:
+        if args.action in ("stop", "run"):
+            for server in running.load(state):
+                running.stop_group(server.pid)
+            state.unlink(missing_ok=True)
 
 
 def checkpoint(name: str, args: argparse.Namespace) -> Path:
@@ -103,7 +104,7 @@ def flat(argv: list[Any]) -> list[str]:
 def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     up = running.load(state)
     taken = {s.name for s in up}
-    first_port = max([s.port + 20 for s in up], default=FIRST_PORT)
+    first_port = max([s.port + 20 for s in up], default=args.first_port)
     todo = {n: s for n, s in chosen(config["servers"], args.only).items() if n not in taken}
 
     def one(item: tuple[int, str]) -> running.Server | None:
@@ -195,10 +196,11 @@ def measure(config: dict[str, Any], args: argparse.Namespace, model: Path, state
                 figures = drive(server, model, load, seconds)
                 raw.append({"round": number, "server": server.name, "load": name, **figures})
                 print(f"round {number} {name:10} {server.name:14} {shown(figures)}", flush=True)
+    card = gpu()
     record = {
-        "title": config.get("title", f"Qwen3-Embedding-{config['model']} shape on one GPU"),
+        "title": str(config["title"]).format(**card),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        **gpu(),
+        **card,
         "versions": versions(config),
         "model": config["model"],
         "weights": "random weights" if args.weights else "--load-format dummy",
@@ -298,7 +300,7 @@ def versions(config: dict[str, Any]) -> dict[str, str]:
     for spec in config["servers"].values():
         env = {**os.environ, **running.expand(spec.get("env", {}))}
         shown = subprocess.run(
-            [flat(spec["argv"])[0], "-c", code], env=env, capture_output=True, text=True, check=False
+            [running.filled(flat(spec["argv"])[0]), "-c", code], env=env, capture_output=True, text=True, check=False
         )
         if shown.returncode == 0:
             found |= {k: v for k, v in json.loads(shown.stdout).items() if k not in found}

@@ -3,12 +3,14 @@
     PYTHONPATH=SITE python benchmarks/gpu/products.py [--tokens 48,528,16384]
 
 Each product is captured in a CUDA graph over 36 different weights: neither launches nor the L2 cache change it. Prints
-milliseconds a pass and TFLOP/s. Needs torch, sglang-kernel and a Hopper GPU.
+milliseconds a pass and TFLOP/s; of bfloat16 also gate_up with the gating behind it, by the stock kernel and inside
+QuACK's product. Needs torch, SGLang and a Hopper GPU; QuACK and DeepGEMM are left out where they are missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +45,7 @@ def main() -> None:
 
         ways: dict[str, Callable[[str, int], Any]] = {
             "bfloat16": lambda n, k, rows=rows: torch.nn.functional.linear(rows[n], weights[n][k]),
+            **others(rows, weights),
             "float8, sglang": lambda n, k, rows8=rows8, scales=scales: fp8_scaled_mm(
                 rows8[n], small[n][k].t(), scales, channel[n], torch.bfloat16, None
             ),
@@ -55,6 +58,43 @@ def main() -> None:
             flops = 2 * tokens * LAYERS * sum(into * out for into, out in SHAPES.values())
             each = "  ".join(f"{shape} {ms:.3f}" for shape, ms in passes.items())
             print(f"{tokens:6} {name:24} {whole:8.3f} ms {flops / whole / 1e9:6.0f} TFLOP/s   {each}", flush=True)
+        for name, product in gatings(rows["gate_up"], weights["gate_up"]).items():
+            took = milliseconds(torch, product, ["gate_up"])
+            print(f"{tokens:6} gate_up and gating: {name:20} {took:8.3f} ms", flush=True)
+
+
+def others(rows: dict[str, Any], weights: dict[str, list[Any]]) -> dict[str, Callable[[str, int], Any]]:
+    """bfloat16 products of libraries that SGLang brings along beside torch's."""
+    ways: dict[str, Callable[[str, int], Any]] = {}
+    with contextlib.suppress(ImportError):
+        from quack.gemm_interface import gemm
+
+        ways["bfloat16, quack"] = lambda n, k: gemm(rows[n], weights[n][k].t(), tuned=False)
+    with contextlib.suppress(ImportError):
+        import deep_gemm
+
+        out = {n: rows[n].new_empty((len(rows[n]), SHAPES[n][1])) for n in SHAPES}
+        ways["bfloat16, deep_gemm"] = lambda n, k: deep_gemm.bf16_gemm_nt(rows[n], weights[n][k], out[n])
+    return ways
+
+
+def gatings(rows: Any, weights: list[Any]) -> dict[str, Callable[[str, int], Any]]:
+    """The gate and up product with the gating: one after the other, and in one."""
+    import torch
+    from sglang.jit_kernel.activation import silu_and_mul
+
+    out = rows.new_empty((len(rows), SHAPES["gate_up"][1] // 2))
+
+    def apart(_: str, k: int) -> Any:
+        return silu_and_mul(torch.nn.functional.linear(rows, weights[k]), out)
+
+    ways = {"torch, then stock": apart}
+    with contextlib.suppress(ImportError):
+        from quack.gemm_interface import gemm_gated
+
+        how = {"activation": "swiglu", "store_preact": False, "tuned": False, "concat_layout": ("B",)}
+        ways["quack, gated"] = lambda _, k: gemm_gated(rows, weights[k].t(), **how)[1]
+    return ways
 
 
 def milliseconds(torch: Any, product: Callable[[str, int], Any], shapes: list[str]) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import time
 import urllib.error
@@ -40,14 +42,28 @@ class StartError(RuntimeError):
 
 def expand(values: Mapping[str, str]) -> dict[str, str]:
     """`${NAME}` in a configuration's environment, from this process's."""
-    return {k: Template(str(v)).substitute(os.environ) for k, v in values.items()}
+    return {k: filled(str(v)) for k, v in values.items()}
+
+
+def filled(text: str) -> str:
+    """`${NAME}` from this process's environment; KeyError where it is not set."""
+    return Template(text).substitute(os.environ)
 
 
 def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path, deadline_s: float = 420) -> Server:
-    """Start the server that `spec` describes (`argv` with {model}, {port}; `env`) and wait for an embedding."""
+    """Start the server that `spec` describes and wait for an embedding.
+
+    Its `argv` may hold {model}, {port} and {here}, this folder; it and `env` may hold ${NAME} from the environment.
+    """
     log = out / f"{name}.log"
-    places = {"model": str(model), "port": str(port)}
-    argv = [str(part).format(**places) for part in spec["argv"]]
+    places = {"model": str(model), "port": str(port), "here": str(Path(__file__).resolve().parent)}
+    argv = [filled(str(part)).format(**places) for part in spec["argv"]]
+    with socket.socket() as probe:  # another server's answers would be taken for this one's
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise StartError(f"{name}: port {port} is taken: {error}") from None
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **expand(spec.get("env", {}))}
     before = time.monotonic()
     with log.open("wb") as sink:
@@ -128,13 +144,17 @@ def device_used_bytes() -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0)).used)
 
 
-def stop_group(pid: int) -> None:
-    """KILL the server and everything below it, and wait until it is gone."""
+def stop_group(pid: int, deadline_s: float = 60) -> None:
+    """KILL the server and everything below it, and wait until it is gone, its memory on the GPU with it."""
+    handles = []
     for member in descendants(pid):
-        try:
-            os.kill(member, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        with contextlib.suppress(ProcessLookupError):
+            handles.append(os.pidfd_open(member))
+            signal.pidfd_send_signal(handles[-1], signal.SIGKILL)
+    deadline = time.monotonic() + deadline_s
+    for handle in handles:  # readable once its process has ended, whoever's child it is
+        select.select([handle], [], [], max(0.0, deadline - time.monotonic()))
+        os.close(handle)
     with contextlib.suppress(ChildProcessError):  # started by an earlier command
         os.waitpid(pid, 0)
 

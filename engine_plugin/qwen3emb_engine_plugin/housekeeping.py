@@ -1,7 +1,8 @@
 """The scheduler's idle and reporting work, done at a rate that a person can read instead of once a loop turn.
 
 An idle scheduler checks every memory pool and publishes its load on every turn of its loop, and a request that comes
-meanwhile waits for it. The load snapshot is also written before each batch's answers go out.
+meanwhile waits for it. The load snapshot is also written before each batch's answers go out. And before 0.5.23 each
+text of a batch gives its places in the KV pool back alone, which copies the list of all free places every time.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from qwen3emb_engine_plugin.switches import misfit
+from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit
 
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 IDLE_EVERY = 0.05  # seconds between two rounds of idle housekeeping
 SNAPSHOT_EVERY = 0.02  # seconds between two load snapshots under load
 
@@ -52,6 +54,21 @@ class Snapshots:
         return original(scheduler, force)
 
 
+class FreedTogether:
+    """A batch's places in the KV pool, given back at once after its last text."""
+
+    def __call__(self, original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
+        """In place of `SchedulerBatchResultProcessor.process_batch_result_prefill`."""
+        places = processor.token_to_kv_pool_allocator
+        if not places.is_not_in_free_group:
+            return original(processor, batch, result)
+        places.free_group_begin()
+        try:
+            return original(processor, batch, result)
+        finally:
+            places.free_group_end()
+
+
 def idle() -> str | None:
     """Hook the idle housekeeping."""
     from sglang.srt.managers.scheduler import Scheduler
@@ -73,4 +90,22 @@ def snapshots() -> str | None:
     problem = misfit(Scheduler.publish_load_snapshot, "self force", "get_loads(")
     if not problem:
         HookRegistry.register(f"{SCHEDULER}.publish_load_snapshot", Snapshots(), HookType.AROUND)
+    return problem
+
+
+def freeing() -> str | None:
+    """Hook what follows a batch, on releases that free text by text."""
+    from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+
+    after = SchedulerBatchResultProcessor.process_batch_result_prefill
+    if not misfit(after, None, "free_group_begin()"):
+        return NOT_NEEDED
+    problem = (
+        misfit(after, "self batch result", "release_kv_cache(req, self.tree_cache)")
+        or misfit(BaseTokenToKVPoolAllocator.free_group_begin, "self", "self.is_not_in_free_group = False")
+        or misfit(BaseTokenToKVPoolAllocator.free_group_end, "self", "self.free(torch.cat(self.free_group))")
+    )
+    if not problem:
+        HookRegistry.register(f"{PROCESSOR}.process_batch_result_prefill", FreedTogether(), HookType.AROUND)
     return problem

@@ -97,7 +97,10 @@ def _q_k_v(attention: Any, qkv: Any, positions: Any) -> tuple[Any, Any, Any]:
     return q, k, qkv[:, attention.q_size + attention.kv_size :]
 
 
-def _fp8_forward(layer: Any, positions: Any, hidden: Any, forward_batch: Any, residual: Any) -> tuple[Any, Any]:
+def _fp8_forward(
+    layer: Any, positions: Any, hidden: Any, forward_batch: Any, residual: Any, rows_left: Any = None
+) -> tuple[Any, Any]:
+    """The layer's hidden states and residual; after the attention for `rows_left` alone, where those are given."""
     from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_quant_fp8
 
     from qwen3emb_engine_plugin.kernels import gate_quantise, norm_quantise
@@ -108,7 +111,10 @@ def _fp8_forward(layer: Any, positions: Any, hidden: Any, forward_batch: Any, re
     residual = hidden if residual is None else residual
     q, k, v = _q_k_v(attention, _product(rows, scales, attention.qkv_proj), positions)
     attended = attention.attn(q, k, v, forward_batch, save_kv_cache=True)
-    hidden = _product(*sglang_per_token_quant_fp8(attended.view(-1, attention.q_size)), attention.o_proj)
+    attended = attended.view(-1, attention.q_size)
+    if rows_left is not None:
+        attended, residual = attended[rows_left], residual[rows_left]
+    hidden = _product(*sglang_per_token_quant_fp8(attended), attention.o_proj)
     rows, scales = norm_quantise(hidden, residual, second.weight, second.variance_epsilon)
     rows, scales = gate_quantise(_product(rows, scales, mlp.gate_up_proj))
     return _product(rows, scales, mlp.down_proj), residual

@@ -9,7 +9,9 @@ import numpy as np
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
-from qwen3emb_engine_plugin.housekeeping import idle, snapshots
+from qwen3emb_engine_plugin.gated import gated
+from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
+from qwen3emb_engine_plugin.last_layer import last_layer
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
 from qwen3emb_engine_plugin.prebuild import await_builders
 from qwen3emb_engine_plugin.prefill_graph import full_graph
@@ -99,9 +101,12 @@ PARTS = [
     ("direct", True, direct),
     ("idle", True, idle),
     ("snapshots", True, snapshots),
+    ("freeing", True, freeing),
     ("full_graph", True, full_graph),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
+    ("last_layer", False, last_layer),
+    ("gated", False, gated),
     ("heap", True, heap),
     ("norms", True, norms),
     ("prebuild", False, await_builders),

@@ -12,7 +12,8 @@ import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+
+from qwen3emb_launch.addresses import web_address
 
 # (status, body, failure): status 0 and a failure word (connect, reset, timeout, protocol) when there was no answer.
 Done = Callable[[int, bytes, str], None]
@@ -36,8 +37,8 @@ class Target:
     @classmethod
     def of(cls, url: str, path: str, headers: dict[str, str], verify_tls: bool = True) -> Target:
         """From a base URL such as `https://host/v1` and `/embeddings`. Raises ValueError for anything but http(s)."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        parts = web_address(url)
+        if parts is None or not parts.hostname:
             raise ValueError(f"no http(s) URL: {url!r}")
         context = None
         if parts.scheme == "https":

@@ -14,10 +14,21 @@ import urllib.request
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from urllib.parse import SplitResult
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.bench.answers import AnswerChecker
 from qwen3emb_launch.bench.spec import LoadSpec
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, LaunchError, NetworkError
+
+
+def checked(url: str) -> SplitResult:
+    """An address, taken apart. Raises InvalidInputError (`bad_url`)."""
+    parts = web_address(url)
+    if parts is None:
+        hint = "give it as the OpenAI client takes it: http://HOST:PORT/v1"
+        raise InvalidInputError("bad_url", f"no http(s) URL: {url!r}", hint)
+    return parts
 
 
 def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
@@ -28,11 +39,7 @@ def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[
     headers = {"Content-Type": "application/json", "Accept": "application/json", **spec.headers}
     if spec.api_key:
         headers["Authorization"] = f"Bearer {spec.api_key}"
-    url = spec.url.rstrip("/") + path
-    if not url.startswith(("http://", "https://")):
-        raise InvalidInputError(
-            "bad_url", f"no http(s) URL: {spec.url!r}", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
-        )
+    url = checked(spec.url).geturl().rstrip("/") + path
     https = urllib.request.HTTPSHandler(context=_tls(spec.verify_tls))
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), https)
     data = None if body is None else json.dumps(body).encode()
@@ -151,15 +158,18 @@ def _refusal(spec: LoadSpec, status: int, kind: str, detail: str, answer: bytes)
     return NetworkError("endpoint_error", f"{spec.url} answered {status}: {said}", "see the endpoint's log")
 
 
-# Seconds that requests waited in the engine's queue: SGLang's and vLLM's Prometheus histograms.
+# Seconds that requests waited for the engine, in Prometheus histograms: our gateway's, vLLM's, and SGLang's, which has
+# no such series for embeddings (0.5.15.post1 and 0.5.23 observe it for generation only).
 _QUEUE = re.compile(
-    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds)_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)",
+    rb"^(?:sglang:queue_time_seconds|vllm:request_queue_time_seconds"
+    rb'|qwen3emb_request_seconds(?=_(?:sum|count)\{[^}]*part="queue"))'
+    rb"_(sum|count)(?:\{[^}]*\})?\s+([0-9.eE+-]+)",
     re.MULTILINE,
 )
 
 
 def queue_seconds(spec: LoadSpec) -> tuple[float, float] | None:
-    """(sum, count) of the engine's queue times so far; None where it does not tell."""
+    """(sum, count) of the queue times so far; None where nobody tells."""
     root = spec.url.removesuffix("/v1")
     try:
         status, body = ask(replace(spec, url=root, timeout=5.0), "/metrics")

@@ -83,6 +83,11 @@ class Figures:
     timeline: tuple[tuple[float, float, float | None, float | None], ...] = ()
     histogram: str = ""
 
+    @property
+    def arrived_per_s(self) -> float:
+        """Requests that were to be answered, whatever came of them."""
+        return (self.requests + sum(self.failed.values())) / self.seconds
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Figures:
         """The inverse of `results.plain`."""
@@ -214,11 +219,11 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def _timeline(batch: Batch, began: float, ended: float) -> tuple[tuple[float, float, float | None, float | None], ...]:
-    """Completions and latencies by second, or by as many seconds as keep it to 120 points."""
-    width = max(1.0, (ended - began) / TIMELINE_BUCKETS)
-    count = int((ended - began) / width)
+    """Completions and latencies by second, or by as many seconds as keep it to 120 points, to the end of the phase."""
+    count = min(TIMELINE_BUCKETS, round(ended - began))
     if count < 2:
         return ()
+    width = (ended - began) / count
     buckets: list[list[float]] = [[] for _ in range(count)]
     for scheduled, _, done, _, kind in batch.rows():
         number = int((done - began) // width)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
+from unicodedata import east_asian_width
 
 from qwen3emb_launch.bench import report
 from qwen3emb_launch.bench.histogram import LatencyHistogram
@@ -24,6 +25,8 @@ COLOURS = (
     "#7f3c8d", "#8c564b", "#888888", "#17a2a2",
 )  # fmt: skip
 
+HALF_A_PLOT = 38  # letters of a legend
+
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
@@ -31,9 +34,10 @@ h1 { font-size: 1.5rem; margin-bottom: .25rem } h2 { font-size: 1.1rem; margin-t
 table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child, .facts td, .words td, .words th { text-align: left }
-.facts td, .words td { white-space: normal }
+.facts td, .words td, td:first-child { white-space: normal }
+td:first-child { overflow-wrap: break-word; min-width: 6rem } .facts td, .warn { overflow-wrap: anywhere }
 .warn { border-left: 4px solid #d80; padding: .2rem .8rem; background: var(--soft); margin: .4rem 0 }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem }
 figure { margin: 0; background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .4rem }
 figcaption { color: #333; font-size: .85rem; text-align: center } svg { width: 100%; height: auto }
 footer { margin-top: 2rem; color: #888; font-size: .85rem }
@@ -44,7 +48,7 @@ def page(record: Record) -> str:
     """The whole page."""
     title = f"Bench: {record.mode}" + (" (partial)" if record.partial else "")
     body = [f"<h1>{escape(title)}</h1>", _table(None, [list(p) for p in report.headline(record)], "facts")]
-    body += [f'<p class="warn">{escape(w)}</p>' for w in record.warnings]
+    body += [f'<p class="warn">{escape(w)}</p>' for w in (*record.warnings, *report.failure_lines(record))]
     rows = rows_of(record)
     body += ["<h2>Figures</h2>", _table(report.columns(record), [report.cells(record, r) for r in rows])]
     for heading, head, lines, name in (
@@ -200,6 +204,11 @@ def _nines(percent: float) -> float:
 PERCENTS = Axis(_nines, (0, 50, 90, 99, 99.9, 99.99), lambda v: f"{v:g}%")
 
 
+def _width(name: str) -> int:
+    """Of a legend's text in Latin letters; Chinese characters are twice as wide."""
+    return sum(1 + (east_asian_width(c) in "WF") for c in name)
+
+
 def _xy(
     title: str,
     series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
@@ -215,6 +224,7 @@ def _xy(
     values = [y for _, points in series for _, y in points]
     y_axis = _log(values) if logarithmic else None
     named = len(series) > 1
+    columns = 2 if all(_width(name) <= HALF_A_PLOT for name, _ in series) else 1
     config: dict[str, Any] = {
         "style": CleanStyle(
             background="white", plot_background="white", font_family="sans-serif", legend_font_size=12, colors=COLOURS
@@ -227,9 +237,9 @@ def _xy(
         "x_title": x_title,
         "show_legend": named,
         "legend_at_bottom": True,
-        "legend_at_bottom_columns": 2,
+        "legend_at_bottom_columns": columns,
         "truncate_legend": -1,
-        "height": 320 + (26 * math.ceil(len(series) / 2) if named else 0),
+        "height": 320 + (26 * math.ceil(len(series) / columns) if named else 0),
         "width": 620,
         "margin_bottom": 44 if named else 20,
         "value_formatter": number,

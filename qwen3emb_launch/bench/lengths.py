@@ -30,10 +30,11 @@ class Lengths:
         if self.low == self.high:
             return self.low
         if self.kind == "uniform":
-            return source.randint(self.low, self.high)
-        value = (
-            source.gauss(self.a, self.b) if self.kind == "normal" else source.lognormvariate(math.log(self.a), self.b)
-        )
+            value: float = source.randint(int(self.a), int(self.b))
+        elif self.kind == "normal":
+            value = source.gauss(self.a, self.b)
+        else:
+            value = source.lognormvariate(math.log(self.a), self.b)
         return min(max(round(value), self.low), self.high)
 
 
@@ -41,12 +42,13 @@ def parse(text: str) -> Lengths:
     """Read one of the forms above. Raises ValueError with what is wrong."""
     body, _, bounds = text.strip().lower().partition("@")
     low, high = _range(bounds) if bounds else (1, _TAIL)
-    if re.fullmatch(r"\d+", body):
-        low, high = _range(f"{body}-{body}")
-        return Lengths("fixed", low, 0, low, high)
-    if re.fullmatch(r"\d+-\d+", body):
-        low, high = _range(body)
-        return Lengths("uniform", low, high, low, high)
+    listed = re.fullmatch(r"(\d+)(?:-(\d+))?", body)
+    if listed:
+        least, most = _range(f"{listed[1]}-{listed[2] or listed[1]}")
+        if not bounds:
+            low, high = least, most
+        low, high = (min(max(value, low), high) for value in (least, most))
+        return Lengths("uniform", least, most, low, high)
     match = re.fullmatch(r"(normal|lognormal):(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)", body)
     if not match:
         raise ValueError(f"no length distribution {text!r}: give {FORMS}")

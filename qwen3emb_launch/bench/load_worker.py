@@ -33,6 +33,7 @@ from qwen3emb_launch.bench.timer import PreciseTimer
 REPORT_EVERY = 0.5  # seconds between two batches of samples, and the resolution of the event-loop lag
 SWEEP_EVERY = 0.25  # seconds between two looks for requests past their deadline
 RETRY_AFTER = 0.1  # seconds a closed-loop client waits after a failed connection: a dead server is not hammered
+OTHER_FILES = 64  # that a worker has open beside its connections
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -311,6 +312,20 @@ def peak_rss() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def allow_connections(spec: LoadSpec) -> None:
+    """A file each: without one a connection fails, and the endpoint would be blamed for it. Raises ValueError."""
+    clients = int(max((p.level for p in spec.phases), default=1))
+    wanted = OTHER_FILES + (spec.max_in_flight if spec.shape == "open" else clients)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if most < wanted and spec.shape == "closed":
+        raise ValueError(
+            f"{clients} clients in one process need {wanted} open files, and it may have {hard} (ulimit -n)"
+        )
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def emit(event: dict[str, Any]) -> None:
     """One event to the parent."""
     sys.stdout.write(json.dumps(event) + "\n")
@@ -340,6 +355,7 @@ def main() -> None:
     lines = os.fdopen(os.dup(0), "rb", buffering=0)
     try:
         spec = LoadSpec.from_dict(json.loads(lines.readline()))
+        allow_connections(spec)
         gc.collect()
         gc.freeze()
         asyncio.run(_serve(spec, lines))

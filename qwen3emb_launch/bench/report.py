@@ -129,7 +129,7 @@ def headline(record: Record, whole: bool = True) -> list[tuple[str, str]]:
 def ratio_text(ratio: Ratio) -> str:
     """`1.23 (1.18 to 1.29)`, or without an interval where there is none."""
     if ratio.low is None or ratio.high is None:
-        return f"{ratio.value:.3f} (no interval from {ratio.pairs} rounds)"
+        return f"{ratio.value:.3f} (no interval from {ratio.pairs} round{'s' * (ratio.pairs != 1)})"
     return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
 
 
@@ -154,7 +154,7 @@ def drift_rows(drifts: Sequence[Drift]) -> list[list[str]]:
         verdict = "too few windows to say"
         if trend:
             verdict = "rises" if trend.rises else "falls" if trend.falls else "steady"
-        slope = "-" if trend is None else f"{trend.slope:+.3g} {drift.unit}"
+        slope = "-" if trend is None else f"{'+' * (trend.slope > 0)}{number(trend.slope)} {drift.unit}"
         out.append([drift.measure, f"{drift.first:.4g} {drift.unit}", f"{drift.last:.4g} {drift.unit}", slope, verdict])
     return out
 
@@ -194,6 +194,14 @@ def slo_lines(record: Record) -> list[str]:
     return lines
 
 
+def failure_lines(record: Record) -> list[str]:
+    """The first answer of each kind of failure."""
+    found: dict[str, str] = {}
+    for run in record.runs:
+        found = {**run.figures.details, **found}
+    return [f"first {kind}: {detail}" for kind, detail in found.items()]
+
+
 CLAIM_COLUMNS = ("claim", "stated", "measured", "floor", "verdict")
 
 
@@ -226,8 +234,9 @@ def markdown(record: Record) -> str:
     lines = [*knee_lines(record), *slo_lines(record)]
     if lines:
         parts += ["", *(f"- {line}" for line in lines)]
-    if record.warnings:
-        parts += ["", *(f"> warning: {w}" for w in record.warnings)]
+    told = [*failure_lines(record), *(f"warning: {w}" for w in record.warnings)]
+    if told:
+        parts += ["", *(f"> - {' '.join(line.split())}" for line in told)]
     return "\n".join(parts) + "\n"
 
 

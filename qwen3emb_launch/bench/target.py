@@ -158,7 +158,9 @@ def _rehearse(spec: LoadSpec, notes: list[str]) -> None:
     try:
         used = endpoint.embed(spec, texts)
     except LaunchError as error:
-        if spec.corpus is None and error.code == "text_refused" and not re.fullmatch(r"\d+", spec.lengths):
+        if error.code == "text_refused" and spec.corpus:
+            error.hint = "leave texts of that length out of the corpus"
+        elif error.code == "text_refused" and not re.fullmatch(r"[\d-]+", spec.lengths):
             error.hint = f"bound the lengths: --tokens {spec.lengths.partition('@')[0]}@LOW-HIGH"
         raise
     wanted = lengths.parse(spec.lengths).high * spec.batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import inspect
 import os
 import sys
 import traceback
@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from qwen3emb_launch import __version__
 from qwen3emb_launch.cli.program_help import ProgramGroup
-from qwen3emb_launch.console import Console
+from qwen3emb_launch.console import Console, escape_what_the_locale_lacks
 from qwen3emb_launch.errors import CheckFailedError, Exit, InterruptedByUser, InvalidInputError, LaunchError, UnfitError
 from qwen3emb_launch.variables import mistaken
 
@@ -57,7 +57,18 @@ def build(commands: Iterable[str] = COMMANDS) -> typer.Typer:
     app = _root()
     for name in commands:
         import_module(f"qwen3emb_launch.cli.{name}").register(app)
+    _unwrap(app)
     return app
+
+
+def _unwrap(app: typer.Typer) -> None:
+    """Make each paragraph of a help text one line, for the terminal to wrap: Typer keeps line ends behind the first."""
+    for command in app.registered_commands:
+        text = inspect.cleandoc(command.help or (command.callback and command.callback.__doc__) or "")
+        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    for group in app.registered_groups:
+        if group.typer_instance:
+            _unwrap(group.typer_instance)
 
 
 def outline() -> typer.Typer:
@@ -94,8 +105,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. Usage errors take the same form as every other error."""
     args = list(sys.argv[1:] if argv is None else argv)
     console = Console(_command_of(args), json=any(a.split("=", 1)[0] == "--json" for a in args))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter that the locale lacks is escaped, not a crash
-        sys.stdout.reconfigure(errors="backslashreplace")
+    escape_what_the_locale_lacks()
     try:
         for warning in mistaken(os.environ):
             console.warn(warning)

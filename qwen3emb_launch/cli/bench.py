@@ -82,7 +82,9 @@ def bench(
     vs: Annotated[
         list[str] | None, typer.Option(help="Another URL, instance or profile, in turns. Repeatable.")
     ] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", "-c", min=1, help="Closed loop: clients.")] = 16,
+    concurrency: Annotated[
+        int | None, typer.Option("--concurrency", "-c", min=1, help="Closed loop: clients; 16.")
+    ] = None,
     rate: Annotated[float | None, typer.Option(min=0.001, help="Open loop: Poisson arrivals a second.")] = None,
     sweep: Annotated[str | None, typer.Option(help="auto, rate, 1,4,16 or rate:10,20: to the knee.")] = None,
     burst: Annotated[str | None, typer.Option(help="A burst of so many times the load, such as 3x.")] = None,
@@ -134,6 +136,12 @@ def bench(
             raise InvalidInputError(
                 "usage", "one of --sweep, --burst, --soak and --preset at a time", "qwen3emb bench -h"
             )
+        modes_given = {"--sweep": sweep, "--burst": burst, "--soak": soak, "--preset": preset}
+        _refuse_ignored(
+            next((word for word, value in modes_given.items() if value), ""), rate, concurrency, requests, rounds
+        )
+        if resume and not soak:
+            raise InvalidInputError("usage", "--resume goes on with a soak", "repeat its command, --soak and all")
         if sum(map(bool, (base_url, name, profile))) > 1:
             raise InvalidInputError("usage", "one of --base-url, --name and --profile", "qwen3emb bench -h")
         if soak and vs:
@@ -160,7 +168,7 @@ def bench(
         shape = swept.shape if swept else ("open" if rate is not None else "closed")
         shaping = Shaping(
             shape="open" if shape == "open" else "closed",
-            level=rate if rate is not None and not swept else concurrency,
+            level=rate if rate is not None and not swept else concurrency or 16,
             seconds=seconds(duration),
             warmup=0.0 if warmup.strip().rstrip("smh") in ("0", "0.0") else seconds(warmup),
             requests=requests,
@@ -199,6 +207,22 @@ def bench(
 
             record = modes.steady(campaign)
         _finish(console, record, outputs)
+
+
+def _refuse_ignored(
+    mode: str, rate: float | None, concurrency: int | None, requests: int | None, rounds: int | None
+) -> None:
+    """Raise InvalidInputError for what this way to load would not heed. A sweep finds its rates by the clients."""
+    if rate is not None and concurrency is not None and mode != "--sweep":
+        raise InvalidInputError("usage", "--rate and --concurrency exclude each other", "give one of them")
+    for word, value, unheeded in (
+        ("--rounds", rounds, ("--sweep", "--burst", "--soak", "--preset")),
+        ("--requests", requests, ("--burst", "--soak", "--preset")),
+        ("--rate", rate, ("--preset",)),
+        ("--concurrency", concurrency, ("--preset",)),
+    ):
+        if value is not None and mode in unheeded:
+            raise InvalidInputError("usage", f"{mode} does not heed {word}", f"leave {word} out")
 
 
 def _burst(campaign: Campaign, text: str) -> Record:

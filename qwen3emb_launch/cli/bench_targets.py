@@ -24,6 +24,7 @@ FIRST_PORT = 30100
 
 def endpoint(url: str, model: str | None, key_variable: str | None, verify_tls: bool, gpu: int | None) -> Target:
     """A target by its address. The key comes from the environment, by the variable's name."""
+    from qwen3emb_launch.bench.endpoint import checked
     from qwen3emb_launch.bench.target import Target
 
     key = os.environ.get(key_variable or DEFAULT_KEY)
@@ -31,7 +32,7 @@ def endpoint(url: str, model: str | None, key_variable: str | None, verify_tls: 
         raise InvalidInputError(
             "no_api_key", f"the environment variable {key_variable} is empty", f"export {key_variable}=…"
         )
-    name = urlsplit(url).netloc.rpartition("@")[2] or url
+    name = checked(url).netloc.rpartition("@")[2]
     index = gpu if gpu is not None else _only_gpu(url)
     return Target(
         name=name, url=url, model=model, api_key=key, verify_tls=verify_tls, gpu=index, facts=_gpu_facts(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen3emb_launch.bench import report
 from qwen3emb_launch.bench.load import Batch
@@ -111,15 +111,7 @@ def show(console: Console, record: Record) -> None:
             console.table(head, rows)
     for line in (*report.knee_lines(record), *report.slo_lines(record)):
         console.text(line)
-    for kind, detail in _details(record).items():
-        console.say(f"first {kind}: {detail}")
+    for line in report.failure_lines(record):
+        console.say(line)
     for warning in record.warnings:
         console.warn(warning)
-
-
-def _details(record: Record) -> dict[str, Any]:
-    """The first message of each kind of failure."""
-    found: dict[str, Any] = {}
-    for run in record.runs:
-        found = {**run.figures.details, **found}
-    return found

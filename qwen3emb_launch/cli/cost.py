@@ -12,7 +12,7 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError
 
 if TYPE_CHECKING:
-    from qwen3emb_launch.bench.record import Record, Row
+    from qwen3emb_launch.bench.record import Row
     from qwen3emb_launch.console import Console
     from qwen3emb_launch.cost import Capacity, Cost, IndexSize, Offer
     from qwen3emb_launch.statistics import Slo
@@ -92,7 +92,7 @@ def cost(
         if prices and not prices.is_file():
             raise InvalidInputError("bad_prices", f"no file {prices}", f"take {own.shipped_prices()} as a model")
         measured = _measured(bench, objective) if bench else None
-        per_call = tokens_per_call or (measured.tokens_per_call if measured else None)
+        per_call = measured.tokens_per_call if measured and tokens_per_call is None else tokens_per_call
         answer = own.cost(
             own.Costs(
                 currency=code,
@@ -144,36 +144,35 @@ def _measured(path: Path, objective: Slo | None) -> Measured:
     if not rows:
         raise InvalidInputError("bad_record", f"{path} has no right answer to count", "measure again: qwen3emb bench")
     if objective:
-        rows = _meeting(path, record, rows, objective)
+        rows = _meeting(path, rows, objective)
     best = max(rows, key=lambda r: r.figures.requests_per_s)
     figures = best.figures
     tokens = figures.tokens_per_s / figures.requests_per_s if figures.tokens_per_s and figures.requests_per_s else None
     return Measured(
         calls_per_s=figures.requests_per_s,
         tokens_per_call=tokens,
-        texts_per_call=float(record.load.get("batch") or 1),
+        texts_per_call=round(figures.texts_per_s / figures.requests_per_s),  # the seed's rows have batches of their own
         watts=figures.gpu.watts if figures.gpu else None,
         what=f"{path}: {best.phase} at {best.level:g}, {record.created}",
     )
 
 
-def _meeting(path: Path, record: Record, rows: list[Row], objective: Slo) -> list[Row]:
+def _meeting(path: Path, rows: list[Row], objective: Slo) -> list[Row]:
     """The rows within the objective. Raises CheckFailedError (`slo_missed`) that says the nearest."""
     from qwen3emb_launch.bench.histogram import LatencyHistogram
     from qwen3emb_launch.bench.modes import nearest_miss
 
-    kept = []
-    for row in rows:
+    def misses(row: Row) -> list[str]:
         histogram = LatencyHistogram(row.figures.histogram or None)
         seen = {p: v for p in objective.limits if (v := histogram.at(p)) is not None}
-        if not objective.misses(seen, row.figures.error_rate):
-            kept.append(row)
+        return objective.misses(seen, row.figures.error_rate)
+
+    kept = [row for row in rows if not misses(row)]
     if not kept:
-        near = nearest_miss(record.runs, objective)
+        near = nearest_miss(rows, objective)
         raise CheckFailedError(
             "slo_missed",
-            f"no load of {path} meets {objective}; nearest: {near.phase} at {near.level:g}, "
-            f"p95 {near.figures.latency.p95 or float('nan'):.4g} ms",
+            f"no load of {path} meets {objective}; nearest: {near.phase} at {near.level:g}, {', '.join(misses(near))}",
             "qwen3emb bench --sweep auto with lower loads",
         )
     return kept
@@ -187,7 +186,7 @@ def _show(console: Console, report: CostReport) -> None:
 
     answer, code = report.cost, report.cost.currency
     if report.measured:
-        console.text(f"measured: {report.measured.what}: {report.measured.calls_per_s:.4g} calls/s")
+        console.text(f"measured: {report.measured.what}: {plain_number(report.measured.calls_per_s, 4)} calls/s")
 
     def value(amount: float, unit: str) -> str:
         head, slash, rest = unit.partition("/")
@@ -214,7 +213,8 @@ def _show(console: Console, report: CostReport) -> None:
         need = report.capacity
         console.text("")
         console.text(
-            f"{need.calls_per_day:,.0f} calls a day, peak {need.peak_rate:.4g}/s, {need.per_gpu:.4g}/s a GPU: "
+            f"{need.calls_per_day:,.0f} calls a day, peak {plain_number(need.peak_rate, 4)}/s, "
+            f"{plain_number(need.per_gpu, 4)}/s a GPU: "
             f"{need.gpus} GPU{'s' if need.gpus > 1 else ''}, {need.headroom:.0%} left at the peak"
         )
     if report.storage:

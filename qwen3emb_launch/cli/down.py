@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -21,7 +22,12 @@ def register(app: typer.Typer) -> None:
 
 def down(
     name: Annotated[
-        str | None, typer.Argument(help="The instance. Default: the only one that runs.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The instance. Default: the only one that runs.",
+            show_default=False,
+            autocompletion=completion.instances,
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every instance that runs.")] = False,
     timeout: Annotated[

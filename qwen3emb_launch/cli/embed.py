@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def embed(
         str | None,
         typer.Option(help="query, document, another task's name, or an instruction in English. Default: document."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The instance. Default: the only one that runs.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The instance. Default: the only one that runs.", autocompletion=completion.instances),
+    ] = None,
     base_url: Annotated[str | None, typer.Option(help="Another OpenAI-compatible address, ending in /v1.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name there. Default: the one it serves.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=2048, help="Texts of one request.")] = 32,

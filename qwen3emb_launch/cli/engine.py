@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -30,7 +31,12 @@ FlavourArgument = Annotated[
     ),
 ]
 NameArgument = Annotated[
-    str | None, typer.Argument(help="The environment. Default: the one a launch would take.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="The environment. Default: the one a launch would take.",
+        show_default=False,
+        autocompletion=completion.engines,
+    ),
 ]
 
 
@@ -111,7 +117,9 @@ def check(
 
 
 def remove(
-    name: Annotated[str, typer.Argument(help="The environment.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="The environment.", show_default=False, autocompletion=completion.engines)
+    ],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     json: JsonOption = False,
 ) -> None:

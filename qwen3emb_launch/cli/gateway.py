@@ -47,7 +47,7 @@ def gateway(
         int | None, typer.Option(help="Default: the engine's own word, else the model's.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Table of tasks (YAML), read again when it changes.")] = None,
-    api_keys: Annotated[str | None, typer.Option(help="File: [NAME] KEY [rpm=N] [tpm=N] [admin] a line.")] = None,
+    api_keys: Annotated[str | None, typer.Option(help="File: [NAME] KEY \\[rpm=N] \\[tpm=N] \\[admin] a line.")] = None,
     insecure: Annotated[
         bool | None, typer.Option("--insecure", help="Serve others without API keys.", show_default=False)
     ] = None,

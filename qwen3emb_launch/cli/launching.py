@@ -82,8 +82,11 @@ def choose(options: LaunchOptions, console: Console) -> Chosen:
     """The named profile, or the one that matches the GPU found. Raises UnfitError `no_gpu`, InvalidInputError."""
     from qwen3emb_launch import gpu, planning, profile_files
     from qwen3emb_launch.engine_process.ports import check_host, check_range
+    from qwen3emb_launch.hub.names import parse
     from qwen3emb_launch.state import check_name
 
+    if options.model is not None:
+        parse(options.model)
     if options.port is not None:
         check_range(options.port)
     if options.host is not None:
@@ -118,30 +121,43 @@ def _card(profile: Profile) -> GpuFacts:
 
 
 def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> LaunchPlan:
-    """The launch plan; what is missing is installed and downloaded, unless `offline`."""
-    from qwen3emb_launch import planning
+    """The launch plan; what is missing is installed and downloaded, unless `offline`.
+
+    What is known of engine and model before they are here is planned first: gigabytes are not fetched for what would be
+    refused with them.
+    """
+    from qwen3emb_launch import hub, planning
     from qwen3emb_launch.engine_process.ports import private_port
     from qwen3emb_launch.up.room import available_memory
 
-    overrides = planning.read_overrides(list(options.settings))
-    engine = _engine(options, chosen, console)
-    model = _model(options, chosen, console)
-    plan = planning.plan(
-        planning.PlanRequest(
-            profile=chosen.profile,
-            model=model,
-            engine=engine,
-            gpu=chosen.gpu,
-            overrides=overrides,
-            environ=dict(os.environ),
-            name=chosen.name,
-            host=options.host,
-            port=options.port,
-            engine_port=private_port("127.0.0.1"),
-            ram_bytes=None if chosen.gpu else available_memory(),
-            gateway_workers=chosen.gateway_workers(options),
+    def planned(engine: EngineFacts, model: ModelFacts) -> LaunchPlan:
+        return planning.plan(
+            planning.PlanRequest(
+                profile=chosen.profile,
+                model=model,
+                engine=engine,
+                gpu=chosen.gpu,
+                overrides=overrides,
+                environ=dict(os.environ),
+                name=chosen.name,
+                host=options.host,
+                port=options.port,
+                engine_port=private_port("127.0.0.1"),
+                ram_bytes=None if chosen.gpu else available_memory(),
+                gateway_workers=chosen.gateway_workers(options),
+            )
         )
-    )
+
+    overrides = planning.read_overrides(list(options.settings))
+    wanted = chosen.profile.model if options.model is None else options.model
+    engine, model = _engine_here(options, chosen), hub.local(wanted)
+    if not (engine and model):
+        from qwen3emb_launch.explain import published, to_be_installed
+
+        expected = model or published(wanted)
+        if expected:
+            planned(engine or to_be_installed(chosen.profile.engine.flavour), expected)
+    plan = planned(engine or _install(chosen, console), model or _fetch(wanted, options, console))
     for warning in plan.warnings:
         console.warn(warning)
     return with_gateway(plan)
@@ -224,23 +240,29 @@ def _vectors_of(plan: LaunchPlan) -> str:
     return " ".join(map(str, parts))
 
 
-def _engine(options: LaunchOptions, chosen: Chosen, console: Console) -> EngineFacts:
+def _engine_here(options: LaunchOptions, chosen: Chosen) -> EngineFacts | None:
+    """The engine environment to launch; None where there is none yet and one may be installed."""
     from qwen3emb_launch import engines
 
-    flavour = chosen.profile.engine.flavour
     try:
-        return engines.find(flavour, options.engine)
+        return engines.find(chosen.profile.engine.flavour, options.engine)
     except UnfitError as error:
         if error.code != "engine_missing" or options.engine or options.offline:
             raise
+    return None
+
+
+def _install(chosen: Chosen, console: Console) -> EngineFacts:
+    from qwen3emb_launch import engines
+
+    flavour = chosen.profile.engine.flavour
     console.say(f"no {flavour} engine environment yet: installing one (once)")
     with console.progress("engine") as progress:
         return engines.install(flavour, progress=progress).facts
 
 
-def _model(options: LaunchOptions, chosen: Chosen, console: Console) -> ModelFacts:
+def _fetch(wanted: str, options: LaunchOptions, console: Console) -> ModelFacts:
     from qwen3emb_launch import hub
 
     with console.progress("model") as progress:
-        wanted = chosen.profile.model if options.model is None else options.model
         return hub.resolve(wanted, allow_download=not options.offline, progress=progress)

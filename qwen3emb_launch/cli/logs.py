@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ def register(app: typer.Typer) -> None:
 
 def logs(
     name: Annotated[
-        str | None, typer.Argument(help="The instance. Default: the only one that runs.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The instance. Default: the only one that runs, or the last that did.",
+            show_default=False,
+            autocompletion=completion.instances,
+        ),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the instance ends or Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("-n", "--lines", min=0, help="How many of the last lines.")] = 100,
@@ -49,7 +55,7 @@ def logs(
             raise InvalidInputError("usage", "--follow never ends, --json is one envelope", "leave one of them out")
         if events and part:
             raise InvalidInputError("usage", "--events are the whole instance's", "leave --part out")
-        instance = state.find(name)
+        instance = state.find(name, or_last=True)
         path = _path(instance.name, events, part)
         if path is None:
             raise InvalidInputError(

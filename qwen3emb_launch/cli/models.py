@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.download import RevisionOption
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
     from qwen3emb_launch.hub import ModelRow, RemoveResult, VerifyResult
 
-ModelArgument = Annotated[str, typer.Argument(help="0.6b, 4b, 8b, demo, a hub id (owner/name) or a folder.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(help="0.6b, 4b, 8b, demo, a hub id (owner/name) or a folder.", autocompletion=completion.models),
+]
 _LENGTHS = (512, 2048, 8192)  # tokens, for the arithmetic shown
 
 

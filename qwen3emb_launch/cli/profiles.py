@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
     from qwen3emb_launch.profile_files import ProfileFile
 
 NameArgument = Annotated[
-    str, typer.Argument(help="A profile (h100), one of its variants (rtx4090:lean), or a file.", show_default=False)
+    str,
+    typer.Argument(
+        help="A profile (h100), one of its variants (rtx4090:lean), or a file.",
+        show_default=False,
+        autocompletion=completion.profiles,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ def register(app: typer.Typer) -> None:
 
 def restart(
     name: Annotated[
-        str | None, typer.Argument(help="The instance. Default: the only one that runs.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="The instance. Default: the only one that runs.",
+            show_default=False,
+            autocompletion=completion.instances,
+        ),
     ] = None,
     beside: Annotated[
         bool, typer.Option("--beside", help="Only while the old engine serves on; refused where memory is short.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
@@ -68,7 +69,12 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    name: Annotated[str | None, typer.Argument(help="One instance. Default: all of them.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            help="One instance. Default: all of them.", show_default=False, autocompletion=completion.instances
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show the instances: state, model, address, uptime, restarts, pid. Exit 0 also when none runs.

@@ -18,7 +18,7 @@ from typing import Any
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.up_view import UpView
-from qwen3emb_launch.console import Console
+from qwen3emb_launch.console import Console, escape_what_the_locale_lacks
 from qwen3emb_launch.engine_process.ports import let_go
 from qwen3emb_launch.errors import Exit, InterruptedByUser, LaunchError
 from qwen3emb_launch.facts import LaunchPlan
@@ -45,6 +45,7 @@ def main() -> int:
     parser.add_argument("--behind", action="store_true")
     parser.add_argument("--no-verify", action="store_true")
     options = parser.parse_args()
+    escape_what_the_locale_lacks()
     console = Console("up", options.json)
     view = UpView(console, behind=options.behind)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from contextlib import ExitStack
 from pathlib import Path
@@ -202,11 +201,12 @@ def _journal(target: Path, out: Path | None) -> Path:
 def _space(
     file: Path | None, plan: Any, objective: Objective, clients: float, given: tuple[str, ...], may_change: bool
 ) -> Space:
+    from qwen3emb_launch.gateway.host import usable_cores
     from qwen3emb_launch.tune.space import View, derive, read_space
 
     if file:
         return read_space(file, given)
-    view = View(plan, objective.texts_per_request, clients, os.cpu_count() or 1)
+    view = View(plan, objective.texts_per_request, clients, usable_cores())
     return derive(view, objective.goal, given=given, vectors_may_change=may_change)
 
 

@@ -293,7 +293,7 @@ class Served:
             kinds = ", ".join(f"{kind} {count}" for kind, count in figures.failed.items())
             found.append(f"errors {figures.error_rate:.2%} ({kinds})")
         # What really arrived, not the rate asked for: in a few seconds Poisson arrivals are off by more than that.
-        arrived = (figures.requests + sum(figures.failed.values())) / figures.seconds
+        arrived = figures.arrived_per_s
         if self.engines.open_loop and figures.requests_per_s < ANSWERED * arrived:
             found.append(f"{figures.requests_per_s:.4g} of {arrived:.4g} requests/s answered in time")
         return tuple(found)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qwen3emb_launch.tune.machine import Listener
 from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows, set_aside
+from qwen3emb_launch.tune.space import in_order
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,7 +63,7 @@ def show(console: Console, outcome: Outcome, objective: Objective) -> None:
     console.text("* is on the front: none is better in one of texts/s, p95 and memory without being worse in another.")
     for line in set_aside(outcome.trials):
         console.text(f"Not tried: {line}.")
-    console.text(outcome.sentence[0].upper() + outcome.sentence[1:] + ".")
+    console.text(f"Result: {outcome.sentence}.")
     if outcome.nearest:
         near = outcome.nearest
         console.text(f"Nearest to the objective: {near['label']} at {near['level']:g}: {', '.join(near['misses'])}.")
@@ -83,7 +84,7 @@ def show_space(console: Console, space: Space, refused: dict[str, str]) -> None:
     """What would be tried, in order, and what not."""
     console.table(
         ("setting", "value", "why it is tried", "refused"),
-        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f in space.factors for v in f.values],
+        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f, v in in_order(space.factors)],
     )
     for key, why in space.left_out.items():
         console.say(f"left out: {key}: {why}")

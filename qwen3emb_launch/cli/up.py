@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen3emb_launch.cli import completion
 from qwen3emb_launch.cli.launching import LaunchOptions, check_front, choose, make_plan
 from qwen3emb_launch.cli.shell import JsonOption, shell
 
@@ -27,10 +29,21 @@ def register(app: typer.Typer) -> None:
 def up(
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="0.6b, 4b, 8b, demo, a hub id or a folder. Default: the profile's."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="0.6b, 4b, 8b, demo, a hub id or a folder. Default: the profile's.",
+            autocompletion=completion.models,
+        ),
     ] = None,
     profile: Annotated[
-        str | None, typer.Option("--profile", "-p", help="A profile's name or file. Default: the one for this GPU.")
+        str | None,
+        typer.Option(
+            "--profile",
+            "-p",
+            help="A profile's name or file. Default: the one for this GPU.",
+            autocompletion=completion.profiles,
+        ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="The instance's name. Default: the profile's.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. Default: this machine only.")] = None,
@@ -42,14 +55,17 @@ def up(
         bool, typer.Option("--no-gateway", help="The bare engine: no cache, no keys, no requests held over restarts.")
     ] = False,
     api_keys: Annotated[
-        str | None, typer.Option(help="File of those who may call: [NAME] KEY [rpm=N] [tpm=N] [admin] a line.")
+        str | None, typer.Option(help="File of those who may call: [NAME] KEY \\[rpm=N] \\[tpm=N] \\[admin] a line.")
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Serve other machines without API keys.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; may be repeated.")
     ] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Call it ready without the smoke test.")] = False,
-    engine: Annotated[str | None, typer.Option(help="An engine environment by name: `qwen3emb engine list`.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="An engine environment by name: `qwen3emb engine list`.", autocompletion=completion.engines),
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Install and download nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -72,6 +88,7 @@ def up(
             console.result(_dry(plan), lambda c: _show_dry(c, plan))
             return
         claim = _claim_and_plan(options, console)
+        _warn_of_proxies(console)
         flags = ["--json"] * json + ["--no-verify"] * no_verify
         if detach:
             _detach(claim, flags, console)
@@ -94,6 +111,17 @@ def _claim_and_plan(options: LaunchOptions, console: Console) -> Claim:
     plan = make_plan(options, chosen, console)
     state.write_private(claim.plan, plan_text(plan))
     return claim
+
+
+def _warn_of_proxies(console: Console) -> None:
+    """What is pasted from the snippet, in the shell that has these variables, would not reach the endpoint."""
+    if not {"HTTP_PROXY", "ALL_PROXY"} & {name.upper() for name, value in os.environ.items() if value}:
+        return
+    from qwen3emb_launch.doctor.network import proxy
+
+    check = proxy(os.environ)
+    if check.mend:
+        console.warn(f"{check.says}: {check.mend}")
 
 
 def _detach(claim: Claim, flags: list[str], console: Console) -> None:

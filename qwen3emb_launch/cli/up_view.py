@@ -42,7 +42,10 @@ class UpView:
             self._hide()
             self._answered = True
             answer = serving(record)
-            self._console.result(answer, lambda console: show_serving(console, answer))
+            try:
+                self._console.result(answer, lambda console: show_serving(console, answer))
+            except LaunchError as error:  # a full disk behind stdout ends no service that works
+                self._console.warn(error.message)
             self._console.say("Ctrl-C stops it.")
             return
         elif transition.after in (State.READY, State.FAILED, State.STOPPED):

@@ -136,6 +136,8 @@ def cost(costs: Costs, load: Load) -> Cost:
         steps.append(energy)
         how = f"{energy.value:.4g} kWh x {money(costs.electricity, code)}"
         add("electricity", how, energy.value * costs.electricity)
+        if costs.idle_watts is None and utilisation is not None and utilisation < 1:
+            warnings.append(f"{costs.watts:.4g} W are counted all day, busy or not: give --idle-watts")
     elif costs.gpu_hour is None:  # rented hardware brings its power
         left_out.append("electricity (--watts and --electricity)")
     for name, monthly, flag in (
@@ -237,7 +239,7 @@ def capacity(calls_per_day: float, per_gpu: float, peak_factor: float = 1.0) -> 
     `peak_factor` is the busiest second's rate over the day's mean; 1 is a flat day. `headroom` is the share of the
     GPUs' rate left at the peak. Raises InvalidInputError (`bad_load`).
     """
-    if calls_per_day <= 0 or per_gpu <= 0 or peak_factor < 1:
+    if not (0 < calls_per_day < math.inf and 0 < per_gpu < math.inf and 1 <= peak_factor < math.inf):
         raise InvalidInputError(
             "bad_load",
             f"{calls_per_day:g} calls a day, {per_gpu:g} calls/s a GPU, peak factor {peak_factor:g}: all above 0, the "

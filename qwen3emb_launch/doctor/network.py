@@ -117,6 +117,9 @@ def reach(url: str) -> Answer:
 
 def _host(url: str) -> str:
     """Scheme and host, without user and password."""
-    parts = urlsplit(url if "://" in url else f"//{url}")
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+    except ValueError:  # `http://[::1`
+        return "something that is no address"
     host = parts.netloc.rsplit("@", 1)[-1]
     return f"{parts.scheme}://{host}" if parts.scheme else host

@@ -14,7 +14,7 @@ from qwen3emb_launch.errors import InvalidInputError, UnfitError
 HIGHEST_ENGINE_PORT = 55535  # SGLang claims port + 10000 as well
 RELEASED = 2.0  # seconds in which systemd closes a socket that it was told to drop; it does so in a thread of its own
 LOOK_EVERY = 0.02
-OTHERS = "a process of another user"
+OTHERS = "a process of another user, or a connection that ended within the last minute"
 PRIVATE_PORTS = range(12000, 20000)  # engines behind a gateway; with 10000 more they stay below 30000, our own default
 
 _Resolved = tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]
@@ -97,7 +97,7 @@ def _taken(host: str, port: int, error: OSError) -> UnfitError | InvalidInputErr
     return UnfitError(
         "port_in_use",
         f"port {port} is in use by {who}",
-        f"{stop}, or: qwen3emb up --port {free_port(host, port + 1)}",
+        f"{stop}, or: qwen3emb up --port {free_port(host, port + 1 if port < HIGHEST_ENGINE_PORT else 30000)}",
         {"port": port, "pid": pid, "process": name, "instance": instance},
     )
 

@@ -26,7 +26,7 @@ def build_plugin_wheel(out_dir: Path) -> Path:
     Raises UnfitError `plugin_missing` where the sources are not there, `folder_unwritable` where `out_dir` is not.
     """
     source = _source()
-    project: Mapping[str, Any] = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = _project(source)
     version = str(project["version"])
     info = f"{PACKAGE}-{version}.dist-info"
     files = {
@@ -52,6 +52,16 @@ def build_plugin_wheel(out_dir: Path) -> Path:
             "folder_unwritable", f"cannot write {wheel}: {error.strerror}", f"check the folder: ls -ld {out_dir}"
         ) from error
     return wheel
+
+
+def version() -> str:
+    """The plugin's version. Raises UnfitError `plugin_missing`."""
+    return str(_project(_source())["version"])
+
+
+def _project(source: Path) -> Mapping[str, Any]:
+    project: Mapping[str, Any] = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project
 
 
 def _source() -> Path:

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakSet
 
 import httptools
 import orjson
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.errors import InvalidInputError
 
 CONNECT_TIMEOUT = 5.0
@@ -43,13 +43,8 @@ class Address:
     @classmethod
     def parse(cls, url: str) -> Address:
         """Raises InvalidInputError (`bad_upstream`)."""
-        parts = urlsplit(url.strip())
-        try:
-            port = parts.port
-        except ValueError:
-            port = -1
-        bad = parts.scheme not in ("http", "https") or not parts.hostname or port == -1
-        if bad or parts.query or parts.fragment or parts.username is not None:
+        parts = web_address(url)
+        if parts is None or parts.query or parts.fragment or parts.username is not None:
             raise InvalidInputError(
                 "bad_upstream",
                 f"{url!r} is no upstream: wanted http[s]://host[:port]/v1, without user, query or fragment",
@@ -58,7 +53,7 @@ class Address:
         tls = parts.scheme == "https"
         prefix = parts.path.rstrip("/") or "/v1"
         clean = f"{parts.scheme}://{parts.netloc}{prefix}"
-        return cls(clean, str(parts.hostname), port or (443 if tls else 80), prefix, tls)
+        return cls(clean, str(parts.hostname), parts.port or (443 if tls else 80), prefix, tls)
 
     @property
     def authority(self) -> str:

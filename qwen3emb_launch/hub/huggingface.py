@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.disk import disk_error
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, NetworkError
 from qwen3emb_launch.hub.listing import Listing, RemoteFile
@@ -39,8 +40,7 @@ def endpoint() -> str:
 
 def check_endpoint() -> None:
     """Raise InvalidInputError `bad_endpoint` when HF_ENDPOINT is no address: it would be asked, and waited for."""
-    parts = urlsplit(endpoint())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if web_address(endpoint()) is None:
         raise InvalidInputError(
             "bad_endpoint",
             f"HF_ENDPOINT is no web address: {endpoint().rsplit('@', 1)[-1]!r}",
@@ -249,14 +249,14 @@ def translate(error: Exception, repo: str, revision: str) -> LaunchError:
         return NetworkError(
             "hub_unreachable",
             f"{host()} cannot be reached: {type(error).__name__} {error}".strip(),
-            "check the network and proxy, set HF_ENDPOINT to a mirror, or use --source modelscope",
+            f"check the network and proxy, set HF_ENDPOINT to a mirror, or: {_elsewhere(repo)}",
         )
     if isinstance(error, OSError):
         return disk_error(error, cache())
     return NetworkError(
         "hub_garbled",
         f"{host()} answered about {repo} in a way that is not understood: {type(error).__name__} {error}",
-        "is HF_ENDPOINT a Hugging Face hub or a mirror of one? Else try --source modelscope",
+        f"is HF_ENDPOINT a Hugging Face hub or a mirror of one? Else: {_elsewhere(repo)}",
     )
 
 
@@ -265,6 +265,11 @@ def offline_error(repo: str) -> NetworkError:
     return NetworkError(
         "hub_offline", f"{repo} is not complete on disk and HF_HUB_OFFLINE forbids fetching it", "unset HF_HUB_OFFLINE"
     )
+
+
+def _elsewhere(repo: str) -> str:
+    """`up` has no choice of hubs: what was downloaded is what it finds."""
+    return f"qwen3emb download {repo} --source modelscope"
 
 
 def _refused(error: Any, repo: str, revision: str) -> LaunchError:
@@ -300,7 +305,7 @@ def _refused(error: Any, repo: str, revision: str) -> LaunchError:
         return NetworkError("hub_busy", f"{host()} answered 429: too many requests", "wait a minute, or set HF_TOKEN")
     if status >= 500:
         return NetworkError(
-            "hub_unavailable", f"{host()} answered {status} for {repo}", "try later, or use --source modelscope"
+            "hub_unavailable", f"{host()} answered {status} for {repo}", f"try later, or: {_elsewhere(repo)}"
         )
     return NetworkError("hub_refused", f"{host()} answered {status} for {repo}", f"look at {page}")
 

@@ -145,7 +145,7 @@ def remove(name: ModelName, revision: str | None) -> RemoveResult:
     if name.kind == "demo":
         folder = ondisk.demo_folder()
         if not folder.is_dir():
-            raise missing(name, revision)
+            raise _nothing(name, revision)
         return RemoveResult(DEMO, (folder,), _delete(folder))
     known = [r for r in ondisk.downloads() if r.repo == name.repo]
     chosen = [r for r in known if r.named(revision)]
@@ -154,7 +154,7 @@ def remove(name: ModelName, revision: str | None) -> RemoveResult:
         freed += huggingface.remove_unfinished(name.repo)
         freed += modelscope.remove_unfinished(name.repo, [r.folder for r in known])
     if not chosen and not freed:
-        raise missing(name, revision)
+        raise _nothing(name, revision)
     for record in chosen:
         if record.source == huggingface.SOURCE:
             freed += huggingface.remove(record.repo, record.pin)
@@ -173,6 +173,12 @@ def missing(name: ModelName, revision: str | None = None) -> UnfitError:
         f"{name.given} is not complete on this machine{at}",
         "qwen3emb up --profile demo" if name.kind == "demo" else f"qwen3emb download {name.short}{again}",
     )
+
+
+def _nothing(name: ModelName, revision: str | None) -> UnfitError:
+    error = missing(name, revision)
+    error.hint = "qwen3emb models list shows what can be removed"
+    return error
 
 
 def _row(key: str, record: Record) -> ModelRow:

@@ -34,7 +34,7 @@ class ModelName:
 def parse(given: str) -> ModelName:
     """Catalog names win over folders of the same name, folders over other hub ids (as everywhere around the hub).
 
-    Raises InvalidInputError: `unknown_model`, or `not_a_model` for a path where there is no folder.
+    Raises InvalidInputError: `unknown_model`, `not_a_model` for a path where there is no folder, or `not_utf8`.
     """
     name = given.strip()
     if name == DEMO:
@@ -44,6 +44,10 @@ def parse(given: str) -> ModelName:
         return ModelName(given, "repo", repo=known.hub_id, model=known)
     path = Path(name).expanduser()
     if name and path.is_dir():
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path.absolute())):
+            raise InvalidInputError(
+                "not_utf8", f"{given!a} is no UTF-8 name, as state, logs and requests need", "rename the folder"
+            )
         return ModelName(given, "folder", folder=path.absolute())
     if name.startswith(_PATH_STARTS):
         what = "is a file, not a folder" if path.exists() else "does not exist"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -107,7 +110,9 @@ def _check_surroundings(request: PlanRequest) -> None:
         raise UnfitError(
             "engine_version",
             f"profile {profile.name} is for sglang {profile.engine.versions}, and {engine.name} has {engine.version}",
-            f"qwen3emb engine install {profile.engine.flavour}",
+            "qwen3emb engine install cuda --version VERSION, then up --engine cuda-VERSION"
+            if wanted == "cuda"
+            else "there is one cpu release: change the profile's engine.versions",
         )
     if engine.flavour != "cuda":
         return
@@ -203,7 +208,7 @@ def _alternatives(request: PlanRequest) -> Iterator[str]:
                 overrides = {**request.overrides, **short}
                 if _fits(replace(request, profile=profile, model=model, overrides=overrides)):
                     words = "".join(f" --set {k}={v}" for k, v in short.items())
-                    yield f"qwen3emb up --profile {name} --model {key}{words}"
+                    yield f"qwen3emb up --profile {name} --model {shlex.quote(key)}{words}"
 
 
 def _variants(profile: Profile) -> list[tuple[str, Profile]]:
@@ -230,8 +235,16 @@ def catalog_facts(key: str, path: str | None = None) -> ModelFacts:
 
 
 def _served_name(model: ModelFacts) -> str:
+    """A folder goes by its own name: where it lies is nothing that clients should see, or call it by."""
     known = CATALOG.get(model.catalog_key or "")
-    return known.hub_id if known else model.name
+    if known:
+        return known.hub_id
+    if model.source != "folder":
+        return model.name
+    folder = Path(os.path.normpath(model.path))
+    cached = folder.parent.name == "snapshots" and re.fullmatch(r"models--(.+?)--(.+)", folder.parent.parent.name)
+    name = "/".join(cached.groups()) if cached else folder.name
+    return name.replace(":", "-") or model.name  # a colon separates the gateway's tasks from it
 
 
 def _address(ledger: Ledger, request: PlanRequest) -> tuple[str, int, str]:

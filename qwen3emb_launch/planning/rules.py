@@ -18,14 +18,17 @@ CARD_CONTEXT = 32768  # the model cards' own limit; the 4B's and 8B's config.jso
 PREFILL_TOKENS = 16384  # of one batch on a GPU: beyond it a bigger batch is no faster
 CPU_PREFILL_TOKENS = 4096
 RUNNING = 512  # requests of one batch; the engine's own 2048 to 4096 cost up to 0.5 GB of table at 32K
-# Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there; above
-# some 2,000 the GPU's work outlasts the CPU's launching of kernels and a graph gains little. The steps are what 2 to 64
-# queries of 32 tokens and their end token come to, rounded up: clients that wait fill such batches. From
-# 0.5.16 on SGLang runs a batch without a graph rather than pad it to more than GRAPH_PADDING times its tokens.
+# Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there.
+# Without a graph the CPU launches kernels for some 50 ms, whatever the size: longer than a GPU computes 4,000 tokens in
+# bfloat16, or 6,000 in fp8. The steps are what 2 to 128 queries of 32 tokens and their end token come to, rounded up:
+# clients that wait fill such batches. From 0.5.16 on SGLang runs a batch without a graph rather than pad it to more
+# than GRAPH_PADDING times its tokens.
 GRAPH_PADDING = 2
-GRAPH_SIZES = (4, 8, 16, 34, 68, 132, 264, 396, 528, 792, 1056, 1584, 2112)
+GRAPH_SIZES = (4, 8, 16, 34, 68, 132, 264, 396, 528, 792, 1056, 1584, 2112, 3168, 4224)
 # A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay.
-FULL_GRAPH_SIZES = (4, 8, 16, 24, 36, 48, 68, 100, 132, 200, 264, 396, 528, 792, 1056, 1320, 1584, 1848, 2112)
+FULL_GRAPH_SIZES = (
+    4, 8, 16, 24, 36, 48, 68, 100, 132, 200, 264, 396, 528, 792, 1056, 1320, 1584, 1848, 2112, 2640, 3168, 3696, 4224,
+)  # fmt: skip
 FULL_GRAPH_REQUESTS = 129  # 128 texts and the padding
 # Releases on which the plugin's `full` graphs, from 16 tokens on, were run on a GPU and their vectors compared.
 FULL_GRAPHS_PROVEN = ("0.5.16",)
@@ -188,6 +191,7 @@ def batching(around: Surroundings, ledger: Ledger) -> None:
     """How much one forward pass takes."""
     tokens = PREFILL_TOKENS if around.cuda else CPU_PREFILL_TOKENS
     ledger.decide("max_prefill_tokens", tokens, "tokens of one batch; more make it no faster, only wider")
+    ledger.decide("prefill_max_requests", None, "no limit beside the tokens", origin="default")
     ledger.decide(
         "max_running_requests", RUNNING, "texts of one batch; the engine reserves a row of positions for each"
     )
@@ -211,6 +215,8 @@ def graphs(around: Surroundings, ledger: Ledger) -> None:
         if full:
             why = "the engine's own default comes from the chunk size and would be one request"
             _if_known(around, ledger, "prefill_graph_requests", FULL_GRAPH_REQUESTS, why)
+            why = "a batch of more texts than the graph has places would run without it"
+            _if_known(around, ledger, "prefill_max_requests", _texts_of_a_graph(ledger), why)
         _if_known(
             around,
             ledger,
@@ -228,6 +234,11 @@ def graphs(around: Surroundings, ledger: Ledger) -> None:
     _if_known(
         around, ledger, "decode_graphs", False, "an embedding never decodes: capturing would cost start time and memory"
     )
+
+
+def _texts_of_a_graph(ledger: Ledger) -> int | None:
+    slots = ledger.value("prefill_graph_requests")
+    return int(slots) - 1 if slots and slots > 1 else None
 
 
 def _graph_backend(around: Surroundings, ledger: Ledger) -> tuple[str, str]:

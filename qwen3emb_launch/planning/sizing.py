@@ -162,9 +162,10 @@ def _loading_bytes(around: Surroundings, ledger: Ledger) -> int:
 
 def unfit(around: Surroundings, why: str, estimate: MemoryEstimate, alternative: str | None) -> UnfitError:
     """The refusal, with what would fit instead."""
+    bigger = "use a larger GPU" if around.gpu else "take a smaller model, or fewer replicas"
     return UnfitError(
         "vram" if around.gpu else "memory",
         f"{around.model.name} does not fit: {why}",
-        f"this would fit: {alternative}" if alternative else "free some memory, or use a larger GPU",
+        f"this would fit: {alternative}" if alternative else f"free some memory, or {bigger}",
         {"terms": dict(estimate.terms), "needed": estimate.needed_bytes, "available": estimate.available_bytes},
     )

@@ -235,8 +235,8 @@ def instances() -> list[Instance]:
     return [i for i in found if i.record or i.warning or i.plan.exists()]
 
 
-def find(name: str | None = None) -> Instance:
-    """The named instance, or the only running one.
+def find(name: str | None = None, *, or_last: bool = False) -> Instance:
+    """The named instance, or the only running one; with `or_last`, where none runs, the one that was started last.
 
     Raises InvalidInputError `unknown_instance` (nearest name in the hint) or `which_instance`, UnfitError `not_running`
     when no name was given and nothing runs.
@@ -244,19 +244,23 @@ def find(name: str | None = None) -> Instance:
     if name is not None:
         found = load(name)
         if found is None:
-            known = [i.name for i in instances()]
-            guess = nearest(name, known)
+            names = [i.name for i in instances()]
+            guess = nearest(name, names)
             raise InvalidInputError(
                 "unknown_instance",
-                f"no instance {name!r}" + (f"; known: {', '.join(known)}" if known else "; there is none yet"),
+                f"no instance {name!r}" + (f"; known: {', '.join(names)}" if names else "; there is none yet"),
                 f"did you mean {guess!r}?" if guess else "qwen3emb status",
             )
         return found
-    running = [i for i in instances() if i.running]
+    known = instances()
+    running = [i for i in known if i.running]
     if len(running) > 1:
         raise InvalidInputError(
             "which_instance", f"several instances run: {', '.join(i.name for i in running)}", "name one of them"
         )
+    ended = {i.record.started_at: i for i in known if i.record} if or_last else {}
+    if not running and ended:
+        return ended[max(ended)]
     if not running:
         raise UnfitError("not_running", "no instance is running", "qwen3emb up")
     return running[0]

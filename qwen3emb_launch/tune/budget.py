@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 
 from qwen3emb_launch.tune import strategy
 from qwen3emb_launch.tune.trials import Stage, Trial
 
 SAFETY = 1.15  # on estimates of time
 STOPPING = 4.0  # seconds to end an engine
-LATEST = 3  # trials that an estimate looks at: a first start may compile kernels
+LATEST = 3  # trials that an estimate looks at
 SETTLING = 2  # loads that a finalist takes before its first round
 FEWEST_ROUNDS = 3  # of a final; fewer give no interval
 BRIEF = 0.5  # share of a final's load where there is no time for whole ones
@@ -53,9 +54,13 @@ class Budget:
             raise OutOfTimeError
 
     def start_time(self, trials: Sequence[Trial]) -> float:
-        """Seconds that a start with its proof and its end takes."""
+        """Seconds that a start with its proof and its end takes.
+
+        The middle one of the last, the less of two: one that compiled kernels, as a first start does, says nothing of
+        the next. Where that was too hopeful, the deadline of each start and load still holds.
+        """
         spent = [t.seconds - sum(m.seconds for m in t.measurements) for t in _started(trials)]
-        return max(spent, default=0.0) * SAFETY
+        return median_low(spent) * SAFETY if spent else 0.0
 
     def trial_time(self, stage: Stage, trials: Sequence[Trial]) -> float:
         """Seconds that one more trial takes."""

@@ -102,5 +102,5 @@ def _simplest_of_equals(
 def words(found: Ratio) -> str:
     """`1.21 (95%: 1.15 to 1.27)` times; without an interval that is said."""
     if found.low is None or found.high is None:
-        return f"{found.value:.3g} ({found.pairs} rounds: no interval)"
+        return f"{found.value:.3g} ({found.pairs} round{'s' * (found.pairs != 1)}: no interval)"
     return f"{found.value:.3g} (95%: {found.low:.3g} to {found.high:.3g})"

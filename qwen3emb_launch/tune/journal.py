@@ -125,15 +125,14 @@ class Journal:
             raise self._bad(f"schema {header['schema']} is newer than {SCHEMA}")
         if identity is None:
             return
-        kept, wanted = header.get("identity", {}), plain(identity)
-        differ = [key for key in dict.fromkeys([*kept, *wanted]) if kept.get(key) != wanted.get(key)]
+        differ = _differences(header.get("identity", {}), plain(identity))
         if differ:
-            shown = "; ".join(f"{key}: {_short(kept.get(key))} then, {_short(wanted.get(key))} now" for key in differ)
+            shown = "; ".join(f"{key}: {_short(then)} then, {_short(now)} now" for key, then, now in differ)
             raise InvalidInputError(
                 "journal_mismatch",
                 f"{self.path} is of another run: {shown}",
                 "give the same options as then, or another --out",
-                {"differ": differ},
+                {"differ": [key for key, _, _ in differ]},
             )
 
     def _replay(self, events: list[dict[str, Any]]) -> None:
@@ -177,6 +176,18 @@ class Journal:
         return InvalidInputError(
             "bad_journal", f"{self.path} cannot be gone on with: {what}", f"start over: rm {self.path}"
         )
+
+
+def _differences(kept: Mapping[str, Any], wanted: Mapping[str, Any], inside: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, then, now) of what is not the same, as deep as there are keys."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys([*kept, *wanted]):
+        then, now = kept.get(key), wanted.get(key)
+        if isinstance(then, Mapping) and isinstance(now, Mapping):
+            found += _differences(then, now, f"{inside}{key}.")
+        elif then != now:
+            found.append((inside + key, then, now))
+    return found
 
 
 def _short(value: Any) -> str:

@@ -154,7 +154,7 @@ def set_aside(trials: Sequence[Trial]) -> tuple[str, ...]:
 def result(trial: Trial, shown: Measurement | None) -> str:
     """A trial's end in words."""
     if trial.status is not Status.OK:
-        return f"{trial.status}: {trial.reason}"
+        return f"{trial.status}: {trial.reason}".removesuffix(": ")
     if shown and shown.misses:
         return "misses: " + ", ".join(shown.misses)
     return trial.reason or "ok"

@@ -26,9 +26,11 @@ from qwen3emb_launch.tune.final import Final
 from qwen3emb_launch.tune.journal import Journal
 from qwen3emb_launch.tune.machine import Listener, Machine, Running, Setup
 from qwen3emb_launch.tune.objective import SEARCHED
+from qwen3emb_launch.tune.space import TEXTS_OF_A_BATCH
 from qwen3emb_launch.tune.trials import SET_ASIDE, Measurement, Moves, Proof, Stage, Status, Trial, label
 
 FINER = 1.5  # step of the search once the baseline's level is known
+HEADROOM = 2.0  # what a better setting may have in flight, over the baseline
 
 
 @dataclass
@@ -120,10 +122,26 @@ class Tuning:
         except (InvalidInputError, UnfitError) as error:
             return Trial(0, step.stage, step.moves, Status.REFUSED, error.message, error.code, at=at)
         earlier = self._commands.get(command)
-        if earlier in (None, step.moves):
-            return None
-        why = f"the same command as {label(earlier or ())}"
-        return Trial(0, step.stage, step.moves, Status.SAME, why, "same_command", at=at)
+        if earlier not in (None, step.moves):
+            why = f"the same command as {label(earlier or ())}"
+            return Trial(0, step.stage, step.moves, Status.SAME, why, "same_command", at=at)
+        unreached = self._unreached(step)
+        return Trial(0, step.stage, step.moves, Status.UNREACHED, unreached, "unreached", at=at) if unreached else None
+
+    def _unreached(self, step: strategy.Step) -> str:
+        """Why a single setting cannot matter to a load like the baseline's, or nothing."""
+        base = self.measured(BASELINE)
+        if base is None or step.stage is not Stage.MOVE:
+            return ""
+        # Of an open loop by Little's law, with the tail for its bursts.
+        requests = base.level if not self.setup.open else base.requests_per_s * (base.p99 or 0.0) / 1000
+        texts = HEADROOM * requests * base.texts_per_s / base.requests_per_s
+        most = {"texts": texts}
+        if base.tokens_per_s:
+            a_batch = next((f.present for f in self.setup.factors if f.key == TEXTS_OF_A_BATCH), None)
+            most["tokens"] = min(texts, a_batch or texts) * base.tokens_per_s / base.texts_per_s
+        found = (f.unreached(v, most) for f in self.setup.factors for v in f.values if ((f.key, v),) == step.moves)
+        return next(found, "")
 
     def _try(self, step: strategy.Step) -> Trial:
         number = 1 + max((t.number for t in self.journal.trials), default=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.facts import LaunchPlan
@@ -17,18 +17,35 @@ from qwen3emb_launch.planning.ledger import setting_keys
 from qwen3emb_launch.tune.objective import Goal
 
 LARGEST_FILE = 64 * 1024  # characters
-PAST_LARGEST_GRAPH = (2304, 2560, 3072, 4096)  # tokens; 64 texts of 33 are 2112
+Counted = Literal["texts", "tokens"]
+TEXTS_OF_A_BATCH = "prefill_max_requests"
+PAST_LARGEST_GRAPH = (5280, 6336, 8448)  # tokens; 128 texts of 33, the planner's largest, are 4224
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One setting and the values to try instead of the plan's. `gain` orders: the most promising first."""
+    """One setting and the values to try instead of the plan's. `gain` orders: the most promising first.
+
+    `limits` says of what a batch holds at most so many, and `present` how many by the baseline.
+    """
 
     key: str
     values: tuple[str, ...]
     reason: str
     gain: int = 0
     changes_vectors: bool = False
+    limits: Counted | None = None
+    present: int | None = None
+
+    def unreached(self, value: str, most: Mapping[str, float]) -> str:
+        """Why a load with so many texts and tokens at a time cannot tell the value from the baseline's, if it cannot.
+
+        A list of sizes limits by its largest.
+        """
+        if self.limits is None or self.present is None or self.limits not in most:
+            return ""
+        limit, seen = min(self.present, int(value.split()[-1])), most[self.limits]
+        return f"no batch of this load passes {limit:,} {self.limits} ({seen:,.0f} at most)" if seen <= limit else ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,15 @@ class Space:
 
     factors: tuple[Factor, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+def in_order(factors: Sequence[Factor]) -> list[tuple[Factor, str]]:
+    """Each value with its setting, the most promising first; a further value of a setting is expected to give less.
+
+    A user's own space has no expected gains and stays as it was written.
+    """
+    pairs = [(f, v, f.gain - n if f.gain else 0) for f in factors for n, v in enumerate(f.values)]
+    return [(f, v) for f, v, _ in sorted(pairs, key=lambda pair: -pair[2])]
 
 
 @dataclass(frozen=True)
@@ -74,13 +100,17 @@ def word(value: object) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One setting. `gains` by goal, 3 is much; a goal that is not there has nothing to expect of it."""
+    """One setting. `gains` by goal, 3 is much; a goal that is not there has nothing to expect of it.
+
+    `limits` as in Factor; for memory such a setting matters whether it is reached or not.
+    """
 
     key: str
     gains: Mapping[Goal, int]
     values: Callable[[View], tuple[str, ...]]
     reason: str
     changes_vectors: bool = False
+    limits: Counted | None = None
 
 
 def _sizes(view: View) -> tuple[str, ...]:
@@ -96,6 +126,14 @@ def _graph_requests(view: View) -> tuple[str, ...]:
     return (str(2 * present - 1),) if isinstance(present, int) else ()
 
 
+def _half(key: str) -> Callable[[View], tuple[str, ...]]:
+    def values(view: View) -> tuple[str, ...]:
+        present = view.value(key)
+        return (str(present // 2),) if isinstance(present, int) and present > 1 else ()
+
+    return values
+
+
 def _half_and_double(key: str, *, least: int, most: int) -> Callable[[View], tuple[str, ...]]:
     def values(view: View) -> tuple[str, ...]:
         present = view.value(key)
@@ -104,6 +142,12 @@ def _half_and_double(key: str, *, least: int, most: int) -> Callable[[View], tup
         return tuple(str(v) for v in (present * 2, present // 2) if least <= v <= most)
 
     return values
+
+
+def _workers(view: View) -> tuple[str, ...]:
+    present = view.value("gateway.workers")
+    wanted = 2 * present if isinstance(present, int) else 0
+    return (str(wanted),) if view.cuda and view.clients >= 128 and 0 < wanted <= view.cores // 2 else ()
 
 
 def _backends(view: View) -> tuple[str, ...]:
@@ -151,28 +195,39 @@ ROWS: tuple[Row, ...] = (
         "`singles` tokenises many requests of one text by one call, `lists` the texts of one request",
     ),
     Row(
-        "prefill_graph_sizes",
+        TEXTS_OF_A_BATCH,
         {T: 2, C: 2},
+        _half(TEXTS_OF_A_BATCH),
+        "smaller batches are answered sooner, and the next is made ready meanwhile; larger ones fill the GPU better",
+        limits="texts",
+    ),
+    Row(
+        "prefill_graph_sizes",
+        {T: 1, C: 1},
         _sizes,
         "batches past the largest captured size are launched kernel by kernel; more sizes cost start time and memory",
+        limits="tokens",
     ),
     Row(
         "prefill_graph_requests",
-        {T: 2, C: 2},
-        lambda v: _graph_requests(v) if v.clients > 64 or v.texts_per_request > 1 else (),
-        "a batch of more requests than the graph has slots runs without it",
+        {T: 1, C: 1},
+        _graph_requests,
+        "room for more short texts in a batch, which runs with a graph if its tokens have one",
+        limits="texts",
     ),
     Row(
         "max_prefill_tokens",
         {T: 2, M: 2, C: 2, L: 1},
         _half_and_double("max_prefill_tokens", least=1024, most=65536),
         "wider batches fill the GPU, narrower ones let a short text go sooner and hold less memory",
+        limits="tokens",
     ),
     Row(
         "max_running_requests",
         {T: 1, M: 2, C: 1},
         _half_and_double("max_running_requests", least=32, most=4096),
         "texts of one batch at most; each reserves a row of positions",
+        limits="texts",
     ),
     Row(
         "overlap_schedule",
@@ -195,7 +250,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "gateway.workers",
         {T: 1, C: 1},
-        lambda v: v.others("gateway.workers", 2) if v.cuda and v.clients >= 128 else (),
+        _workers,
         "one process of the gateway answers some thousand texts a second",
     ),
     Row(
@@ -275,8 +330,14 @@ def derive(view: View, goal: Goal, *, given: Sequence[str] = (), vectors_may_cha
         elif row.changes_vectors and not vectors_may_change:
             left_out[row.key] = "changes the vectors: --allow-vector-changes tries it"
         else:
-            factors.append(Factor(row.key, values, row.reason, gain, row.changes_vectors))
+            limits = None if goal is Goal.MEMORY else row.limits
+            present = _most(view.value(row.key)) if limits else None
+            factors.append(Factor(row.key, values, row.reason, gain, row.changes_vectors, limits, present))
     return Space(tuple(sorted(factors, key=lambda f: -f.gain)), left_out)
+
+
+def _most(value: Any) -> int | None:
+    return max(value, default=None) if isinstance(value, (tuple, list)) else value
 
 
 def read_space(path: Path, given: Sequence[str] = ()) -> Space:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwen3emb_launch.tune.objective import Objective
-from qwen3emb_launch.tune.space import Factor
+from qwen3emb_launch.tune.space import Factor, in_order
 from qwen3emb_launch.tune.trials import Measurement, Moves, Stage, Status, Trial, moves
 
 BETTER = 1.03  # a score that is not at least that much higher is taken for noise when winners are combined
@@ -35,11 +35,10 @@ def steps(factors: Sequence[Factor], trials: Sequence[Trial], objective: Objecti
     done = {t.moves for t in trials if t.status is not Status.INTERRUPTED}
     if () not in done:
         yield Step(Stage.BASELINE, ())
-    for factor in factors:
-        for value in factor.values:
-            single = moves({factor.key: value})
-            if single not in done:
-                yield Step(Stage.MOVE, single)
+    for factor, value in in_order(factors):
+        single = moves({factor.key: value})
+        if single not in done:
+            yield Step(Stage.MOVE, single)
     for together in combinations(factors, trials, objective):
         if together not in done:
             yield Step(Stage.COMBINATION, together)

@@ -30,13 +30,14 @@ class Status(StrEnum):
     OK = "ok"
     REFUSED = "refused"  # by the planner: never started
     SAME = "same"  # the same command as another trial: nothing to measure
+    UNREACHED = "unreached"  # a limit that this load does not come to: nothing to measure
     FAILED = "failed"  # did not start, ran out of memory, died under load
     WRONG = "wrong"  # its vectors did not pass `verify --level quick`
     TIMEOUT = "timeout"  # its share of the budget was over
     INTERRUPTED = "interrupted"  # by the user: no result, tried again on --resume
 
 
-SET_ASIDE = frozenset({Status.REFUSED, Status.SAME})  # without a start
+SET_ASIDE = frozenset({Status.REFUSED, Status.SAME, Status.UNREACHED})  # without a start
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Proof:
 class Trial:
     """One configuration tried. `seconds` is all the time it took, `ready_s` from its start to serving.
 
-    `number` counts what was started, from 1; 0 was set aside without a start: refused, or the same command as another.
+    `number` counts what was started, from 1; 0 was set aside without a start (SET_ASIDE).
     """
 
     number: int

@@ -28,6 +28,12 @@ from qwen3emb_launch.state import Claim, InstanceRecord, load
 LOOK_EVERY = 0.1
 ENDING = 10.0  # seconds from a supervisor's last word to its end
 MODULE = "qwen3emb_launch.cli.supervise"
+KINDS: dict[int, type[LaunchError]] = {
+    Exit.FAILED: CheckFailedError,
+    Exit.INVALID: InvalidInputError,
+    Exit.UNFIT: UnfitError,
+    Exit.NETWORK: NetworkError,
+}
 
 
 def command(claim: Claim, options: Sequence[str]) -> list[str]:
@@ -101,7 +107,7 @@ class Detached:
 
     def _died(self) -> LaunchError:
         said = last_lines(self.claim.logs / "supervisor.log", 5)
-        return EngineFailedError(
+        return KINDS.get(self.process.returncode, EngineFailedError)(
             "supervisor_died",
             f"the supervisor ended with status {self.process.returncode}: {said[-1] if said else 'it said nothing'}",
             f"see {self.log_path}",
@@ -133,13 +139,7 @@ def detach(claim: Claim, options: Sequence[str]) -> Detached:
 
 def error_from(data: Mapping[str, Any]) -> LaunchError:
     """A supervisor's error, as its record keeps it, as the error it was."""
-    kinds: dict[int, type[LaunchError]] = {
-        Exit.FAILED: CheckFailedError,
-        Exit.INVALID: InvalidInputError,
-        Exit.UNFIT: UnfitError,
-        Exit.NETWORK: NetworkError,
-    }
-    kind = kinds.get(int(data.get("exit", Exit.ENGINE)), EngineFailedError)
+    kind = KINDS.get(int(data.get("exit", Exit.ENGINE)), EngineFailedError)
     error = kind(data["code"], data["message"], data.get("hint", ""), data.get("details"))
     error.result = data.get("result")
     return error

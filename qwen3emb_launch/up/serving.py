@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass
 
 from qwen3emb_launch.state import InstanceRecord
@@ -49,15 +51,18 @@ def serving(record: InstanceRecord) -> Serving:
 def snippet(base_url: str, model: str, max_dims: int, *, needs_key: bool = False) -> str:
     """Ready to paste: the same request in Python and with curl."""
     dims = max(32, max_dims // 4)
+    name = json.dumps(model, ensure_ascii=False)
+    body = shlex.quote(f'{{"model": {name}, "input": ["Hello, world"], "dimensions": {dims}}}')
+    url = shlex.quote(f"{base_url}/embeddings")  # brackets of an IPv6 address are a pattern to zsh
     key = "YOUR_API_KEY" if needs_key else "none"
     header = " -H 'authorization: Bearer YOUR_API_KEY'" if needs_key else ""
     return f"""\
 # Python: pip install openai
 from openai import OpenAI
 client = OpenAI(base_url="{base_url}", api_key="{key}")
-answer = client.embeddings.create(model="{model}", input=["Hello, world"], dimensions={dims})
+answer = client.embeddings.create(model={name}, input=["Hello, world"], dimensions={dims})
 print(answer.data[0].embedding)
 
 # shell
-curl -s {base_url}/embeddings -H 'content-type: application/json'{header} \\
-  -d '{{"model": "{model}", "input": ["Hello, world"], "dimensions": {dims}}}'"""
+curl -s {url} -H 'content-type: application/json'{header} \\
+  -d {body}"""

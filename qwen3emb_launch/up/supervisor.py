@@ -327,8 +327,8 @@ class Supervisor:
             if not self._failed:
                 self._move(State.STOPPING, asked.by)
         gateway = self.gateway
-        if gateway and not gateway.ended:
-            self.feed(gateway, asked)
+        if gateway and not gateway.ended:  # before ready nobody is served: what waits there is the smoke test
+            self.feed(gateway, replace(asked, drain=self.record.ready_at is not None))
         for member in [*self.engines, *self.others]:
             if member.ended or (gateway and member.unit.phase is Phase.SERVING and not again and not gateway.ended):
                 continue  # the gateway's requests are still being answered

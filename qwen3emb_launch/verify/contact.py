@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
 from qwen3emb_launch.vectors import from_base64
 from qwen3emb_launch.verify.tally import LONG, Shape, Tally
@@ -90,8 +91,8 @@ def normalised_url(url: str) -> str:
     Raises InvalidInputError (`bad_url`) for what is no http(s) address.
     """
     url = url.strip().rstrip("/")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    parts = web_address(url)
+    if parts is None:
         raise InvalidInputError(
             "bad_url", f"{url!r} is no http(s) address", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
         )

@@ -49,12 +49,17 @@ def test_dims_that_the_engine_refuses_are_an_input_error(demo_endpoint, capsys) 
     assert (status, envelope["error"]["code"]) == (2, "dims_refused")
 
 
-def test_a_text_over_the_context_is_refused_before_any_load(demo_endpoint, capsys) -> None:
-    """One token more than fits is the engine's 400, named as ours."""
-    status, envelope = command(
-        capsys, "bench", "--base-url", demo_endpoint.base_url, "--tokens", str(demo_endpoint.context_length + 1)
-    )
+def test_a_text_over_the_context_is_refused_before_any_load(demo_endpoint, tmp_path, capsys) -> None:
+    """One token more than fits is the engine's 400, named as ours, with the option that helps."""
+    over = demo_endpoint.context_length + 1
+    status, envelope = command(capsys, "bench", "--base-url", demo_endpoint.base_url, "--tokens", str(over))
     assert (status, envelope["error"]["code"]) == (2, "text_refused")
+    assert "--tokens" in envelope["error"]["hint"]
+    corpus = tmp_path / "long.txt"
+    corpus.write_text("word " * over)
+    status, envelope = command(capsys, "bench", "--base-url", demo_endpoint.base_url, "--corpus", str(corpus))
+    assert (status, envelope["error"]["code"]) == (2, "text_refused")
+    assert "corpus" in envelope["error"]["hint"]
 
 
 def test_an_unknown_model_name_is_not_hidden(demo_endpoint, capsys) -> None:

@@ -297,6 +297,24 @@ def test_other_routes_are_untouched(pair: Pair) -> None:
             assert timeless(plugin.json) == timeless(stock.json), path
 
 
+def test_the_last_layer_ends_with_the_pooled_tokens(pair: Pair, engine_python: Path, demo_model: Path) -> None:
+    """Each text's vector as ever: alone, in a batch of other lengths, with fewer dims."""
+    log = pair.plugin_log.parent / "last_layer.log"
+    environ = {
+        "PYTHONPATH": str(log.parent / "site"), "OMP_NUM_THREADS": "1", "QWEN3EMB_PLUGIN_LAST_LAYER": "1",
+    }  # fmt: skip
+    texts = [f"text {i} " * (1 + 7 * i % 40) for i in range(40)]
+    engine = start_engine(engine_python, demo_model, log, "--disable-radix-cache", environ=environ)
+    with engine:
+        for body in ({"input": texts[0]}, {"input": texts}, {"input": texts[3:20], "dimensions": 64}):
+            found = call(engine.port, "POST", EMBEDDINGS, body, key=None)
+            same_but_for_rounding(found, call(pair.stock, "POST", EMBEDDINGS, body))
+    lines = log.read_text()
+    assert "the last layer ends with the pooled tokens" in lines
+    assert "stands aside" not in lines
+    assert "the last layer" not in pair.plugin_log.read_text()
+
+
 def test_clients_that_leave_are_forgotten(pair: Pair) -> None:
     """Connections closed in mid-request leave nothing running; the engine goes on answering and drains."""
     body = json.dumps({"input": [f"left {i}" for i in range(50)]}).encode()

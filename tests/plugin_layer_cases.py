@@ -1,0 +1,186 @@
+"""The plugin's own ways through a layer, on layers made to measure.
+
+Run by the engine environment's python (see test_plugin.py).
+"""
+# ruff: noqa: PT009 - unittest: the engine environment has no pytest
+
+from __future__ import annotations
+
+import unittest
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from qwen3emb_engine_plugin import gated, last_layer
+
+INNER, WIDTH = 48, 32
+
+
+class Pooled(unittest.TestCase):
+    """The last layer ends with the pooled rows in a live pass, and only there."""
+
+    def setUp(self) -> None:
+        self.products: list[tuple[int, ...]] = []
+
+        def o_proj(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+            self.products.append(tuple(x.shape))
+            return 2 * x, None
+
+        communicator = SimpleNamespace(
+            prepare_attn=lambda hidden, residual, batch: (hidden, hidden if residual is None else hidden + residual),
+            prepare_mlp=lambda hidden, residual, batch: (hidden + residual, hidden + residual),
+            postprocess_layer=lambda hidden, residual, batch: (hidden, residual),
+        )
+        attention = SimpleNamespace(
+            forward_prepare_native=lambda positions, hidden_states: (hidden_states,) * 3,
+            attn=lambda q, k, v, batch, save_kv_cache: q.cumsum(dim=0),
+            o_proj=o_proj,
+        )
+        self.layer = SimpleNamespace(
+            layer_communicator=communicator, self_attn=attention, mlp=lambda x, forward_batch: x * x, forward=None
+        )
+        self.layer.forward = self.whole
+        pooler = SimpleNamespace(forward=lambda hidden, batch: hidden[batch.extend_seq_lens.cumsum(dim=0) - 1])
+        self.model = SimpleNamespace(model=SimpleNamespace(layers=[None, self.layer]), pooler=pooler)
+        self.last = last_layer.LastLayer(self.model, fp8_layer=False)
+        self.batch = SimpleNamespace(extend_seq_lens=torch.tensor([3, 1, 4]))
+        self.rows = torch.arange(8.0 * 5).view(8, 5)
+
+    def whole(self, positions: Any, hidden: Any, batch: Any, residual: Any) -> Any:
+        communicator, attention = self.layer.layer_communicator, self.layer.self_attn
+        hidden, residual = communicator.prepare_attn(hidden, residual, batch)
+        hidden, _ = attention.o_proj(attention.attn(hidden, hidden, hidden, batch, save_kv_cache=True))
+        hidden, residual = communicator.prepare_mlp(hidden, residual, batch)
+        return self.layer.mlp(hidden, forward_batch=batch), residual
+
+    def ends_with(self, residual: Any) -> torch.Tensor:
+        """What the pooler gets to see of a pass, as SGLang adds and pools it."""
+        hidden, left = self.layer.forward(None, self.rows, self.batch, residual)
+        return self.model.pooler.forward(hidden + left, self.batch)
+
+    def test_three_texts_are_three_rows_and_the_same_vectors(self) -> None:
+        """With a residual and, as in a model of one layer, without."""
+        for residual in (None, self.rows.flip(0)):
+            expected = self.ends_with(residual)
+            self.last.live = True
+            found = self.ends_with(residual)
+            self.last.live, self.last.picked = False, None
+            self.assertTrue(torch.equal(found, expected))
+            self.assertEqual(self.products[-2:], [(8, 5), (3, 5)])
+
+    def test_a_pass_that_is_captured_keeps_all_rows(self) -> None:
+        """Not live: the graph's output has a row a token, and the pooler picks from it."""
+        self.ends_with(None)
+        self.assertEqual(self.products, [(8, 5)])
+
+    def test_another_batch_s_rows_are_picked_by_the_pooler(self) -> None:
+        """A batch that no layer has thinned is pooled as ever, whatever went before."""
+        self.last.live = True
+        self.layer.forward(None, self.rows, self.batch, None)
+        other = SimpleNamespace(extend_seq_lens=torch.tensor([2, 2]))
+        found = self.model.pooler.forward(self.rows[:4], other)
+        self.assertTrue(torch.equal(found, self.rows[[1, 3]]))
+        self.assertEqual(self.batch.extend_seq_lens.tolist(), [3, 1, 4])
+
+    def test_a_model_that_is_not_plain_is_left_alone(self) -> None:
+        """Generation, other classes, several cards, adapters, compiled graphs."""
+
+        def norm() -> Any:
+            return SimpleNamespace(variance_size_override=None, cast_x_before_out_mul=False, fp32_residual=False)
+
+        def runner(**changes: Any) -> Any:
+            arguments = {"is_embedding": True, "enable_lora": False, "backend": "full", "tp": 1, "pp": 1, "aux": False}
+            arguments |= changes
+            named = {name: type(name, (SimpleNamespace,), {}) for name in ("Qwen3ForCausalLM", "RMSNorm")}
+            norms = [named["RMSNorm"](**vars(norm())) for _ in range(3)]
+            linear = type(changes.get("linear", "RowParallelLinear"), (), {})()
+            layer = SimpleNamespace(
+                self_attn=SimpleNamespace(tp_size=arguments["tp"], o_proj=linear),
+                input_layernorm=norms[0], post_attention_layernorm=norms[1],
+            )  # fmt: skip
+            body = SimpleNamespace(layers=[layer], norm=norms[2], layers_to_capture=[])
+            model = named["Qwen3ForCausalLM"](
+                model=body, pp_group=SimpleNamespace(world_size=arguments["pp"]),
+                capture_aux_hidden_states=arguments["aux"],
+            )  # fmt: skip
+            graphs = SimpleNamespace(prefill=SimpleNamespace(backend=arguments["backend"]))
+            server = SimpleNamespace(
+                is_embedding=arguments["is_embedding"], enable_lora=arguments["enable_lora"], cuda_graph_config=graphs
+            )
+            return SimpleNamespace(model=model, server_args=server)
+
+        self.assertTrue(last_layer._plain(runner()))
+        for change in (
+            {"is_embedding": False}, {"enable_lora": True}, {"backend": "tc_piecewise"}, {"tp": 2}, {"pp": 2},
+            {"aux": True}, {"linear": "RowParallelLinearWithLoRA"},
+        ):  # fmt: skip
+            self.assertFalse(last_layer._plain(runner(**change)), change)
+
+
+class MergedColumnParallelLinear:
+    """As much of SGLang's as `gated` asks about."""
+
+    tp_size = 1
+
+    def __init__(self) -> None:
+        self.weight = torch.randn((2 * INNER, WIDTH), generator=torch.Generator().manual_seed(3)).bfloat16()
+        self.quant_method = type("UnquantizedLinearMethod", (), {})()
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return x @ self.weight.t(), None
+
+
+class SiluAndMul:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * up
+
+
+class Gated(unittest.TestCase):
+    """A product that gates is used once it has been seen to compute what the stock layer does."""
+
+    def setUp(self) -> None:
+        self.mlp = SimpleNamespace(gate_up_proj=MergedColumnParallelLinear(), act_fn=SiluAndMul())
+        self.model = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(mlp=self.mlp)]))
+
+    def quack(self, x: torch.Tensor, weight: torch.Tensor, **how: Any) -> tuple[None, torch.Tensor]:
+        """QuACK's product as its own reference computes it: in float32 until it is written."""
+        self.assertEqual(how["concat_layout"], ("B",))
+        return None, SiluAndMul()(x.float() @ weight.float()).bfloat16()
+
+    def test_one_that_is_right_is_used(self) -> None:
+        """And gives what both halves and the gating give."""
+        product = gated.Product(self.quack)
+        self.assertIsNone(product.prove(self.model))
+        self.assertTrue(product.proved)
+        x = torch.randn((5, WIDTH)).bfloat16()
+        stock = self.mlp.act_fn(self.mlp.gate_up_proj(x)[0])
+        found = product(self.mlp.gate_up_proj.weight, x)
+        self.assertGreater(torch.nn.functional.cosine_similarity(found.float(), stock.float()).min().item(), 0.9999)
+
+    def test_one_that_is_wrong_or_fails_is_not(self) -> None:
+        """Halves exchanged, no number, an error of its compiler: the reason is told."""
+        exchanged = lambda x, w, **_: (None, SiluAndMul()((x @ w).roll(INNER, dims=-1)))  # noqa: E731
+        nothing = lambda x, w, **_: (None, torch.full((len(x), INNER), float("nan")))  # noqa: E731
+        for quack, reason in ((exchanged, "something else"), (nothing, "something else"), (None, "TypeError")):
+            product = gated.Product(quack)
+            self.assertIn(reason, product.prove(self.model) or "")
+            self.assertFalse(product.proved)
+
+    def test_quantised_weights_and_several_cards_are_left_alone(self) -> None:
+        """Asked once a layer."""
+        for owner, name, value in (
+            (self.mlp.gate_up_proj, "tp_size", 2),
+            (self.mlp.gate_up_proj, "quant_method", object()),
+            (self.mlp.gate_up_proj, "weight", self.mlp.gate_up_proj.weight.float()),
+            (self.mlp, "act_fn", torch.nn.SiLU()),
+        ):
+            with mock.patch.object(owner, name, value):
+                self.assertIn("not the official", gated.Product(self.quack).prove(self.model) or "")
+            del self.mlp._qwen3emb_gated
+        self.assertIsNone(gated.Product(self.quack).prove(self.model))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
