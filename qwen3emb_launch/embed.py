@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchError, NetworkError, UnfitError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
+from qwen3emb_launch.vectors import finite
 
 if TYPE_CHECKING:
     from openai import OpenAI, OpenAIError
@@ -58,6 +59,12 @@ def base_url(url: str) -> str:
     parts = web_address(url)
     if parts is None:
         raise InvalidInputError("bad_url", f"{url!r} is no http address", "--base-url http://127.0.0.1:30000/v1")
+    if "@" in parts.netloc:
+        raise InvalidInputError(
+            "bad_url",
+            f"the address of {parts.hostname} holds a name or password, which the process list shows",
+            "give the key by --api-key-file FILE or OPENAI_API_KEY",
+        )
     url = url.strip()
     return url.rstrip("/") if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
 
@@ -121,10 +128,19 @@ class Embedder:
             )
         except OpenAIError as error:
             raise translate(error, self.url) from error
-        vectors = [item.embedding for item in sorted(answer.data, key=lambda item: item.index)]
-        if len(vectors) != len(texts):
+        items = list(answer.data)
+        if len(items) != len(texts):
             raise EngineFailedError(
-                "wrong_answer", f"{len(vectors)} vectors came back for {len(texts)} texts", "qwen3emb verify"
+                "wrong_answer", f"{len(items)} vectors came back for {len(texts)} texts", "qwen3emb verify"
+            )
+        if {repr(item.index) for item in items} != {*map(repr, range(len(items)))}:
+            raise EngineFailedError(
+                "wrong_answer", "the answer's index fields do not tell which vector is whose", "qwen3emb verify"
+            )
+        vectors = [item.embedding for item in sorted(items, key=lambda item: item.index)]
+        if not all(map(_is_vector, vectors)):
+            raise EngineFailedError(
+                "wrong_answer", "a vector came back that is not all numbers: NaN, null or text", "qwen3emb verify"
             )
         if dims is not None and any(len(vector) != dims for vector in vectors):
             raise EngineFailedError(
@@ -133,6 +149,11 @@ class Embedder:
                 "qwen3emb verify",
             )
         return vectors
+
+
+def _is_vector(value: Any) -> bool:
+    """Whether it is what a client must be able to rely on: numbers, all of them finite."""
+    return isinstance(value, list) and bool(value) and {*map(type, value)} <= {float, int} and finite(value)
 
 
 def translate(error: OpenAIError, url: str) -> LaunchError:

@@ -105,6 +105,9 @@ def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if not self.path.endswith("/embeddings"):
+                self.answer(404, {"detail": "Not Found"})
+                return
             number = engine.count()
             if behaviour.die_after and number >= behaviour.die_after:
                 os._exit(3)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import free_port
 from fake_engine import Behaviour, Engine, handler
+from small_endpoint import SmallEndpoint, serving
 
 from qwen3emb_launch import embed as embedding
 from qwen3emb_launch.cli.app import run
@@ -155,9 +157,9 @@ def test_address_forms() -> None:
     assert embedding.base_url("https://h/api/v3/") == "https://h/api/v3"
 
 
-def failure(url: str, **options: Any) -> LaunchError:
+def failure(url: str, texts: Sequence[str] = ("x",), **options: Any) -> LaunchError:
     with pytest.raises(LaunchError) as caught:
-        list(embedding.Embedder(url, model="fake", key=None, loopback=True).embed(["x"], **options))
+        list(embedding.Embedder(url, model="fake", key=None, loopback=True).embed(texts, **options))
     return caught.value
 
 
@@ -191,12 +193,47 @@ def test_ignored_dimensions_are_an_error() -> None:
     assert error.code == "dims_ignored"
 
 
+@pytest.mark.parametrize("fault", ["null", "text", "no index", "one index"])
+def test_an_answer_that_is_no_vector_is_an_error(fault: str) -> None:
+    """Nothing that a search would stumble over is printed as a vector, and no text gets another's."""
+    small = SmallEndpoint()
+    small.model["id"] = "fake"
+    right = small.embed
+
+    def wrong(body: Any) -> tuple[int, Any]:
+        status, answer = right(body)
+        last = answer["data"][-1]
+        if fault == "no index":
+            del last["index"]
+        elif fault == "one index":
+            last["index"] = 0
+        else:
+            last["embedding"] = [None if fault == "null" else "0.1", *last["embedding"][1:]]
+        return status, answer
+
+    small.embed = wrong  # type: ignore[method-assign]
+    with serving(small) as url:
+        error = failure(url, texts=["one", "two"])
+    assert isinstance(error, EngineFailedError)
+    assert error.code == "wrong_answer"
+
+
 def test_proxies_do_not_reach_loopback(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy in the environment is not used for this machine."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:9")
     (found,) = embedding.Embedder(endpoint.url, model=None, key=None, loopback=True).embed(["x"])
     assert len(found.embedding) == 64
+
+
+def test_what_is_no_key_is_refused_unseen(capsys: OUTER, endpoint: Endpoint, tmp_path: Path) -> None:
+    """A file of several lines, letters that no header carries, a password in the address: said, never shown."""
+    file = tmp_path / "key"
+    for content in ("sesame\nopen", "sésame"):
+        file.write_text(content, encoding="utf-8")
+        assert run(["embed", "x", "--base-url", endpoint.url, "--api-key-file", str(file)]) == 2
+    assert run(["embed", "x", "--base-url", endpoint.url.replace("//", "//user:sesame@")]) == 2
+    assert not re.search("s[eé]same", "".join(capsys.readouterr()))
 
 
 def test_key_from_a_file(capsys: OUTER, endpoint: Endpoint, tmp_path: Path) -> None:

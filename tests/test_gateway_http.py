@@ -129,6 +129,24 @@ def test_failed_requests_leave_nothing_for_the_garbage_collector(answers, text: 
     run(main())
 
 
+def test_what_is_to_be_refreshed_is_computed_again_and_kept() -> None:
+    """A client that wants to know the engine, not the cache, says so; the next one gets what it got."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        async with Served(engine) as served, gateway(served) as gw:
+            body = {"model": "null", "input": ["a", "b"]}
+            await gw.post(body)
+            calls = engine.calls
+            fresh = await gw.post(body, **{"x-qwen3emb-cache": "refresh"})
+            assert engine.calls > calls
+            assert fresh.headers["x-qwen3emb-cache"] == "miss"
+            assert np.array_equal(rows(fresh), [engine.vector(t) for t in "ab"])
+            assert (await gw.post(body)).headers["x-qwen3emb-cache"] == "hit"
+
+    run(main())
+
+
 def test_hits_are_counted_per_item_and_shown() -> None:
     async def main() -> None:
         engine = NullEngine(64)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -174,7 +175,8 @@ def test_a_letter_of_many_tokens_is_warned_of(endpoint: SmallEndpoint, url: str,
     def framed(body: Any) -> tuple[int, Any]:
         status, answer = right(body)
         if status == 200:
-            answer["usage"]["prompt_tokens"] += 9 * len(answer["data"])
+            for kind in ("prompt_tokens", "total_tokens"):
+                answer["usage"][kind] += 9 * len(answer["data"])
         return status, answer
 
     endpoint.embed = framed  # type: ignore[method-assign]
@@ -200,6 +202,34 @@ def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: st
     assert "less is taken than the endpoint says" in failure.cause
 
 
+def test_an_answer_of_another_model_is_a_warning_of_a_foreign_endpoint(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path
+) -> None:
+    """Hosted APIs call a model by several names: one unlike what was asked is told; `--strict` requires it."""
+    endpoint.model["id"] = "Qwen/Qwen3-Embedding-4B"
+    right, name = endpoint.embed, "qwen3-embedding-4b-2507"
+
+    def named(body: Any) -> tuple[int, Any]:
+        status, answer = right(body)
+        return status, {**answer, "model": name}
+
+    endpoint.embed = named  # type: ignore[method-assign]
+    assert report_of(url, tmp_path, "model_name").checks[-1].verdict is Verdict.PASS
+    name = "text-embedding-3-small"
+    check = report_of(url, tmp_path, "model_name").checks[-1]
+    assert check.verdict is Verdict.WARN
+    assert "another model" in check.cause
+    assert report_of(url, tmp_path, "model_name", options=Options(strict=True)).failures
+
+
+def test_a_path_is_no_other_model_where_nobody_told_it(endpoint: SmallEndpoint, url: str, tmp_path: Path) -> None:
+    """SGLang answers its model's path, which only its own information routes tell; a proxy may hide those."""
+    endpoint.model |= {"id": "embeddings", "owned_by": "sglang"}
+    right = endpoint.embed
+    endpoint.embed = lambda body: (lambda s, a: (s, {**a, "model": "/models/Q4B"}))(*right(body))  # type: ignore[method-assign]
+    assert report_of(url, tmp_path, "model_name").checks[-1].verdict is Verdict.PASS
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "code"),
     [
@@ -211,6 +241,10 @@ def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: st
         (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "int4"], 2, "bad_dtype"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "r.txt"], 2, "bad_report"),
         (["--base-url", "http://127.0.0.1:9/v1", "--report", "/no/such/folder/r.md"], 3, "unwritable"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--save-reference", "/no/such/folder/s.json"], 3, "unwritable"),
+        (["--base-url", "http://user:sesame@127.0.0.1:9/v1"], 2, "bad_url"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--api-key", "two\nlines sesame"], 2, "bad_key"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--api-key", "sésame"], 2, "bad_key"),
         (["--base-url", "http://127.0.0.1:9/v1", "--reference", "/no/such/file.json"], 2, "bad_reference"),
         (["--base-url", "http://127.0.0.1:9/v1", "--checkpoint", "/no/such/folder"], 2, "not_a_model"),
         (["--base-url", "http://127.0.0.1:9/v1", "--engine-python", "/no/such/python"], 2, "bad_python"),
@@ -223,9 +257,11 @@ def test_a_length_that_is_only_claimed_is_named(endpoint: SmallEndpoint, url: st
 def test_bad_input_is_refused_before_anything_is_asked(
     arguments: list[str], status: int, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each with its own code and exit status."""
+    """Each with its own code and exit status, and without a word of a secret."""
     assert run(["verify", *arguments, "--json"]) == status
-    assert envelope(capsys)["error"]["code"] == code
+    said = capsys.readouterr()
+    assert json.loads(said.out)["error"]["code"] == code
+    assert not re.search("s[eé]same", "".join(said))
 
 
 def test_an_unknown_check_is_named_with_the_nearest(url: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,7 +282,16 @@ def test_a_failing_endpoint_leaves_no_reference(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"schema": 2, "vectors": []}', '{"schema": 1, "vectors": [], "origin": ""}']
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"schema": 2, "vectors": []}',
+        '{"schema": 1, "vectors": [], "origin": ""}',
+        '{"schema": 1, "vectors": [{"text": "x", "vector": "AACAPw=="}], "origin": "", "dtype": "float32", "model": ""'
+        ', "fingerprint": [], "at": ""}',
+    ],
 )
 def test_what_is_no_reference_set_is_refused(content: str, tmp_path: Path) -> None:
     """Empty, foreign, newer, without vectors."""
@@ -461,6 +506,15 @@ def test_diff_judges_by_distance_and_by_what_searches_find(change: float, verdic
     found = compare_sets(as_set(0.0, "a"), as_set(change, "b"), allowed=3e-3)
     assert found.verdict == verdict, found
     assert found.may_share == (verdict != "other")
+
+
+def test_diff_of_two_lengths_never_shares() -> None:
+    """One direction is one cosine, but an index by inner product ranks the longer side first."""
+    short = as_set(0.0, "a")
+    long = ReferenceSet("b", "bfloat16", {t: tuple(7.3 * x for x in v) for t, v in short.vectors.items()})
+    found = compare_sets(short, long, allowed=3e-3)
+    assert not found.may_share
+    assert "length 1.000 and 7.300" in found.reason
 
 
 def test_diff_of_two_widths_never_shares() -> None:

@@ -3,9 +3,10 @@
     python transformers_endpoint.py MODEL_FOLDER OTHER_FOLDER    prints its port; the mode is the first part of the path
 
 Modes: right, mean, cls, no_eos, im_end, double_eos, right_padding (to the longest of the batch), right_padding_128,
-left_unmasked_128, bidirectional, second_last_layer, half (float16, right otherwise), fp8 (weights and
-activations as engines quantise them). `quantised_` before a mode computes it on OTHER_FOLDER in fp8 with float16
-between the products: another implementation than the reference script's, so its activations round apart.
+left_unmasked_128, bidirectional, second_last_layer, bos, last_two, weighted_mean, rotary_base, half (float16, right
+otherwise), fp8 (weights and activations as engines quantise them). `quantised_` before a mode computes it on
+OTHER_FOLDER in fp8 with float16 between the products: another implementation than the reference script's, so its
+activations round apart.
 """
 
 from __future__ import annotations
@@ -56,11 +57,23 @@ class Model:
             return self.states([*ids, self.tokenizer.convert_tokens_to_ids("<|im_end|>")])[-1]
         if mode == "double_eos":
             return self.states([*whole, self.eos])[-1]
+        if mode == "bos":
+            return self.states([self.eos, *whole])[-1]
+        if mode == "last_two":
+            return self.states(whole)[-2:].mean(0)
+        if mode == "weighted_mean":
+            states = self.states(whole)
+            return torch.arange(1.0, len(whole) + 1) @ states
         if mode == "half":
             return self.states(whole, model=self.half)[-1]
-        if mode in ("bidirectional", "second_last_layer"):
+        if mode in ("bidirectional", "second_last_layer", "rotary_base"):
             runner = Runner(torch, self.model, "cpu", self.eos, self.tokenizer)
-            return runner.hidden(whole, causal=False)[-1] if mode == "bidirectional" else runner.layers(whole)[-2][-1]
+            if mode == "bidirectional":
+                return runner.hidden(whole, causal=False)[-1]
+            if mode == "rotary_base":
+                with runner.rotary_base(10_000.0):
+                    return runner.hidden(whole)[-1]
+            return runner.layers(whole)[-2][-1]
         if mode == "fp8":
             return self.states(whole, model=self.fp8)[-1]
         if mode.startswith(("right_padding", "left")):

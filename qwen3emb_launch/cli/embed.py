@@ -88,12 +88,13 @@ def _embedder(
 
 
 def _key(path: Path | None) -> str | None:
+    from qwen3emb_launch.cli.verify import check_key
     from qwen3emb_launch.errors import InvalidInputError
 
     if path is None:
-        return os.environ.get("OPENAI_API_KEY")
+        return check_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return check_key(path.read_text(encoding="utf-8").strip(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("bad_key_file", f"{path}: {error}", "give a text file with one key") from error
 

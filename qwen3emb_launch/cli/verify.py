@@ -13,6 +13,7 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
+    from qwen3emb_launch.errors import CheckFailedError
     from qwen3emb_launch.verify.report import Report
     from qwen3emb_launch.verify.runner import Request
 
@@ -104,12 +105,13 @@ def verify(
     with shell("verify", json) as console:
         from dataclasses import replace
 
-        from qwen3emb_launch.errors import CheckFailedError
         from qwen3emb_launch.verify import reference as sets
         from qwen3emb_launch.verify.runner import verify as run
         from qwen3emb_launch.verify.session import Options
 
         targets = check_report_paths(report or [])
+        if save_reference:
+            check_folder(save_reference)
         options = Options(level.value, max_latency, context, strict)
         request = replace(
             target(console, name, base_url, options, api_key=read_key(console, api_key, api_key_file), timeout=timeout),
@@ -126,24 +128,32 @@ def verify(
         request = replace(request, python=python)
         with console.progress("verify") as progress:
             result, kept = run(request, progress.step)
-        write_reports(targets, result)
+        error = None if result.passed else refusal(result)
+        write_reports(targets, result, error)
         if save_reference and kept:
             sets.save(kept, save_reference)
             console.say(f"saved {len(kept.vectors)} vectors to {save_reference}")
         elif save_reference:
             console.warn(f"{save_reference} was not written: an endpoint that fails is no reference")
-        if not result.passed:
-            failed = [f"{c.title}: {c.cause or c.seen}" for c in result.failures]
-            error = CheckFailedError(
-                "verification_failed",
-                f"{len(failed)} required check{'s' * (len(failed) != 1)} failed: " + "; ".join(failed),
-                "the table above says what was expected and seen; do not index with these vectors",
-            )
-            error.result = result
+        if error:
             if not console.json:
                 show(console, result)
             raise error
         console.result(result, lambda out: show(out, result))
+
+
+def refusal(result: Report) -> CheckFailedError:
+    """The error of an endpoint that failed, with the report in it."""
+    from qwen3emb_launch.errors import CheckFailedError
+
+    failed = [f"{c.title}: {c.cause or c.seen}" for c in result.failures]
+    error = CheckFailedError(
+        "verification_failed",
+        f"{len(failed)} required check{'s' * (len(failed) != 1)} failed: " + "; ".join(failed),
+        "the table above says what was expected and seen; do not index with these vectors",
+    )
+    error.result = result
+    return error
 
 
 def target(
@@ -194,14 +204,28 @@ def read_key(console: Console, given: str | None, file: Path | None) -> str | No
         from qwen3emb_launch.errors import InvalidInputError
 
         try:
-            return file.read_text(encoding="utf-8").strip() or None
+            return check_key(file.read_text(encoding="utf-8").strip(), str(file))
         except (OSError, UnicodeDecodeError) as exc:
             raise InvalidInputError(
                 "bad_key_file", f"cannot read {file}: {exc}", "a text file with the key in it"
             ) from exc
     if given:
         console.warn("--api-key is seen in the process list; --api-key-file or OPENAI_API_KEY are not")
-    return given or os.environ.get("OPENAI_API_KEY") or None
+        return check_key(given, "--api-key")
+    return check_key(os.environ.get("OPENAI_API_KEY", ""), "OPENAI_API_KEY")
+
+
+def check_key(key: str, origin: str) -> str | None:
+    """A key as a header can carry it, None for an empty one. It is never shown."""
+    from qwen3emb_launch.errors import InvalidInputError
+
+    if all("!" <= letter <= "~" for letter in key):
+        return key or None
+    raise InvalidInputError(
+        "bad_key",
+        f"{origin} holds no API key: it has spaces, several lines or letters that no key has",
+        "one key, nothing else",
+    )
 
 
 def check_dtype(name: str | None) -> str | None:
@@ -229,18 +253,23 @@ def check_checkpoint(folder: Path) -> Path:
 
 def check_report_paths(files: list[Path]) -> list[Path]:
     """Report files by ending, refused before anything is asked."""
-    from qwen3emb_launch.errors import InvalidInputError, UnfitError
+    from qwen3emb_launch.errors import InvalidInputError
 
     for file in files:
         if file.suffix not in (".json", ".md"):
             raise InvalidInputError(
                 "bad_report", f"a report is written as .json or .md, not {file.name!r}", "--report r.md"
             )
-        if not file.absolute().parent.is_dir():
-            raise UnfitError(
-                "unwritable", f"there is no folder {file.parent} for the report", f"mkdir -p {file.parent}"
-            )
+        check_folder(file)
     return files
+
+
+def check_folder(file: Path) -> None:
+    """What is written at the end of minutes has a place to go."""
+    from qwen3emb_launch.errors import UnfitError
+
+    if not file.absolute().parent.is_dir():
+        raise UnfitError("unwritable", f"there is no folder {file.parent} for {file.name}", f"mkdir -p {file.parent}")
 
 
 def find_python(plan_python: Path | None, engine: str | None, given: Path | None) -> Path | None:
@@ -263,14 +292,15 @@ def find_python(plan_python: Path | None, engine: str | None, given: Path | None
         return None
 
 
-def write_reports(files: list[Path], result: Report) -> None:
-    """The report as JSON or Markdown, by each file's ending."""
-    from qwen3emb_launch.results import success
+def write_reports(files: list[Path], result: Report, error: CheckFailedError | None) -> None:
+    """The report as Markdown, or as JSON in the envelope that --json prints, by each file's ending."""
+    from qwen3emb_launch.results import failure, success
     from qwen3emb_launch.verify.reference import write_whole
     from qwen3emb_launch.verify.report import markdown
 
+    envelope = failure("verify", error, result) if error else success("verify", result)
     for file in files:
-        write_whole(file, markdown(result) if file.suffix == ".md" else success("verify", result) + "\n")
+        write_whole(file, markdown(result) if file.suffix == ".md" else envelope + "\n")
 
 
 def show(out: Console, result: Report) -> None:

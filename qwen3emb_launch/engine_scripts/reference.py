@@ -20,11 +20,14 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 EOS = "<|endoftext|>"
 E4M3_LARGEST = 448.0
+DEFAULT_ROTARY_BASE = 10_000.0  # what loaders take where they miss a checkpoint's own; Qwen3's is 1,000,000
 TEMPLATE = re.compile(r"\AInstruct: .*?\nQuery:", re.DOTALL)
 
 
@@ -164,6 +167,18 @@ class Runner:
             attention = torch.zeros(shape, dtype=self.model.dtype, device=self.device)
         return self.model(input_ids=tensor, attention_mask=attention, use_cache=False).last_hidden_state[0]
 
+    @contextmanager
+    def rotary_base(self, base: float) -> Iterator[None]:
+        """Positions turned by another base (`rope_theta`) than the checkpoint's."""
+        rotary = self.model.rotary_emb
+        own = rotary.inv_freq
+        steps = self.torch.arange(len(own), dtype=own.dtype, device=own.device) / len(own)
+        rotary.inv_freq = base**-steps
+        try:
+            yield
+        finally:
+            rotary.inv_freq = own
+
     def unit(self, vector: Any) -> Any:
         return self.torch.nn.functional.normalize(vector.float(), dim=-1)
 
@@ -195,10 +210,15 @@ class Runner:
             "max_pooling": self.unit(states.float().amax(0)),
             "no_eos": self.unit(bare[-1]) if ids else None,
             "mean_pooling_no_eos": self.unit(bare.float().mean(0)) if ids else None,
+            "weighted_mean": self.unit(self.torch.arange(1.0, len(whole) + 1, device=self.device) @ states.float()),
+            "last_two_mean": self.unit(states[-2:].float().mean(0)) if ids else None,
             "second_last_token": self.unit(states[-2]) if ids else None,
+            "bos": self.pooled([eos, *whole]),
             "double_eos": self.pooled([*whole, eos]),
             "im_end": self.pooled([*ids, end]) if isinstance(end, int) and end != eos else None,
         }
+        with self.rotary_base(DEFAULT_ROTARY_BASE):
+            found["rotary_base"] = self.pooled(whole)
         for pad in (1, 8, 32):
             padded = whole + [eos] * pad
             found[f"right_padding_{pad}"] = self.unit(self.hidden(padded, [1] * len(whole) + [0] * pad)[-1])

@@ -72,6 +72,7 @@ class Job:
     chosen: Chosen
     client: Client
     served: Served
+    refresh: bool = False  # computed anew, whatever the caches know
     counted: bool = False  # in the rates and metrics: one that is begun anew is not counted again
 
 
@@ -115,7 +116,7 @@ class Embeddings:
                 404, "model_not_found", f"no model {chosen.model[:80]!r} here: there is {known}", param="model"
             )
         served.task = chosen.task.name if chosen.task else ""
-        job = Job(request, asked, chosen, client, served)
+        job = Job(request, asked, chosen, client, served, headers.get("x-qwen3emb-cache") == "refresh")
         return self._when_known(job) if self.model is None else self._embed(self.model, job)
 
     async def _when_known(self, job: Job) -> Response:
@@ -158,6 +159,9 @@ class Embeddings:
         hits, hit = self.metrics.hits, 0 if job.counted else 1
         for index, payload in enumerate(payloads, start):
             key = keyer.text(payload) if isinstance(payload, str) else keyer.prepared(payload)
+            if job.refresh:
+                reply.missing.append((index, key))
+                continue
             found = cache.get(key)
             if found is not None:
                 hits["memory"] += hit

@@ -9,18 +9,21 @@ from __future__ import annotations
 import ipaddress
 import json
 import ssl
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
 from qwen3emb_launch.addresses import web_address
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
 from qwen3emb_launch.vectors import from_base64
+from qwen3emb_launch.verify.tally import LONG, Shape, Tally
 
 NUMBERS = {float, int, type(None)}  # of JSON, in a vector; null stands for NaN
+LARGEST = 64 << 20  # bytes of an answer: a hundred vectors of 4096 numbers are 9 MB
+REFRESH = {"x-qwen3emb-cache": "refresh"}
+ENDLESS = "the answer does not end: this is no embeddings route, or a broken proxy"
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
 
 
@@ -49,7 +52,12 @@ class Reply:
         body = self.data if isinstance(self.data, dict) else {}
         nested = body.get("error")
         found = nested.get("message") if isinstance(nested, dict) else nested or body.get("message")
-        return str(found or self.text).strip().replace("\n", " ")[:200]
+        return printable(str(found or self.text).strip()[:200])
+
+
+def printable(text: str) -> str:
+    """On one line, without what a terminal takes as a command: the words of a server that nobody has proven yet."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @dataclass(frozen=True)
@@ -62,14 +70,8 @@ class Embeddings:
     seconds: float
     base64: bool
     headers: Mapping[str, str]
-
-
-@dataclass
-class Tally:
-    """Well-formed requests asked so far, and those that were not answered with status 200."""
-
-    asked: int = 0
-    failures: list[str] = field(default_factory=list)
+    total: int | None = None
+    model: Any = None
 
 
 def is_loopback(url: str) -> bool:
@@ -89,9 +91,16 @@ def normalised_url(url: str) -> str:
     Raises InvalidInputError (`bad_url`) for what is no http(s) address.
     """
     url = url.strip().rstrip("/")
-    if web_address(url) is None:
+    parts = web_address(url)
+    if parts is None:
         raise InvalidInputError(
             "bad_url", f"{url!r} is no http(s) address", "give it as the OpenAI client takes it: http://HOST:PORT/v1"
+        )
+    if "@" in parts.netloc:
+        raise InvalidInputError(
+            "bad_url",
+            f"the address of {parts.hostname} holds a name or password, which reports and process lists would show",
+            "give the key by --api-key-file FILE or OPENAI_API_KEY",
         )
     return url.removesuffix("/embeddings")
 
@@ -116,7 +125,6 @@ class Contact:
         self.tally = Tally()
         self.model = ""
         self.unanswered = 0  # embedding requests in a row without any HTTP answer
-        self._lock = threading.Lock()
         self._key = api_key
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(
@@ -140,24 +148,33 @@ class Contact:
         """A GET of an absolute URL. Raises NetworkError when there is no HTTP answer."""
         return self._send("GET", url, None, None)
 
-    def post(self, route: str, body: Any, timeout: float | None = None) -> Reply:
-        """A POST below the base URL: `body` as JSON, or bytes sent as they are."""
+    def post(self, route: str, body: Any, timeout: float | None = None, *, cached: bool = True) -> Reply:
+        """A POST below the base URL: `body` as JSON, or bytes sent as they are. Not `cached`: see `embed`."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-        return self._send("POST", f"{self.base_url}/{route}", raw, timeout)
+        return self._send("POST", f"{self.base_url}/{route}", raw, timeout, {} if cached else REFRESH)
 
     def tokenize(self, text: str) -> Reply:
         """The token ids of a text by SGLang's or vLLM's own route, beside the base URL."""
         raw = json.dumps({"model": self.model, "prompt": text}).encode()
         return self._send("POST", f"{self.root}/tokenize", raw, None)
 
-    def _send(self, method: str, url: str, body: bytes | None, timeout: float | None) -> Reply:
+    def _send(
+        self, method: str, url: str, body: bytes | None, timeout: float | None, more: Mapping[str, str] | None = None
+    ) -> Reply:
         import httpx
 
-        headers = {"content-type": "application/json"} if body is not None else {}
+        headers = {"content-type": "application/json", **(more or {})} if body is not None else {}
         limit: Any = timeout if timeout is not None else httpx.USE_CLIENT_DEFAULT
         began = time.perf_counter()
+        content = bytearray()
         try:
-            answer = self._client.request(method, url, content=body, headers=headers, timeout=limit)
+            with self._client.stream(method, url, content=body, headers=headers, timeout=limit) as answer:
+                for piece in answer.iter_bytes():
+                    content += piece
+                    if len(content) > LARGEST:
+                        raise NetworkError("endpoint_endless", f"{url} answers more than {LARGEST >> 20} MiB", ENDLESS)
+                    if time.perf_counter() - began > (timeout or self.timeout):  # httpx's own is for each piece
+                        raise httpx.ReadTimeout("a byte now and then")
         except httpx.TimeoutException as exc:
             waited = time.perf_counter() - began
             raise NetworkError(
@@ -172,8 +189,8 @@ class Contact:
                 "is the address right and the engine up? `qwen3emb status`, `qwen3emb up`",
             ) from exc
         seconds = time.perf_counter() - began
-        text = answer.content[:8000].decode(errors="replace")[:2000]
-        return Reply(answer.status_code, _json(answer.content), text, dict(answer.headers), seconds)
+        text = content[:8000].decode(errors="replace")[:2000]
+        return Reply(answer.status_code, _json(content), text, dict(answer.headers), seconds)
 
     def embed(
         self,
@@ -183,9 +200,12 @@ class Contact:
         encoding: str | None = None,
         timeout: float | None = None,
         may_refuse: bool = False,
+        cached: bool = False,
     ) -> Embeddings:
         """A well-formed embedding request. Raises Misanswer when it is not answered as the API says.
 
+        Unless it may be `cached`, qwen3emb's gateway computes it anew: out of its cache a text asked alone and the
+        same in a batch are one vector, whatever the engine makes of batches. Others do not know that header.
         `may_refuse`: the text may be too long for this endpoint, so a refusal is not counted as a failure.
         """
         body: dict[str, Any] = {"model": self.model, "input": inputs}
@@ -194,28 +214,35 @@ class Contact:
         if encoding is not None:
             body["encoding_format"] = encoding
         many = not isinstance(inputs, str) and bool(inputs) and not isinstance(inputs[0], int)
-        count = len(inputs) if many else 1
+        texts = list(inputs) if many else [inputs]
+        busy = self.tally.begin()
         try:
-            reply = self.post("embeddings", body, timeout)
+            reply = self.post("embeddings", body, timeout, cached=cached)
         except NetworkError as exc:
             self.unanswered += 1
-            self._count(f"{exc.code}: {exc.message}")
+            self.tally.count(f"{exc.code}: {exc.message}")
             raise Misanswer(exc.message, _no_answer(exc)) from exc
+        finally:
+            busy |= self.tally.end()
         self.unanswered = 0
         refused = reply.status in (400, 413, 422)
         failed = reply.status != 200 and not (refused and may_refuse)
-        self._count(f"{reply.status}: {reply.message}" if failed else None)
+        self.tally.count(f"{reply.status}: {reply.message}" if failed else None)
         if reply.status != 200:
-            raise Misanswer(f"{reply.status}: {reply.message}", _refusal(reply), refused)
-        return _parsed(reply, count)
+            cause = _refusal(reply) if self.model else "the endpoint lists no model to ask for: --model ID"
+            raise Misanswer(f"{reply.status}: {reply.message}", cause, refused)
+        found = _parsed(reply, len(texts))
+        if found.base64 and encoding != "base64":
+            raise Misanswer(
+                "base64 strings, although numbers were asked",
+                "base64 is answered unasked: clients without a decoder cannot read it",
+            )
+        long = any(isinstance(t, str) and len(t.encode()) > LONG for t in texts)
+        shape = Shape(batch=len(texts) > 1, dims=dims is not None, base64=found.base64, long=long, busy=busy)
+        self.tally.look_at(shape, texts, found.vectors, found.indices, found.model)
+        return found
 
-    def _count(self, failure: str | None) -> None:
-        with self._lock:
-            self.tally.asked += 1
-            if failure:
-                self.tally.failures.append(failure)
-
-    def openai_vector(self, text: str) -> list[float]:
+    def openai_vector(self, text: str) -> tuple[float, ...]:
         """One vector through the official client with its own defaults (it asks for base64)."""
         import openai
 
@@ -228,26 +255,29 @@ class Contact:
         ) as client:
             try:
                 answer = client.embeddings.create(model=self.model, input=text)
-            except openai.OpenAIError as exc:
-                self._count(f"through openai: {exc}")
+                vector = _vector(answer.data[0].embedding) if answer.data else ()
+            except (openai.OpenAIError, AttributeError, TypeError, ValueError) as exc:  # of what it takes unlooked at
+                self.tally.count(f"through openai: {exc}")
                 raise Misanswer(f"the OpenAI client raises {type(exc).__name__}: {exc}", "not OpenAI's form") from exc
-            self._count(None)
-            return list(answer.data[0].embedding) if answer.data else []
+            self.tally.count(None)
+            return vector
 
 
-def _json(body: bytes) -> Any:
+def _json(body: bytes | bytearray) -> Any:
     """The body's JSON, None when it is none. 2,560 numbers take orjson 0.06 ms, json 0.5; json alone reads NaN."""
     import orjson
 
     for read in (orjson.loads, json.loads):
         try:
             return read(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return None
 
 
 def _no_answer(exc: NetworkError) -> str:
+    if exc.code == "endpoint_endless":
+        return ENDLESS
     if exc.code == "endpoint_timeout":
         return "the request was queued for ever or the engine hangs: an input longer than the KV pool does that"
     return "the server closed the connection or is gone: it may have died on an earlier request"
@@ -257,9 +287,11 @@ def _refusal(reply: Reply) -> str:
     words = reply.message.lower()
     if reply.status in (401, 403):
         return "the endpoint wants another API key: --api-key-file FILE or OPENAI_API_KEY"
-    if "matryoshka" in words or "dimensions" in words:
+    if "matryoshka" in words:
         override = "--json-model-override-args '{\"is_matryoshka\": true}'"
         return f"the engine was started without the matryoshka override: {override}"
+    if "dimension" in words:
+        return "the endpoint refuses these `dimensions`, which the model has"
     if reply.status == 400 and "embedding" in words:
         return "the engine does not serve this checkpoint as an embedding model: start it with --is-embedding"
     if "not json compliant" in words or "out of range float" in words:
@@ -269,10 +301,24 @@ def _refusal(reply: Reply) -> str:
     return "the endpoint fails well-formed requests" if reply.status >= 500 else "the endpoint refuses a right request"
 
 
+def _vector(values: Sequence[Any]) -> tuple[float, ...]:
+    """JSON's numbers; null is NaN, and an int of hundreds of digits infinite."""
+    try:
+        return tuple(map(float, values))
+    except (TypeError, OverflowError):
+        return tuple(float("nan") if x is None else float("inf") if abs(x) > 1e308 else float(x) for x in values)
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def _parsed(reply: Reply, count: int) -> Embeddings:
     body = reply.data
     if not isinstance(body, dict) or not isinstance(body.get("data"), list):
-        raise Misanswer(f"200 without a data list: {reply.text[:120]}", "this is no OpenAI-compatible embeddings route")
+        raise Misanswer(
+            f"200 without a data list: {printable(reply.text[:120])}", "this is no OpenAI-compatible embeddings route"
+        )
     items = body["data"]
     if len(items) != count:
         cause = "items of a batch are dropped" if len(items) < count else "more vectors than inputs are answered"
@@ -287,16 +333,18 @@ def _parsed(reply: Reply, count: int) -> Embeddings:
             except ValueError as exc:
                 raise Misanswer(f"an embedding is a string that is {exc}", "broken base64") from exc
         elif isinstance(value, list) and value and {*map(type, value)} <= NUMBERS:
-            vectors.append(tuple(float("nan") if x is None else float(x) for x in value))
+            vectors.append(_vector(value))
         else:
             raise Misanswer(f"an embedding is {str(value)[:60]!r}", "an embedding must be a list of numbers or base64")
     usage = body.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    counted = usage if isinstance(usage, dict) else {}
     return Embeddings(
         vectors=tuple(vectors),
         indices=tuple(item.get("index") for item in items),
-        tokens=tokens if isinstance(tokens, int) and not isinstance(tokens, bool) else None,
+        tokens=_whole(counted.get("prompt_tokens")),
+        total=_whole(counted.get("total_tokens")),
         seconds=reply.seconds,
         base64=coded,
         headers=reply.headers,
+        model=body.get("model"),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from qwen3emb_launch.vectors import distance, dot, finite, normalised
+from qwen3emb_launch.vectors import distance, dot, finite, norm, normalised
 from qwen3emb_launch.verify.fingerprint import differences
 from qwen3emb_launch.verify.reference import ReferenceSet
 from qwen3emb_launch.verify.texts import ALL, CORPUS_QUERIES, INSTRUCTED, QUERIES
@@ -15,6 +15,7 @@ from qwen3emb_launch.verify.texts import ALL, CORPUS_QUERIES, INSTRUCTED, QUERIE
 TOP = 10
 CLOSE_COSINE = 0.98  # at least this for every text, and
 CLOSE_OVERLAP = 0.9  # this much of the top ten the same: an index may be shared, ranks near ties move
+UNLIKE_LENGTH = 0.01  # of a length: number formats move it by half of that
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ def compare_sets(a: ReferenceSet, b: ReferenceSet, allowed: float) -> Difference
     bad = [t for t, x, y in zip(texts, left, right, strict=True) if not (finite(x) and finite(y))]
     if bad:
         return Difference(verdict="other", reason=f"NaN or infinity for {bad[0][:40]!r}", **common)
+    lengths = [fmean(map(norm, side)) for side in (left, right)]
+    if abs(lengths[0] - lengths[1]) > UNLIKE_LENGTH * max(lengths):
+        reason = f"vectors of length {lengths[0]:.3f} and {lengths[1]:.3f}: by inner product one side always wins"
+        return Difference(verdict="other", reason=reason, **common)
     apart = [distance(x, y) for x, y in zip(left, right, strict=True)]
     ranks = _ranks(texts, left, right)
     worst = max(apart)

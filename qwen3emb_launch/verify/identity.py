@@ -38,6 +38,7 @@ class Identity:
     layers: int | None = None
     demo: bool = False
     gateway: bool = False
+    names: frozenset[str] = frozenset()  # what answers may call the model
 
     def precision(self, dtype: str | None = None) -> Precision:
         """What the tolerances follow from; `dtype` is the user's word, which wins."""
@@ -66,6 +67,7 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
     engine = "sglang" if "is_embedding" in info or owner == "sglang" else (owner or None)
     if gateway:
         engine = None  # whatever it stands before; an instance's plan knows
+    named = (chosen, path, info.get("served_model_name"), info.get("tokenizer_path"))
     longest = _positive(entry.get("max_input_tokens"))
     return Identity(
         model=chosen,
@@ -85,6 +87,9 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
         layers=_positive(config.get("num_hidden_layers")),
         demo="qwen3emb_demo" in config,
         gateway=gateway,
+        names=frozenset(
+            n for n in (*named, *(m.get(k) for m in listed for k in ("id", "root"))) if n and isinstance(n, str)
+        ),
     )
 
 

@@ -27,8 +27,11 @@ CAUSES = {
     "first_token": "the first token is pooled (CLS) instead of the last",
     "max_pooling": "max pooling instead of the last token",
     "no_eos": "the server does not append <|endoftext|>: the last word is pooled instead",
+    "weighted_mean": "mean pooling weighted by position instead of the last token",
+    "last_two_mean": "the mean of the last two tokens is pooled instead of the last",
     "second_last_token": "the token before <|endoftext|> is pooled instead of <|endoftext|>",
     "double_eos": "<|endoftext|> is appended twice",
+    "bos": "a token is put before the text: <|endoftext|> as a BOS, which this model has not",
     "im_end": "<|im_end|> is appended instead of <|endoftext|> (the config's eos is not the pooled token)",
     "right_padding": "padding on the wrong side: the pooled position is a padding token",
     "left_padding_unmasked": "padding is not masked: the text attends to padding tokens",
@@ -42,6 +45,7 @@ CAUSES = {
     "line_breaks_replaced": "line breaks are replaced by spaces",
     "ascii_only": "characters outside ASCII are dropped",
     "bidirectional": "attention is not causal: tokens see those behind them",
+    "rotary_base": "the rotary base is 10,000 instead of the checkpoint's own (rope_theta is not read)",
     "no_final_norm": "the final norm of the model is left out",
     "second_last_layer": "the layer before the last is pooled",
     "instruction_added": "an instruction is added to documents",
@@ -121,13 +125,13 @@ def _cause(
     ]  # fmt: skip
     if len(others) == len(wrong) and len(wrong) > 1:
         return "these are vectors of other texts of the set: texts are mixed up"
+    far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
+    if far < max(NEARBY, 2 * allowed) and len(wrong) > len(seen) // 2:
+        return "noise or a coarser number format: close to the right vectors, further than the precision explains"
     if len(wrong) == len(seen):
         moved = _moved(seen, reference, allowed)
         if moved:
             return moved
-    far = max(distance(seen[t], reference.vectors[t]) for t in wrong)
-    if far < max(NEARBY, 2 * allowed) and len(wrong) > len(seen) // 2:
-        return "noise or a coarser number format: close to the right vectors, further than the precision explains"
     if len(wrong) == len(seen):
         return "another checkpoint, or a pooling, EOS or padding that none of the known faults explains"
     return f"{len(wrong)} texts are embedded as something else: truncated, rewritten or padded"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import uuid
 
-from qwen3emb_launch.vectors import distance
+from qwen3emb_launch.vectors import distance, has_direction
 from qwen3emb_launch.verify.contact import Reply
-from qwen3emb_launch.verify.report import Outcome, broken, held
+from qwen3emb_launch.verify.probes_vectors import NO_DIRECTION
+from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session
 from qwen3emb_launch.verify.texts import BASE
 
@@ -86,6 +87,8 @@ def _nested(reply: Reply) -> bool:
 
 def probe_healthy(session: Session) -> Outcome:
     expected = "the server is as it was after bad requests"
+    if not all(map(has_direction, session.base)):
+        return skipped(NO_DIRECTION)
     again = session.together(BASE)
     apart = max(distance(a, b) for a, b in zip(again, session.base, strict=True))
     if apart <= session.precision.distance:

@@ -14,6 +14,7 @@ from qwen3emb_launch.verify.texts import PAIRS, long_text
 
 PREFIXES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # tokens that two texts share before they part
 SAMPLE_WORDS = 40  # under 300 bytes, so under 300 tokens
+LONGEST = 1 << 20  # tokens; a text of as many as a wrong configuration may say would fill the memory
 LONG_TIMEOUT = 4.0  # times the ordinary one, for texts near the context length
 
 
@@ -22,8 +23,13 @@ def probe_faithful(session: Session) -> Outcome:
     if one_for_all(session):
         return skipped(ONE_FOR_ALL)
     texts = [t for pair in PAIRS for t in (pair.a, pair.b)]
-    vectors = session.together(texts)
-    alike = [pair for i, pair in enumerate(PAIRS) if distance(vectors[2 * i], vectors[2 * i + 1]) < SAME]
+    session.together([pair.a for pair in PAIRS])  # an engine's cache that confuses the two knows the first now
+    rounds = [session.together(texts)]
+    if session.identity.gateway:  # and so do its own caches
+        rounds.append(session.together(texts, cached=True))
+    alike = [
+        pair for i, pair in enumerate(PAIRS) if any(distance(v[2 * i], v[2 * i + 1]) < SAME for v in rounds)
+    ]  # fmt: skip
     if not alike:
         return held(expected, f"{len(PAIRS)} pairs")
     first = alike[0]
@@ -83,6 +89,13 @@ def probe_tail(session: Session) -> Outcome:
         except Misanswer as exc:
             return broken(expected, f"{2 * shared} tokens: {exc.message}", exc.cause)
         reached = shared
+    if reached and _ends_count_only(session, reached, per_word):
+        return broken(
+            "texts that differ only before their last N tokens get other vectors",
+            f"one vector for two texts that share their last {reached} tokens or so",
+            "the beginning of long texts is cut off, or they are cached by their end",
+            shared=reached,
+        )
     return held(expected, f"up to {reached} shared tokens", shared=reached)
 
 
@@ -95,8 +108,21 @@ def _parting(shared: int, per_word: float) -> tuple[str, str, str]:
 
 def _told_apart(session: Session, shared: int, per_word: float) -> bool:
     _, a, b = _parting(shared, per_word)
-    answer = session.contact.embed([a, b], timeout=LONG_TIMEOUT * session.contact.timeout)
-    return distance(*answer.vectors) >= SAME
+    return _unlike(session, a, b)
+
+
+def _unlike(session: Session, a: str, b: str) -> bool:
+    """Whether two texts get two vectors, asked one after the other: so a cache knows the first."""
+    timeout = LONG_TIMEOUT * session.contact.timeout
+    first, second = (session.contact.embed(text, timeout=timeout).vectors[0] for text in (a, b))
+    return distance(first, second) >= SAME
+
+
+def _ends_count_only(session: Session, shared: int, per_word: float) -> bool:
+    """Whether two texts with one end of that many tokens get one vector."""
+    words = max(8, int(shared / per_word))
+    end = long_text(words, 90 + shared)
+    return not _unlike(session, f"{long_text(words, 4)} {end}", f"{long_text(words, 13)} {end}")
 
 
 def _cut_at(session: Session, expected: str, fine: int, shared: int, per_word: float) -> Outcome:
@@ -125,6 +151,8 @@ def probe_limit(session: Session) -> Outcome:
     context = session.context_length
     if context is None:
         return skipped("the server does not say its context length; --context N")
+    if context > LONGEST:
+        return skipped(f"the server says {context} tokens; no model here takes more than {LONGEST}: --context N")
     # SGLang and our gateway refuse a text as long as the context; others may take that and refuse the next.
     over_tokens = context if session.identity.gateway or session.identity.engine == "sglang" else context + 1
     expected = f"{context - 1} tokens are answered, {over_tokens} are refused with 4xx"

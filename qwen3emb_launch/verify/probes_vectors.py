@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.vectors import distance, dot, finite, has_direction, largest_difference, norm, normalised, sliced
@@ -20,6 +21,8 @@ OVERFLOW = (
 BY_LENGTH = "texts of one length get one vector: a cache or a batch that tells texts apart by their length"
 PADDED = 0.9  # vectors that are zero in more than the last tenth were cut, then filled up
 NEARBY = 0.02  # 1 - cosine of a coarse copy of a vector; any of the faults in computing it moves it further
+ENOUGH = 64  # components, to tell a byte's storage by how few values there are
+FEW_VALUES = 16
 BATCH = (*BASE, BASE[0])  # one twice: what removes duplicates answers too few
 SAME = 1e-6  # 1 - cosine under which two vectors are one: far below what another text does
 
@@ -99,6 +102,36 @@ def probe_signs(session: Session) -> Outcome:
     if 0 < below < 1:
         return held(expected, seen)
     return broken(expected, seen, "the signs of the components are lost: unsigned storage, or absolute values")
+
+
+def probe_steps(session: Session) -> Outcome:
+    """Storage of a byte a component shows in how few values there are, long before it shows in a cosine."""
+    expected = "components as fine as the number format"
+    vectors = [v for v in session.base if has_direction(v)]
+    if not vectors or session.width < ENOUGH:
+        return skipped(f"fewer than {ENOUGH} components" if vectors else NO_DIRECTION)
+    stored = [byte_storage(v) for v in vectors]
+    if not all(stored):
+        return held(expected, f"{len({*vectors[0]})} values in a vector")
+    return broken(
+        expected,
+        f"{len({*vectors[0]})} values in a vector of {session.width}: {stored[0]}",
+        "the vectors were stored in a byte a component (int8 or float8), or rounded to few digits",
+    )
+
+
+def byte_storage(vector: Sequence[float]) -> str:
+    """How the components of a vector of ENOUGH or more are seen to have been stored in a byte each; empty if not.
+
+    Of that many numbers in any finer format some lie nearer to each other than a 300th of their range, and their
+    mantissas are more than 16: e4m3 has eight, e5m2 four.
+    """
+    values = sorted({*vector})
+    gap = min((b - a for a, b in pairwise(values)), default=0.0)
+    if len(values) > FEW_VALUES and gap > (values[-1] - values[0]) / 300:
+        return "all of them multiples of one step"
+    mantissas = {round(math.frexp(abs(x))[0], 4) for x in vector if x}
+    return f"{len(mantissas)} mantissas" if FEW_VALUES > len(mantissas) > 1 else ""
 
 
 def probe_distinct(session: Session) -> Outcome:
@@ -227,9 +260,10 @@ def _batch_cause(session: Session, batch: tuple[Vector, ...], wrong: list[int]) 
     def others(i: int, vectors: Sequence[Vector]) -> list[Vector]:
         return [v for text, v in zip(BATCH, vectors, strict=True) if text != BATCH[i]]
 
+    kinds = sum(all(distance(batch[i], batch[j]) >= SAME for j in range(i)) for i in range(len(batch)))
+    if kinds < len(BASE):
+        return "a vector of the batch is repeated: texts get that of another one"
     if all(any(distance(batch[i], v) <= allowed for v in others(i, singles)) for i in wrong):
-        if any(distance(batch[i], v) < SAME for i in wrong for v in others(i, batch)):
-            return "a vector of the batch is repeated: texts get that of another one"
         return "the batch's order is swapped: each of these vectors belongs to another text of the batch"
     if len(wrong) <= len(BATCH) // 2 and _wavers(session, wrong):
         return "an intermittent fault: the same text asked again, alone, gets another vector"
@@ -259,7 +293,7 @@ def probe_order(session: Session) -> Outcome:
     if not all(map(has_direction, session.base)):
         return skipped(NO_DIRECTION)
     texts = [BASE[i] for i in (8, 2, 0, 3)]
-    answer = session.contact.embed(texts)
+    answer = session.contact.embed(texts, cached=True)
     indices = list(answer.indices)
     nearest = [
         min(range(len(texts)), key=lambda j: distance(v, session.vector(texts[j]))) for v in answer.vectors
@@ -300,6 +334,15 @@ def probe_dims(session: Session) -> Outcome:
                 f"at {dims} dims a component is {off:.4f} off, length {norm(vector):.4f}",
                 _slice_cause(session, vector, whole),
             )
+    others = [BASE[0], text, BASE[-1]]
+    widths = sorted({len(v) for v in session.contact.embed(others, dims=MIN_DIMS).vectors})
+    if widths != [MIN_DIMS]:
+        seen = f"{' and '.join(map(str, widths))} dims for {MIN_DIMS} asked in a batch of {len(others)}"
+        return broken(expected, seen, "`dimensions` is ignored in batches")
+    after = len(session.contact.embed(text).vectors[0])
+    if after != full:
+        seen = f"{after} dims where none were asked, after requests that did"
+        return broken(expected, seen, "`dimensions` of one request is kept for the next")
     return held(expected, f"{', '.join(map(str, wanted))}: within {worst:.1e} a component", worst=worst)
 
 
@@ -321,6 +364,7 @@ PROBES = (
     Probe("width", "one width", probe_width),
     Probe("norm", "unit length", probe_norm),
     Probe("signs", "signs of the components", probe_signs),
+    Probe("steps", "fine components", probe_steps),
     Probe("distinct", "texts tell apart", probe_distinct),
     Probe("instruction", "the instruction counts", probe_instruction),
     Probe("ranking", "the right document ranks first", probe_ranking),

@@ -157,6 +157,10 @@ def load(path: Path) -> ReferenceSet:
         vectors = {item["text"]: tuple(from_base64(item["vector"])) for item in body["vectors"]}
         if not vectors or len({len(v) for v in vectors.values()}) != 1:
             raise ValueError("no vectors, or of several widths")
+        kinds = {"origin": str, "dtype": str, "model": str, "fingerprint": dict, "at": str}
+        wrong = [name for name, kind in kinds.items() if not isinstance(body[name], kind)]
+        if wrong:
+            raise ValueError(f"its {wrong[0]} is {type(body[wrong[0]]).__name__}")
         return ReferenceSet(
             origin=f"{path.name}: {body['origin']}",
             dtype=body["dtype"],

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen3emb_launch import __version__
 from qwen3emb_launch.errors import InvalidInputError, NetworkError, UnfitError, nearest
-from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_texts, probes_vectors, texts
+from qwen3emb_launch.verify import probes_refusals, probes_requests, probes_run, probes_texts, probes_vectors, texts
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.fingerprint import fingerprint
 from qwen3emb_launch.verify.identity import Identity, ask_identity, from_checkpoint
@@ -195,7 +195,7 @@ def _probes(request: Request, session: Session, hashing: Later | None) -> list[P
     elif identity.folder is None and identity.catalog is None:
         found.append(recognised_probe())
     found.append(_transformers(request, identity, compute))
-    found += probes_requests.LAST
+    found += probes_run.LAST
     if request.only:
         return _only(found, request.only)
     wanted = {"openai"} if request.options.openai_client else set()
@@ -257,7 +257,7 @@ def _run(probes: Sequence[Probe], session: Session, step: Step) -> list[Check]:
     for at, probe in enumerate(probes):
         step(probe.title)
         began, asked = time.monotonic(), session.contact.tally.asked
-        outcome = stopped if stopped and probe not in probes_requests.LAST else _ask(probe, session)
+        outcome = stopped if stopped and probe not in probes_run.LAST else _ask(probe, session)
         seconds, requests = time.monotonic() - began, session.contact.tally.asked - asked
         if outcome.holds is not None or not probe.quiet:
             checks.append(replace(_check(probe, outcome), seconds=seconds, requests=requests))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from qwen3emb_launch.verify.contact import Contact, Misanswer
+from qwen3emb_launch.verify.contact import Contact, Embeddings, Misanswer
 from qwen3emb_launch.verify.identity import Identity
 from qwen3emb_launch.verify.report import Level, Outcome
 from qwen3emb_launch.verify.texts import BASE
@@ -51,32 +51,35 @@ class Session:
     def vector(self, text: str) -> Vector:
         """The full vector of one text, asked alone, once."""
         if text not in self.singles:
-            answer = self.contact.embed(text)
-            self.tokens[text] = answer.tokens
-            self.singles[text] = answer.vectors[0]
+            self.keep(text, self.contact.embed(text))
         return self.singles[text]
+
+    def keep(self, text: str, answer: Embeddings) -> None:
+        """Remember the answer to a text asked alone."""
+        self.tokens[text] = answer.tokens
+        self.singles[text] = answer.vectors[0]
 
     def vectors(self, texts: Sequence[str]) -> list[Vector]:
         """Full vectors, each asked alone, one after another: what load does to them is another check's business."""
         return [self.vector(text) for text in texts]
 
-    def together(self, texts: Sequence[str]) -> tuple[Vector, ...]:
+    def together(self, texts: Sequence[str], cached: bool = False) -> tuple[Vector, ...]:
         """Full vectors of one request; of several, of FEW texts each, where a foreign endpoint takes no more at once.
 
         Hosted APIs limit a request to 10 or 32 texts, which is no fault of their vectors.
         """
         foreign = self.identity.engine != "sglang" and not self.identity.gateway
         if len(texts) <= FEW or not foreign:
-            return self.contact.embed(list(texts)).vectors
+            return self.contact.embed(list(texts), cached=cached).vectors
         if not self.few:
             try:
-                return self.contact.embed(list(texts), may_refuse=True).vectors
+                return self.contact.embed(list(texts), may_refuse=True, cached=cached).vectors
             except Misanswer as exc:
                 if not exc.refused:
                     raise
                 self.few = True
         parts = [texts[i : i + FEW] for i in range(0, len(texts), FEW)]
-        return tuple(v for part in parts for v in self.contact.embed(list(part)).vectors)
+        return tuple(v for part in parts for v in self.contact.embed(list(part), cached=cached).vectors)
 
     def fitting(self, texts: Sequence[str]) -> dict[str, Vector]:
         """Full vectors by text, without the long texts that this endpoint's context does not take."""

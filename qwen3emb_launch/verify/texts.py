@@ -48,6 +48,7 @@ PAIRS = (
     Pair("first line\nsecond line", "first line second line", "line breaks are replaced by spaces"),
     Pair("I want 🍕 today", "I want 🚀 today", "emoji are dropped"),
     Pair("城市：北京", "城市：上海", "characters outside ASCII are dropped"),
+    Pair("key\tvalue", "key value", "tabs are replaced by spaces"),
     Pair("Is it good?", "Is it good", "punctuation is stripped"),
     Pair("résumé", "resume", "accents are folded"),
     Pair("price 100", "price 900", "digits are dropped"),

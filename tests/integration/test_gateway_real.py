@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import faulty_endpoint as faults
 import numpy as np
 import pytest
+from faulty_endpoint import Exchange, Fault, faulty
 
 from qwen3emb_launch.client import Client
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.tokens import TokenRules
+from qwen3emb_launch.verify.runner import Request, verify
+from qwen3emb_launch.verify.session import Options
 from tests.conftest import Endpoint
 from tests.test_gateway_process import Running, gateway, until
 
@@ -41,6 +47,28 @@ def test_verify_level_full_passes_through_it_cold_and_warm(demo_endpoint: Endpoi
             assert ran.returncode == 0
         metrics = gw.call("/metrics")[1].decode()
         assert 'cache_hits_total{level="memory"} 0' not in metrics
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"), [(faults.swaps_vectors, "batch"), (faults.older_model_one_in_twenty, "steady")]
+)
+def test_verify_sees_an_engines_fault_through_it(
+    demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, check: str
+) -> None:
+    """A warm cache hides no fault of the engine behind: what `up` proves through the gateway is the engine."""
+    honest = threading.Event()
+    honest.set()
+
+    def later(exchange: Exchange) -> tuple[int, Any]:
+        return exchange.forward() if honest.is_set() else fault(exchange)
+
+    argv = ["--model-path", str(demo_endpoint.model), "--model", "demo"]
+    with faulty(demo_endpoint.base_url, later) as url, gateway(tmp_path, "--upstream", url, *argv) as gw:
+        until(lambda: gw.call("/ready")[0] == 200, 60)
+        request = Request(gw.base, Options(max_latency=10_000), tmp_path / "w.json")
+        assert verify(request)[0].passed
+        honest.clear()
+        assert check in {c.id for c in verify(request)[0].failures}
 
 
 def test_its_vectors_are_the_engines(demo_endpoint: Endpoint, tmp_path: Path) -> None:

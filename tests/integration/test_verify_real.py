@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
+import faults_in_part as in_part
 import faulty_endpoint as faults
 import numpy as np
 import pytest
@@ -124,6 +125,7 @@ QUICK: list[tuple[Fault, str, str]] = [
     (faults.half_filled_with_zeros, "width", "filled up with zeros"),
     (faults.strips_html, "faithful", "^HTML tags are stripped$"),
     (faults.older_model_one_in_twenty, "steady", "intermittent"),
+    *in_part.QUICK,
 ]
 
 
@@ -154,6 +156,7 @@ FULL: list[tuple[Fault, str, str]] = [
     (faults.mixes_under_load, "cross_talk", "cross-talk"),
     (faults.crashes_on_bad_input, "refusals", "5xx"),
     (faults.accepts_anything, "refusals", "silently accepted"),
+    *in_part.FULL,
 ]
 
 
@@ -161,7 +164,7 @@ FULL: list[tuple[Fault, str, str]] = [
 def test_full_names_the_fault(demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, check: str, cause: str) -> None:
     """Faults that only long texts, load or bad requests show are found by the full level's checks."""
     with faulty(demo_endpoint.base_url, fault) as url:
-        found = wrong(ask(url, tmp_path, check, level="full"))
+        found = wrong(ask(url, tmp_path, check, *(("limit", "large_batch") * (check == "throughout")), level="full"))
     assert check in found, found
     assert re.search(cause, found[check]), found
 
@@ -310,6 +313,10 @@ def _kept(python, folder, texts, *, dtypes, device, alternatives):
         ("left_unmasked_128", "demo_reference", "not masked"),
         ("bidirectional", "demo_reference", "not causal"),
         ("second_last_layer", "demo_reference", "layer before the last"),
+        ("bos", "demo_reference", "put before the text"),
+        ("last_two", "demo_reference", "mean of the last two"),
+        ("weighted_mean", "demo_reference", "weighted by position"),
+        ("rotary_base", "demo_reference", "rotary base"),
     ],
 )
 def test_a_wrong_computation_is_named(
@@ -428,8 +435,9 @@ def test_the_command_prints_an_envelope_and_exits_by_the_verdict(
     assert json.loads(capsys.readouterr().out)["result"]["passed"] is True
     assert "| unit length | pass |" in page.read_text(encoding="utf-8")
     with faulty(demo_endpoint.base_url, faults.unnormalised) as url:
-        assert run(["verify", "--base-url", url, "--json"]) == 1
+        assert run(["verify", "--base-url", url, "--json", "--report", str(tmp_path / "report.json")]) == 1
     envelope = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == envelope
     assert envelope["error"]["code"] == "verification_failed"
     assert "no L2 normalisation" in envelope["error"]["message"]
     assert envelope["result"]["passed"] is False
