@@ -24,13 +24,14 @@ from unittest import mock
 import numpy as np
 import torch
 from fastapi import HTTPException
-from qwen3emb_engine_plugin import asked, cpu_pass, prefill_graph, serve, switches, template
+from qwen3emb_engine_plugin import asked, cpu_pass, housekeeping, prefill_graph, serve, switches, template
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
 from qwen3emb_engine_plugin.housekeeping import FreedTogether, IdleRounds, Snapshots
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.tokens import PROBES, encoder
+from sglang.srt.plugins.hook_registry import HookRegistry
 from starlette.routing import Match
 
 USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": None}
@@ -595,7 +596,7 @@ class Housekeeping(unittest.TestCase):
             return result()
 
         places = Places(40, torch.bfloat16, "cpu", None, need_sort=False)
-        processor = SimpleNamespace(token_to_kv_pool_allocator=places)
+        processor = SimpleNamespace(token_to_kv_pool_allocator=places, is_generation=False)
         freed = FreedTogether()
         batch = list(places.alloc(30).split(5))
         self.assertEqual(freed(process, processor, batch, lambda: "done"), "done")
@@ -613,6 +614,29 @@ class Housekeeping(unittest.TestCase):
         self.assertEqual((places.available_size(), places.copies), (30, 2))
         places.free_group_end()
         self.assertEqual((places.available_size(), places.copies), (40, 3))
+
+    def test_a_batch_s_places_are_back_when_it_is_reported(self) -> None:
+        """Usage in log and metrics is the stock server's; a model that generates goes the stock way altogether."""
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+        self.addCleanup(HookRegistry.reset)
+        self.assertIsNone(housekeeping.freeing())
+        ((_, freed, _),) = HookRegistry._hooks[f"{housekeeping.PROCESSOR}.process_batch_result_prefill"]
+        ((_, before_answers, _),) = HookRegistry._hooks[f"{housekeeping.STREAMER}.stream_output"]
+        places = TokenToKVPoolAllocator(40, torch.bfloat16, "cpu", None, need_sort=False)
+
+        def process(processor: Any, batch: Any, result: Any) -> list[int]:
+            free = []
+            for text in batch:
+                places.free(text)
+                free.append(places.available_size())
+            self.assertIsNone(before_answers(object(), [], False, None))
+            return [*free, places.available_size()]
+
+        for generation, expected in ((False, [30, 30, 40]), (True, [35, 40, 40])):
+            processor = SimpleNamespace(token_to_kv_pool_allocator=places, is_generation=generation)
+            batch = places.alloc(10).split(5)
+            self.assertEqual(freed(process, processor, batch, None), expected)
 
     def test_the_last_load_is_always_published(self) -> None:
         """Under load some are left out; an idle scheduler writes whatever the clock says."""

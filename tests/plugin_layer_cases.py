@@ -2,7 +2,7 @@
 
 Run by the engine environment's python (see test_plugin.py).
 """
-# ruff: noqa: PT009 - unittest: the engine environment has no pytest
+# ruff: noqa: PT009, PT027 - unittest: the engine environment has no pytest
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 from qwen3emb_engine_plugin import gated, last_layer
+from sglang.srt.plugins.hook_registry import HookRegistry
 
 INNER, WIDTH = 48, 32
 
@@ -82,6 +83,25 @@ class Pooled(unittest.TestCase):
         found = self.model.pooler.forward(self.rows[:4], other)
         self.assertTrue(torch.equal(found, self.rows[[1, 3]]))
         self.assertEqual(self.batch.extend_seq_lens.tolist(), [3, 1, 4])
+
+    def test_a_pass_is_live_while_it_runs(self) -> None:
+        """By the hook on passes without a graph: ended by an error too, and only for a model that fits."""
+        self.addCleanup(HookRegistry.reset)
+        self.assertIsNone(last_layer.last_layer())
+        ((_, execute, _),) = HookRegistry._hooks[f"{last_layer.RUNNER}.runner.eager_runner.EagerRunner._execute_extend"]
+        seen = []
+
+        def forward(runner: Any, batch: Any) -> Any:
+            seen.append(self.last.live)
+            return self.layer.forward(None, self.rows, batch, None)[0]
+
+        runner = SimpleNamespace(model_runner=SimpleNamespace(_qwen3emb_last=self.last))
+        self.assertEqual(len(execute(forward, runner, self.batch)), 3)
+        with self.assertRaises(AttributeError):
+            execute(forward, runner, None)
+        self.assertEqual((self.last.live, self.last.picked), (False, None))
+        self.assertEqual(len(execute(forward, SimpleNamespace(model_runner=SimpleNamespace()), self.batch)), 8)
+        self.assertEqual(seen, [True, True, False])
 
     def test_a_model_that_is_not_plain_is_left_alone(self) -> None:
         """Generation, other classes, several cards, adapters, compiled graphs."""

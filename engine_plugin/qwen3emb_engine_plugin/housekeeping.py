@@ -16,7 +16,9 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit
 
 SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
-PROCESSOR = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+COMPONENTS = "sglang.srt.managers.scheduler_components"
+PROCESSOR = f"{COMPONENTS}.batch_result_processor.SchedulerBatchResultProcessor"
+STREAMER = f"{COMPONENTS}.output_streamer.SchedulerOutputStreamer"
 IDLE_EVERY = 0.05  # seconds between two rounds of idle housekeeping
 SNAPSHOT_EVERY = 0.02  # seconds between two load snapshots under load
 
@@ -55,17 +57,31 @@ class Snapshots:
 
 
 class FreedTogether:
-    """A batch's places in the KV pool, given back at once after its last text."""
+    """A batch's places in the KV pool, given back at once after its last text, before its answers go out.
+
+    Embeddings only. What is held back are views of the request table, and a prefix cache writes there for a text that
+    goes on to be decoded: it would be the cache's own places that are given back.
+    """
+
+    def __init__(self) -> None:
+        self._open: Any = None  # the pool whose places are being held back
 
     def __call__(self, original: Callable[..., Any], processor: Any, batch: Any, result: Any) -> Any:
         """In place of `SchedulerBatchResultProcessor.process_batch_result_prefill`."""
         places = processor.token_to_kv_pool_allocator
-        if not places.is_not_in_free_group:
+        if processor.is_generation or not places.is_not_in_free_group:
             return original(processor, batch, result)
         places.free_group_begin()
+        self._open = places
         try:
             return original(processor, batch, result)
         finally:
+            self.end()
+
+    def end(self, *_: Any, **__: Any) -> None:
+        """Before `SchedulerOutputStreamer.stream_output`; the batch's report, after that, counts what is still held."""
+        places, self._open = self._open, None
+        if places is not None:
             places.free_group_end()
 
 
@@ -96,16 +112,26 @@ def snapshots() -> str | None:
 def freeing() -> str | None:
     """Hook what follows a batch, on releases that free text by text."""
     from sglang.srt.managers.scheduler_components.batch_result_processor import SchedulerBatchResultProcessor
+    from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
     from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 
     after = SchedulerBatchResultProcessor.process_batch_result_prefill
     if not misfit(after, None, "free_group_begin()"):
         return NOT_NEEDED
     problem = (
-        misfit(after, "self batch result", "release_kv_cache(req, self.tree_cache)")
+        misfit(
+            after,
+            "self batch result",
+            "if self.is_generation:",
+            "release_kv_cache(req, self.tree_cache)",
+            "self.output_streamer.stream_output(",
+        )
+        or misfit(SchedulerOutputStreamer.stream_output, "self reqs return_logprob skip_req")
         or misfit(BaseTokenToKVPoolAllocator.free_group_begin, "self", "self.is_not_in_free_group = False")
         or misfit(BaseTokenToKVPoolAllocator.free_group_end, "self", "self.free(torch.cat(self.free_group))")
     )
     if not problem:
-        HookRegistry.register(f"{PROCESSOR}.process_batch_result_prefill", FreedTogether(), HookType.AROUND)
+        together = FreedTogether()
+        HookRegistry.register(f"{PROCESSOR}.process_batch_result_prefill", together, HookType.AROUND)
+        HookRegistry.register(f"{STREAMER}.stream_output", together.end, HookType.BEFORE)
     return problem

@@ -129,6 +129,16 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         first="0.5.16",
     ),
     KnownBad(
+        "full_graph_without_a_text",
+        lambda c: (
+            _no_pool(c)
+            and c.settings.get("prefill_graph_backend") == "full"
+            and 1 in (c.settings.get("prefill_graph_requests"), c.settings.get("max_running_requests"))
+        ),
+        "the only place of a `full` graph would be the padding's: all would be captured and none ever run",
+        "--set prefill_graph_requests=129, or --set prefill_graph_backend=breakable",
+    ),
+    KnownBad(
         "float16_nan",
         lambda c: c.settings.get("dtype") == "float16" and c.shape.hidden_size >= 4096,
         "float16 overflows in the 8B: some texts come back as NaN",

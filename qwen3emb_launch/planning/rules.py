@@ -19,10 +19,10 @@ PREFILL_TOKENS = 16384  # of one batch on a GPU: beyond it a bigger batch is no 
 CPU_PREFILL_TOKENS = 4096
 RUNNING = 512  # requests of one batch; the engine's own 2048 to 4096 cost up to 0.5 GB of table at 32K
 # Below about 300 tokens a pass costs what reading the weights costs, so padding up to a few sizes is free there.
-# Without a graph the CPU launches kernels for some 50 ms, whatever the size: longer than a GPU computes 4,000 tokens in
-# bfloat16, or 6,000 in fp8. The steps are what 2 to 128 queries of 32 tokens and their end token come to, rounded up:
-# clients that wait fill such batches. From 0.5.16 on SGLang runs a batch without a graph rather than pad it to more
-# than GRAPH_PADDING times its tokens.
+# Without a graph the CPU launches kernels for 25 to 50 ms, whatever the size: as long as an H100 computes 2,000 to
+# 4,000 tokens in bfloat16, or 4,000 to 7,000 in fp8. The steps are what 2 to 128 queries of 32 tokens and their end
+# token come to, rounded up: clients that wait fill such batches. From 0.5.16 on SGLang runs a batch without a graph
+# rather than pad it to more than GRAPH_PADDING times its tokens.
 GRAPH_PADDING = 2
 GRAPH_SIZES = (4, 8, 16, 34, 68, 132, 264, 396, 528, 792, 1056, 1584, 2112, 3168, 4224)
 # A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay.
@@ -237,8 +237,9 @@ def graphs(around: Surroundings, ledger: Ledger) -> None:
 
 
 def _texts_of_a_graph(ledger: Ledger) -> int | None:
-    slots = ledger.value("prefill_graph_requests")
-    return int(slots) - 1 if slots and slots > 1 else None
+    """The engine captures no more places than it has rows for running requests; one of them is the padding's."""
+    places = min(int(ledger.value("prefill_graph_requests") or 0), int(ledger.value("max_running_requests")))
+    return places - 1 if places > 1 else None
 
 
 def _graph_backend(around: Surroundings, ledger: Ledger) -> tuple[str, str]:

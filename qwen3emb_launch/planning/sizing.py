@@ -44,7 +44,7 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
         "request table": memory.request_table_bytes(int(ledger.value("max_running_requests")), context),
     }
     if around.cuda:
-        terms["CUDA graphs"] = memory.GRAPH * len(ledger.value("prefill_graph_sizes") or ())
+        terms["CUDA graphs"] = memory.graph_bytes(shape, ledger.value("prefill_graph_sizes") or (), dtype, tp)
         terms["CUDA context"] = memory.CUDA_CONTEXT
         total, available = (around.gpu.total_bytes, around.gpu.free_bytes) if around.gpu else (0, None)
     else:
