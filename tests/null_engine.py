@@ -16,6 +16,7 @@ import base64
 import contextlib
 import os
 import queue
+import random
 import threading
 import time
 import unicodedata
@@ -210,7 +211,10 @@ class Link(asyncio.Protocol):
 
 
 class Served:
-    """A null engine on a port, in this event loop. `stop` closes everything, `start` comes back on the same port."""
+    """A null engine on a port, in this event loop. `stop` closes everything, `start` comes back on the same port.
+
+    The port lies below those that the kernel gives to outgoing connections: one of them would take it meanwhile.
+    """
 
     def __init__(self, engine: NullEngine) -> None:
         self.engine = engine
@@ -221,9 +225,17 @@ class Served:
         return f"http://127.0.0.1:{self.port}/v1"
 
     async def start(self) -> Served:
-        self.server = await asyncio.get_running_loop().create_server(lambda: Link(self.engine), "127.0.0.1", self.port)
-        self.port = self.server.sockets[0].getsockname()[1]
-        return self
+        loop, wanted = asyncio.get_running_loop(), self.port
+        while True:
+            port = wanted or random.randrange(20000, 32000)
+            try:
+                self.server = await loop.create_server(lambda: Link(self.engine), "127.0.0.1", port)
+            except OSError:
+                if wanted:
+                    raise
+                continue
+            self.port = port
+            return self
 
     async def stop(self) -> None:
         for listening in self.server.sockets:

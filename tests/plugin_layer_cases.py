@@ -6,7 +6,9 @@ Run by the engine environment's python (see test_plugin.py).
 
 from __future__ import annotations
 
+import tempfile
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -187,6 +189,18 @@ class Gated(unittest.TestCase):
             product = gated.Product(quack)
             self.assertIn(reason, product.prove(self.model) or "")
             self.assertFalse(product.proved)
+
+    def test_kernels_are_kept_where_only_this_user_writes(self) -> None:
+        """Not below /tmp, QuACK's own choice; a folder that somebody chose stays."""
+        with tempfile.TemporaryDirectory() as scratch:
+            environ = {"QWEN3EMB_CACHE_DIR": f"{scratch}/cache"}
+            gated.keep_what_is_compiled(environ)
+            folder = Path(environ["QUACK_CACHE_DIR"])
+            self.assertEqual(folder, Path(scratch) / "cache" / "quack")
+            self.assertEqual(folder.stat().st_mode & 0o777, 0o700)
+            environ["QUACK_CACHE_DIR"] = "/chosen"
+            gated.keep_what_is_compiled(environ)
+            self.assertEqual(environ["QUACK_CACHE_DIR"], "/chosen")
 
     def test_quantised_weights_and_several_cards_are_left_alone(self) -> None:
         """Asked once a layer."""

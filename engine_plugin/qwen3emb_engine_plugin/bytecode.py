@@ -72,8 +72,6 @@ def folder_of(environ: Mapping[str, str], path: Iterable[str] | None = None) -> 
 
     A place without packages, such as the folder that an engine is started in, is none of them.
     """
-    own = environ.get("QWEN3EMB_CACHE_DIR")
-    cache = Path(own) if own else Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3emb"
     words = [sys.version]
     for entry in map(Path, sys.path if path is None else path):
         try:
@@ -81,11 +79,18 @@ def folder_of(environ: Mapping[str, str], path: Iterable[str] | None = None) -> 
         except OSError:
             continue
         words += [str(entry), *sorted(found)] if found else []
-    return cache.absolute() / "bytecode" / _short(sys.executable) / _short("\n".join(words))
+    return cache_folder(environ) / "bytecode" / _short(sys.executable) / _short("\n".join(words))
 
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def cache_folder(environ: Mapping[str, str]) -> Path:
+    """Where the launcher keeps what can be made again. RuntimeError for a user without a home."""
+    own = environ.get("QWEN3EMB_CACHE_DIR")
+    cache = Path(own) if own else Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3emb"
+    return cache.absolute()
 
 
 def _prepared(folder: Path) -> str | None:

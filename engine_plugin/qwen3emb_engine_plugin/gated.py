@@ -13,10 +13,13 @@ Off unless QWEN3EMB_PLUGIN_GATED=1: no GPU has run it yet.
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import MutableMapping
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from qwen3emb_engine_plugin.bytecode import cache_folder
 from qwen3emb_engine_plugin.layer import _no_gpu_or_version
 from qwen3emb_engine_plugin.switches import misfit
 
@@ -32,6 +35,7 @@ def gated() -> str | None:
     problem = _no_gpu_or_version()
     if problem:
         return problem
+    keep_what_is_compiled(os.environ)
     from quack.gemm_interface import gemm_gated
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.models.qwen2 import Qwen2MLP
@@ -61,6 +65,13 @@ def gated() -> str | None:
     HookRegistry.register("sglang.srt.models.qwen2.Qwen2MLP.forward", forward, HookType.AROUND)
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", loaded, HookType.AFTER)
     return None
+
+
+def keep_what_is_compiled(environ: MutableMapping[str, str]) -> None:
+    """Have QuACK keep its kernels in this user's cache: unasked it takes /tmp, where others may write first."""
+    folder = cache_folder(environ) / "quack"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    environ.setdefault("QUACK_CACHE_DIR", str(folder))
 
 
 class Product:
