@@ -144,6 +144,7 @@ def test_a_proxy_that_would_catch_the_users_requests_is_warned_of(
     monkeypatch.setenv("NO_PROXY", exempt)
     assert run(["up", "--profile", "demo", "-d"]) == 0
     err = capsys.readouterr().err
+    assert run(["down"]) == 0
     assert ("export NO_PROXY=" in err) is not bool(exempt)
     assert "hunter2" not in err
 
