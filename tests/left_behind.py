@@ -53,7 +53,7 @@ def processes() -> set[str]:
     return found
 
 
-def left(before: set[str], seconds: float = 10) -> list[str]:
+def left(before: set[str], seconds: float = 3) -> list[str]:
     """Names there are more than `before`, and processes; one that is about to end gets `seconds` for it."""
     end = time.monotonic() + seconds
     while (running := processes()) and time.monotonic() < end:

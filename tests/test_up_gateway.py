@@ -30,6 +30,8 @@ from qwen3emb_launch.up import gateway_runner, machine
 from qwen3emb_launch.up.control import Candidate, How
 from qwen3emb_launch.up.control import replace as replace_engines
 from qwen3emb_launch.up.detached import detach
+from qwen3emb_launch.up.events import EngineGone, Event
+from qwen3emb_launch.up.member import Member
 from qwen3emb_launch.up.sockets import short_path
 
 TRUTH = Engine(Behaviour())
@@ -421,6 +423,30 @@ def test_replacement_ends_with_the_instance() -> None:
         run.wait()
     assert run.outcome is not None
     assert run.outcome.state is State.STOPPED
+
+
+def test_a_candidate_may_be_the_last_to_go() -> None:
+    """Its end comes after the engine's and the gateway's: the instance ends all the same."""
+    plan = gateway_plan()
+    with Supervised(plan) as run:
+        run.reach(State.READY)
+        supervisor, feed = run.supervisor, run.supervisor.feed
+
+        def late(member: Member, event: Event) -> None:
+            last = all(m.ended for m in supervisor.members if m is not member)
+            if member in supervisor.others and isinstance(event, EngineGone) and not last:
+                supervisor._inbox.put(lambda: late(member, event))
+            else:
+                feed(member, event)
+
+        def on_line(_: str) -> None:
+            until(lambda: len(pids(run)) == 2, "the candidate")
+            supervisor.feed = late  # type: ignore[method-assign]
+            supervisor.stop("SIGTERM")
+
+        with pytest.raises(UnfitError):
+            replace_engines(run.instance, plan=behaving(plan, never_listen=True), say=on_line)
+        assert run.wait().state is State.STOPPED
 
 
 def test_what_cannot_be_replaced() -> None:

@@ -279,9 +279,9 @@ class Supervisor:
         if len(self.members) > 1:
             self._reporter.unit_moved(member, move)
         before = self.record.state
-        if member in self.others:
+        if member in self.others and not (self._stopping or self._failed):
             self.publish()
-        else:
+        else:  # the instance's own, or at its end any: a candidate may be the last to go
             self.settle(member)
         if self.record.state is before and len(self.members) > 1:  # else the instance's own line has said it
             self.say(f"{member.name}: {move.after}: {move.reason}")
