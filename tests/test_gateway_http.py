@@ -83,7 +83,7 @@ def test_answered_requests_leave_nothing_for_the_garbage_collector() -> None:
     run(main())
 
 
-async def left_behind(within: float = 2.0) -> list[str]:
+async def left_behind(within: float = 20.0) -> list[str]:
     """What requests still lie in memory once their answers are there and the loop had its time to let go of them."""
     end = monotonic() + within
     while True:

@@ -50,12 +50,16 @@ def test_verify_level_full_passes_through_it_cold_and_warm(demo_endpoint: Endpoi
 
 
 @pytest.mark.parametrize(
-    ("fault", "check"), [(faults.swaps_vectors, "batch"), (faults.older_model_one_in_twenty, "steady")]
+    ("fault", "checks"),
+    [(faults.swaps_vectors, {"batch"}), (faults.older_model_one_in_twenty, {"steady", "batch", "faithful"})],
 )
 def test_verify_sees_an_engines_fault_through_it(
-    demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, check: str
+    demo_endpoint: Endpoint, tmp_path: Path, fault: Fault, checks: set[str]
 ) -> None:
-    """A warm cache hides no fault of the engine behind: what `up` proves through the gateway is the engine."""
+    """A warm cache hides no fault of the engine behind: what `up` proves through the gateway is the engine.
+
+    Which check meets the twentieth answer hangs on how the gateway put its calls together.
+    """
     honest = threading.Event()
     honest.set()
 
@@ -68,7 +72,7 @@ def test_verify_sees_an_engines_fault_through_it(
         request = Request(gw.base, Options(max_latency=10_000), tmp_path / "w.json")
         assert verify(request)[0].passed
         honest.clear()
-        assert check in {c.id for c in verify(request)[0].failures}
+        assert checks & {c.id for c in verify(request)[0].failures}
 
 
 def test_its_vectors_are_the_engines(demo_endpoint: Endpoint, tmp_path: Path) -> None:
