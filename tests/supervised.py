@@ -29,6 +29,7 @@ from qwen3emb_launch.up.supervisor import Outcome, Supervisor
 FAKE = Path(__file__).with_name("fake_engine.py")
 SMALL = MemoryEstimate({"weights": 1000}, 1000, None)
 QUICK = Deadlines(start=20, probe=0.3, probe_every=0.1, probe_failures=2, drain=5, reap=5)
+PATIENT = replace(QUICK, probe=10)  # where a probe that a busy machine delays must not make anything of it
 EAGER = RestartPolicy(first=0.05, factor=1.0, longest=0.1, limit=3, window=600)
 
 

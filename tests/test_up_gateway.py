@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from fake_engine import Behaviour, Engine
-from supervised import EAGER, QUICK, Load, Supervised, fake_plan, gateway_plan, gone, until
+from supervised import EAGER, PATIENT, QUICK, Load, Supervised, fake_plan, gateway_plan, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
@@ -62,7 +62,7 @@ def pids(run: Supervised) -> list[int]:
 def test_served_through_the_gateway_and_nothing_left() -> None:
     """Ready means tested through the users' own address; the engine is private; the end leaves no process, key or
     socket."""
-    plan = gateway_plan()
+    plan = gateway_plan(deadlines=PATIENT)
     with Supervised(plan, SMOKE) as run:
         run.reach(State.READY)
         assert load(plan).ask("hello")
@@ -232,7 +232,7 @@ def test_keys_of_users_are_asked_for(tmp_path: Path) -> None:
 
 def test_two_engines_one_killed() -> None:
     """One of two engines dies under load: degraded, nobody notices, ready again when it is back."""
-    plan = gateway_plan({"start_delay": 0.3}, replicas=2)
+    plan = gateway_plan({"start_delay": 0.3}, replicas=2, deadlines=PATIENT)
     with Supervised(plan, SMOKE) as run:
         run.reach(State.READY)
         assert len(pids(run)) == 2
@@ -284,7 +284,7 @@ def test_first_start_of_one_of_two_fails() -> None:
 @pytest.mark.parametrize(("how", "replicas"), [("auto", 1), ("in_place", 1), ("auto", 2)])
 def test_restart_under_load_costs_no_request(how: How, replicas: int) -> None:
     """Every engine is a new process, none of the old is left, no request failed, no vector is wrong."""
-    plan = gateway_plan({"start_delay": 0.3}, replicas=replicas)
+    plan = gateway_plan({"start_delay": 0.3}, replicas=replicas, deadlines=PATIENT)
     said: list[str] = []
     with Supervised(plan, SMOKE) as run:
         run.reach(State.READY)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import free_port
-from supervised import EAGER, QUICK, Supervised, fake_plan, gone, until
+from supervised import EAGER, PATIENT, QUICK, Supervised, fake_plan, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
@@ -38,7 +38,7 @@ def embeds(plan_port: int) -> bool:
 
 def test_up_smoke_stop() -> None:
     """A good engine becomes ready through the smoke test, serves, drains on stop, and leaves no key behind."""
-    with Supervised(fake_plan(), SMOKE) as run:
+    with Supervised(fake_plan(deadlines=PATIENT), SMOKE) as run:
         run.reach(State.READY)
         assert embeds(run.plan.port)
         pid = run.engine_pid
