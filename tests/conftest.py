@@ -26,11 +26,11 @@ from qwen3emb_launch.engine_process.guard import PR_SET_CHILD_SUBREAPER
 
 # The groups that take longest, longest first: a worker that comes to one of them last would leave the others idle.
 LONG = (
-    "demo_endpoint", "test_up_gateway", "test_verify_real", "test_engines_install", "test_upgrade_real", "all_killed",
-    "behind_locks", "test_chaos", "test_bench", "test_up_supervisor", "test_plugin_real", "test_systemd_real",
-    "test_plugin", "test_tune_real", "gpu_harness", "test_up_real", "test_types", "test_up_cli", "test_bench_load",
-    "test_upgrade", "test_gateway_process", "test_bench_real", "test_gateway_resilience", "test_embed",
-    "test_planning_engine", "test_gateway_bad_input", "test_left_behind", "test_engine_install", "test_security",
+    "demo_endpoint", "all_killed", "behind_locks", "test_upgrade_real", "test_verify_real", "profile_started",
+    "test_plugin_real", "test_bench", "test_engines_install", "test_chaos", "test_systemd_real", "test_up_real",
+    "test_up_gateway", "gpu_harness", "test_up_supervisor", "test_types", "test_gateway_process", "test_upgrade",
+    "test_up_cli", "test_plugin", "test_bench_load", "test_engine_install", "test_gateway_resilience", "test_security",
+    "test_embed", "test_planning_engine",
 )  # fmt: skip
 # Engines that tests of several files ask: those tests run in one worker, where each is started once.
 SHARED = {"demo_endpoint", "fp32_endpoint"}

@@ -418,7 +418,7 @@ def test_poisson_arrivals_repeat_with_the_seed_and_have_their_rate() -> None:
         spec = LoadSpec(url=url, model="m", shape="open", phases=(Phase("steady", 1.0, 300),), seed=5)
         one, two = (sorted(load.run(spec).batch.scheduled) for _ in range(2))
     assert len(one) == pytest.approx(300, abs=70)
-    assert abs(len(one) - len(two)) <= 1  # a run begins milliseconds into its window, which may cut the last one off
+    assert abs(len(one) - len(two)) <= 6  # a run begins up to some 20 ms into its window, which cuts the last ones off
     both = min(len(one), len(two))
     gaps = [[b - a for a, b in pairwise(x[:both])] for x in (one, two)]
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-6)

@@ -85,6 +85,7 @@ def test_the_seeds_table_in_small(demo_endpoint, capsys) -> None:
     assert "3.1 s" in claims["batch of 32 x 2048 tokens, 4B on an RTX 4090"]["verdict"]
 
 
+@pytest.mark.xdist_group("profile_started")
 def test_a_profile_is_started_for_the_run_and_stopped_after_it(engine_python, tmp_path, monkeypatch, capsys) -> None:
     """`--profile demo` serves, is measured with its facts in the record, and nothing runs afterwards."""
     if "QWEN3EMB_TEST_ENGINE_PYTHON" in os.environ:

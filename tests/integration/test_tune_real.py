@@ -15,6 +15,7 @@ from qwen3emb_launch.profile_files import load
 pytestmark = pytest.mark.engine
 
 
+@pytest.mark.xdist_group("profile_started")
 def test_a_tiny_space_is_tried_on_the_real_engine(engine_python: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     """Each trial is served, proven and measured; the profile carries the figures; nothing runs afterwards."""
     if "QWEN3EMB_TEST_ENGINE_PYTHON" in os.environ:
