@@ -116,9 +116,8 @@ class Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(endpoint: SmallEndpoint) -> Iterator[str]:
-    handler = type("Handler", (_Handler,), {"endpoint": endpoint})
-    server = Server(("127.0.0.1", 0), handler)
+def serving(endpoint: SmallEndpoint, handler: type[_Handler] = _Handler) -> Iterator[str]:
+    server = Server(("127.0.0.1", 0), type("Handler", (handler,), {"endpoint": endpoint}))
     server.daemon_threads = True
     Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:

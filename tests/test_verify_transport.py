@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import pytest
-from small_endpoint import Server, SmallEndpoint, _Handler
+from small_endpoint import SmallEndpoint, _Handler, serving
 
 from qwen3emb_launch.verify import contact
 from qwen3emb_launch.verify.contact import Contact, Misanswer
@@ -36,14 +36,8 @@ def answering(how: Answer | None, endpoint: SmallEndpoint | None = None, version
             else:
                 how(self, json.dumps(value).encode())
 
-    server = Server(("127.0.0.1", 0), type("Own", (Handler,), {"endpoint": endpoint or SmallEndpoint()}))
-    server.daemon_threads = True
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with serving(endpoint or SmallEndpoint(), Handler) as url:
+        yield url
 
 
 def head(handler: _Handler, length: int | None, **more: str) -> None:
