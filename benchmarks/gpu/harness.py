@@ -26,6 +26,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -82,10 +83,13 @@ def main() -> None:
 
 
 def checkpoint(name: str, args: argparse.Namespace) -> Path:
-    """The model to serve: an official shape, or the demo model (to try a configuration without a GPU)."""
+    """The model to serve: an official shape, or the demo model (to try a configuration without a GPU).
+
+    Its folder does not bear an official name: by that name random weights would be held to the published scores.
+    """
     if name == "demo":
         return make_demo_model(args.out / name)
-    return make_model.make(args.out / name, CATALOG[name].shape, weights=args.weights)
+    return make_model.make(args.out / f"{name}-shape", CATALOG[name].shape, weights=args.weights)
 
 
 def chosen(names: dict[str, Any], wanted: str) -> dict[str, Any]:
@@ -107,7 +111,9 @@ def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: 
     first_port = max([s.port + 20 for s in up], default=args.first_port)
     todo = {n: s for n, s in chosen(config["servers"], args.only).items() if n not in taken}
 
-    def one(item: tuple[int, str]) -> running.Server | None:
+    lock = Lock()
+
+    def one(item: tuple[int, str]) -> None:
         position, name = item
         spec = {**config["servers"][name], "argv": flat(config["servers"][name]["argv"])}
         before = running.device_used_bytes()
@@ -115,23 +121,16 @@ def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: 
             server = running.start(name, spec, model, first_port + 20 * position, args.out)
         except running.StartError as error:
             print(error, flush=True)
-            return None
+            return
         if server.gpu_bytes is None and not args.together:
             server.gpu_bytes = running.device_used_bytes() - before
         print(f"{name}: ready after {server.ready_s} s, {(server.gpu_bytes or 0) / 1e9:.2f} GB", flush=True)
-        return server
-
-    items = list(enumerate(todo))
-    if args.together:
-        with ThreadPoolExecutor(max(len(items), 1)) as pool:
-            up += [s for s in pool.map(one, items) if s]
-        running.save(up, state)
-        return
-    for item in items:
-        server = one(item)
-        if server:
+        with lock:  # at once: whoever ends this command can still stop what runs
             up.append(server)
             running.save(up, state)
+
+    with ThreadPoolExecutor(max(len(todo), 1) if args.together else 1) as pool:
+        list(pool.map(one, enumerate(todo)))
 
 
 _vocabulary: list[Vocabulary] = []  # calibrated on the first server; every server here has the same tokenizer
@@ -139,14 +138,18 @@ _texts_sent = 0  # no text is sent twice, to any server: a prefix cache finds no
 
 
 def drive(
-    server: running.Server, model: Path, load: dict[str, Any], seconds: float, warmup: float = 0.5
+    server: running.Server, model: Path, load: dict[str, Any], seconds: float, warmup: float = 1.0
 ) -> dict[str, Any]:
-    """One load against one server from `processes` processes, and its figures. Times in ms, warm-up left out."""
+    """One load against one server from `processes` processes, and its figures. Times in ms, warm-up left out.
+
+    A load's own `seconds` and `warmup` are the least it takes: what is answered slowly is counted over longer.
+    """
     global _texts_sent
+    seconds, warmup = max(seconds, load.get("seconds", 0)), max(warmup, load.get("warmup", 0))
     level = load.get("rate") or load["clients"]
     spec = LoadSpec(
         url=server.base_url,
-        model=str(model),
+        model=model.name,
         shape="open" if "rate" in load else "closed",
         phases=(Phase("warm-up", warmup, level, measured=False), Phase("measured", seconds, level)),
         batch=load["texts"],

@@ -53,10 +53,11 @@ def filled(text: str) -> str:
 def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path, deadline_s: float = 420) -> Server:
     """Start the server that `spec` describes and wait for an embedding.
 
-    Its `argv` may hold {model}, {port} and {here}, this folder; it and `env` may hold ${NAME} from the environment.
+    Its `argv` may hold {model}, {name} (what the model is called in requests), {port} and {here}, this folder; it and
+    `env` may hold ${NAME} from the environment.
     """
     log = out / f"{name}.log"
-    places = {"model": str(model), "port": str(port), "here": str(Path(__file__).resolve().parent)}
+    places = {"model": str(model), "name": model.name, "port": str(port), "here": str(Path(__file__).resolve().parent)}
     argv = [filled(str(part)).format(**places) for part in spec["argv"]]
     with socket.socket() as probe:  # another server's answers would be taken for this one's
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -68,18 +69,21 @@ def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path,
     before = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(argv, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True, env=env)
-    while not answers(port, str(spec.get("model_name", model))):
-        if process.poll() is not None or time.monotonic() - before > deadline_s:
-            stop_group(process.pid)
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            raise StartError(f"{name}: no embedding within {time.monotonic() - before:.0f} s\n{tail}")
-        time.sleep(0.25)
+    try:
+        while not answers(port, model.name):
+            if process.poll() is not None or time.monotonic() - before > deadline_s:
+                raise StartError(f"no embedding within {time.monotonic() - before:.0f} s")
+            time.sleep(0.25)
+    except StartError as error:
+        stop_group(process.pid)
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+        raise StartError(f"{name}: {error}\n{tail}") from None
     ready = time.monotonic() - before
     return Server(name, process.pid, port, argv, round(ready, 1), gpu_bytes(process.pid), str(log))
 
 
 def answers(port: int, model: str) -> bool:
-    """Whether a real embedding comes back."""
+    """Whether a real embedding comes back; StartError for a refusal, which waiting does not mend."""
     body = json.dumps({"model": model, "input": "ready?"}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/embeddings", data=body, headers={"content-type": "application/json"}
@@ -87,6 +91,10 @@ def answers(port: int, model: str) -> bool:
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status == 200 and bool(json.load(answer)["data"][0]["embedding"])
+    except urllib.error.HTTPError as error:
+        if 400 <= error.code < 500 and error.code != 429:
+            raise StartError(f"it refuses a request for model {model}: {error.code} {error.read()[:500]!r}") from None
+        return False
     except (urllib.error.URLError, OSError, ValueError, KeyError, IndexError):
         return False
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import free_port
+from small_endpoint import SmallEndpoint, serving
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("gpu_harness")]
 
@@ -34,8 +35,9 @@ def harness(engine_python: Path, tmp_path: Path, first: int) -> Any:
     def run(action: str, *options: str) -> str:
         found = subprocess.run(
             [sys.executable, ROOT / "benchmarks/gpu/harness.py", action, ROOT / "benchmarks/gpu/demo.yaml",
-             "--out", tmp_path, "--only", "ours,transformers", "--first-port", str(first), *options],
-            env={**os.environ, "ENGINE": str(engine_python), "PLUGIN": str(ROOT / "engine_plugin")},
+             "--out", tmp_path, "--first-port", str(first), *options],
+            env={**os.environ, "ENGINE": str(engine_python), "PLUGIN": str(ROOT / "engine_plugin"),
+                 "QWEN3EMB": str(Path(sys.executable).with_name("qwen3emb"))},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert found.returncode == 0, found.stdout[-3000:]
@@ -64,18 +66,19 @@ def vectors(port: int, model: str) -> list[list[float]]:
 
 
 def test_engines_are_compared_and_their_vectors_are_the_same(harness: Any, tmp_path: Path) -> None:
-    """The transformers server beside ours: one vector for one text, a record of both, and nothing left running."""
-    harness("serve")
+    """Ours, alone and behind `up`, and transformers: one vector for one text, a record of all, nothing left running."""
+    harness("serve", "--together", "--only", "ours,stack,transformers")
     servers = {s["name"]: s for s in json.loads((tmp_path / "servers.json").read_text())}
-    ours, baseline = (vectors(servers[name]["port"], str(tmp_path / "demo")) for name in ("ours", "transformers"))
-    for one, other in zip(ours, baseline, strict=True):
-        assert len(one) == len(other) == 64
-        lengths = math.hypot(*one) * math.hypot(*other)  # bfloat16's are near 1
-        assert sum(a * b for a, b in zip(one, other, strict=True)) / lengths > 0.9999
+    baseline = vectors(servers["transformers"]["port"], "demo")
+    for name in ("ours", "stack"):
+        for one, other in zip(vectors(servers[name]["port"], "demo"), baseline, strict=True):
+            assert len(one) == len(other) == 64
+            lengths = math.hypot(*one) * math.hypot(*other)  # bfloat16's are near 1
+            assert sum(a * b for a, b in zip(one, other, strict=True)) / lengths > 0.9999
 
     page = harness("load", "--loads", "short-16", "--rounds", "1", "--seconds", "1")
     record = json.loads((tmp_path / "demo.json").read_text())
-    assert {r["server"] for r in record["raw"]} == {"ours", "transformers"}
+    assert {r["server"] for r in record["raw"]} == {"ours", "stack", "transformers"}
     assert all(r["errors"] == 0 and r["texts_per_s"] > 0 for r in record["raw"])
     assert "| transformers |" in page
     harness("stop")
@@ -87,6 +90,19 @@ def test_a_port_that_is_taken_is_no_ready_server(harness: Any, first: int, tmp_p
     with socket.socket() as other:
         other.bind(("127.0.0.1", first))
         other.listen()
-        assert f"port {first} is taken" in harness("serve", "--together")
+        assert f"port {first} is taken" in harness("serve", "--together", "--only", "ours,transformers")
     left = json.loads((tmp_path / "servers.json").read_text())
     assert [s["name"] for s in left] == ["transformers"]
+
+
+def test_a_server_that_refuses_the_model_is_told_at_once() -> None:
+    """It answers, and would go on refusing until the deadline."""
+    with serving(SmallEndpoint()) as url:  # it serves a model of another name
+        port = int(url.split(":")[2].split("/")[0])
+        code = (
+            f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks/gpu')!r})\n"
+            f"import servers; servers.answers({port}, 'demo')"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert "refuses a request for model demo: 404" in found.stderr
+    assert "no such model" in found.stderr
