@@ -175,4 +175,4 @@ def workers() -> str | None:
     return None
 
 
-PARTS = [("answer", True, answer), ("route", True, route), ("workers", True, workers), ("prebuild", False, prebuild)]
+PARTS = [("answer", True, answer), ("route", True, route), ("workers", True, workers), ("prebuild", True, prebuild)]

@@ -6,7 +6,7 @@ its own, forked from the template, by the very function that would build it late
 same lock. The scheduler waits for them once its weights are there, so that nobody reads a file that is being written.
 What fails here is built, and reported, where it always was. Kernels that are there already cost each process a look.
 
-Off unless QWEN3EMB_PLUGIN_PREBUILD=1: no GPU has run it yet.
+An H200 with empty caches: 54 s until the first embedding instead of 76 (docs/benchmarks).
 """
 
 from __future__ import annotations
