@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    "cases", ["plugin_cases.py", "plugin_start_cases.py", "plugin_kernel_cases.py", "plugin_layer_cases.py"]
+    "cases",
+    [
+        "plugin_cases.py",
+        "plugin_start_cases.py",
+        "plugin_kernel_cases.py",
+        "plugin_layer_cases.py",
+        "plugin_ahead_cases.py",
+    ],
 )
 def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path, cases: str) -> None:
     """Reading, writing, tokenising, batching, falling back, forking, and the kernels interpreted; without a server."""

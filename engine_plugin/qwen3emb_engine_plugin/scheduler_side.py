@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from qwen3emb_engine_plugin.ahead import ahead
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.gated import gated
 from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
@@ -102,6 +103,7 @@ PARTS = [
     ("idle", True, idle),
     ("snapshots", True, snapshots),
     ("freeing", True, freeing),
+    ("ahead", False, ahead),
     ("full_graph", True, full_graph),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),

@@ -1,0 +1,166 @@
+"""The scheduler's loop that looks ahead, on a clock that is counted. Run by the engine environment's python."""
+# ruff: noqa: PT009 - unittest: the engine environment has no pytest
+
+from __future__ import annotations
+
+import sys
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from qwen3emb_engine_plugin import ahead
+from qwen3emb_engine_plugin.ahead import Ahead
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from engine_ahead import Costs, Model
+
+TEXT = SimpleNamespace(origin_input_ids=range(33))
+PASS, LAUNCH = 0.015, 0.0025  # of 32 texts
+
+
+class Loop(unittest.TestCase):
+    """One scheduler with a batch in the air: when does the hook let its loop go on?"""
+
+    def setUp(self) -> None:
+        self.now = 100.0
+        self.arrivals: list[tuple[float, int]] = []  # when, how many texts
+        self.ends = float("inf")
+        self.hooks = Ahead(lambda: self.now)
+        self.scheduler = SimpleNamespace(
+            result_queue=[], waiting_queue=[], is_generation=False, enable_overlap=True,
+            server_args=SimpleNamespace(tp_size=1, pp_size=1, dp_size=1),
+            request_receiver=SimpleNamespace(recv_requests=self.receive),
+        )  # fmt: skip
+
+    def receive(self) -> list[Any]:
+        found = [TEXT for when, texts in self.arrivals if when <= self.now for _ in range(texts)]
+        self.arrivals = [(when, texts) for when, texts in self.arrivals if when > self.now]
+        return found
+
+    def query(self) -> bool:
+        self.now += 1e-5
+        return self.now >= self.ends
+
+    def launch(self, texts: int) -> Any:
+        self.hooks.come_in(self.read, self.scheduler, [TEXT] * texts)
+        self.scheduler.waiting_queue.clear()
+        self.now += LAUNCH
+        result = SimpleNamespace(copy_done=SimpleNamespace(query=self.query, synchronize=lambda: None))
+        self.hooks.launched(result, self.scheduler, SimpleNamespace(extend_num_tokens=33 * texts))
+        self.scheduler.result_queue.append((None, result))
+        return result
+
+    def end(self, result: Any) -> None:
+        self.scheduler.result_queue.remove((None, result))
+        self.hooks.wanted(lambda *_: None, self.scheduler, None, result)
+
+    def read(self, scheduler: Any, requests: list[Any]) -> None:
+        scheduler.waiting_queue += requests
+
+    def learn(self, texts: int = 32, seconds: float = PASS) -> None:
+        for _ in range(3):
+            result = self.launch(texts)
+            self.now += seconds
+            self.end(result)
+
+    def waited(self) -> tuple[float, int]:
+        """Seconds until the loop goes on, and the texts that wait for it then."""
+        before = self.now
+        self.hooks.come_in(self.read, self.scheduler, self.receive())
+        return self.now - before, len(self.scheduler.waiting_queue)
+
+    def test_nothing_is_held_while_nothing_runs(self) -> None:
+        """A text for an idle engine goes at once."""
+        self.arrivals = [(self.now, 1)]
+        self.assertEqual(self.waited(), (0.0, 1))
+
+    def test_a_batch_of_a_new_size_is_followed_at_once(self) -> None:
+        """What a pass takes is not known yet: as soon as anything is there."""
+        self.launch(32)
+        self.arrivals = [(self.now + 0.004, 1)]
+        seconds, texts = self.waited()
+        self.assertEqual(texts, 1)
+        self.assertAlmostEqual(seconds, 0.004, delta=0.0002)
+
+    def test_half_a_batch_is_enough(self) -> None:
+        """Not the first texts alone; the half, as soon as it is there."""
+        self.learn()
+        self.launch(32)
+        self.arrivals = [(self.now + 0.001, 4), (self.now + 0.003, 11), (self.now + 0.005, 1), (self.now + 0.006, 9)]
+        seconds, texts = self.waited()
+        self.assertEqual(texts, 16)
+        self.assertAlmostEqual(seconds, 0.005, delta=0.0002)
+
+    def test_fewer_go_before_the_batch_ends(self) -> None:
+        """In time to be launched, with the margin."""
+        self.learn()
+        self.launch(32)
+        self.arrivals = [(self.now + 0.001, 2), (self.now + 0.002, 3)]
+        seconds, texts = self.waited()
+        self.assertEqual(texts, 5)
+        self.assertAlmostEqual(seconds, PASS - max(LAUNCH + ahead.MARGIN, ahead.LAST * PASS), delta=0.0005)
+
+    def test_a_batch_that_ends_sooner_ends_the_wait(self) -> None:
+        """With or without anything that waits; the pace is learnt from it."""
+        for arrivals in ([], [(0.001, 1)]):
+            self.learn()
+            result = self.launch(32)
+            self.ends = self.now + 0.004
+            self.arrivals = [(self.now + when, texts) for when, texts in arrivals]
+            seconds, texts = self.waited()
+            self.assertEqual(texts, len(arrivals))
+            self.assertAlmostEqual(seconds, 0.004, delta=0.0002)
+            self.assertFalse(hasattr(result, "_qwen3emb_ahead"))
+            self.scheduler.result_queue.clear()
+            self.scheduler.waiting_queue.clear()
+            self.ends = float("inf")
+
+    def test_short_passes_are_left_to_the_stock_loop(self) -> None:
+        """Launching takes longer than they do."""
+        self.learn(texts=1, seconds=0.003)
+        self.launch(1)
+        self.assertEqual(self.waited()[0], 0.0)
+
+    def test_a_paused_or_leaving_engine_is_not_held(self) -> None:
+        """Whoever pauses it waits for the loop."""
+        for name in ("_engine_paused", "gracefully_exit"):
+            self.launch(32)
+            setattr(self.scheduler, name, True)
+            self.assertLess(self.waited()[0], 0.001, name)
+            setattr(self.scheduler, name, False)
+
+    def test_other_servers_are_left_alone(self) -> None:
+        """Generation, no overlap, several processes that have to look for requests together."""
+        for change in ({"is_generation": True}, {"enable_overlap": False}, {"tp_size": 2}, {"pp_size": 2}):
+            self.setUp()
+            for name, value in change.items():
+                setattr(self.scheduler if hasattr(self.scheduler, name) else self.scheduler.server_args, name, value)
+            self.launch(32)
+            self.assertEqual(self.waited()[0], 0.0, change)
+
+    def test_it_fits_this_release(self) -> None:
+        """The hooks are where the release's loop calls them."""
+        self.addCleanup(HookRegistry.reset)
+        self.assertIsNone(ahead.ahead())
+
+
+class Served(unittest.TestCase):
+    """Many clients, in the model of the whole loop."""
+
+    def test_it_fills_the_gaps_and_costs_nothing_where_there_are_none(self) -> None:
+        """A GPU that waited for launches works on; one client, and one whose host is too slow anyway, see no change."""
+        for clients, costs, least in (
+            (1, Costs(), 0.99), (16, Costs(), 0.98), (64, Costs(), 1.2), (256, Costs(), 1.08),
+            (64, Costs(server=0.1, away=3.0), 0.98), (256, Costs(server=0.1, away=3.0), 0.98),
+            (4, Costs(pass_=1.2, item=0.23, server=0.15, away=3.0), 0.97),
+            (256, Costs(pass_=1.2, item=0.23, server=0.15, away=3.0), 0.97),
+        ):  # fmt: skip
+            rates = [Model(clients, on, costs).run(2.0, 0.5) for on in (False, True)]
+            self.assertGreater(rates[1] / rates[0], least, (clients, costs))
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
