@@ -49,17 +49,6 @@ def test_verify_level_full_passes_through_it_cold_and_warm(demo_endpoint: Endpoi
         assert 'cache_hits_total{level="memory"} 0' not in metrics
 
 
-def test_it_tells_what_the_engine_computes_in(demo_endpoint: Endpoint, tmp_path: Path) -> None:
-    """As SGLang itself says it, and no other of its words; `verify` by URL goes by it."""
-    with before(demo_endpoint, tmp_path) as gw:
-        (row, *_) = json.loads(gw.call("/v1/models")[1])["data"]
-        assert row.keys() == {"id", "object", "created", "owned_by", "dimensions", "max_input_tokens", "dtype"}
-        assert row["dtype"] == "bfloat16"
-        report = verify(Request(gw.base, Options(max_latency=10_000), tmp_path / "w.json"))[0]
-        assert report.passed
-        assert report.precision.startswith("bfloat16 (the gateway says)")
-
-
 @pytest.mark.parametrize(
     ("fault", "checks"),
     [(faults.swaps_vectors, {"batch"}), (faults.older_model_one_in_twenty, {"steady", "batch", "faithful"})],
