@@ -12,6 +12,7 @@ from statistics import NormalDist, median
 from qwen3emb_launch.errors import InvalidInputError
 
 RESAMPLES = 10_000
+FEWEST_PAIRS = 3  # that a ratio has an interval from
 SLOPE_PAIRS = 100_000  # pairs a slope is taken from at most
 
 
@@ -30,7 +31,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 class Ratio:
     """A ratio b/a from `pairs` interleaved rounds: geometric mean, and the interval that holds it at `confidence`.
 
-    `low` and `high` are None with fewer than three pairs: there is no honest interval then.
+    `low` and `high` are None with fewer than FEWEST_PAIRS: there is no honest interval then.
     """
 
     value: float
@@ -58,7 +59,7 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, seed
         raise ValueError("a ratio needs positive values")
     logs = [math.log(y / x) for x, y in zip(a, b, strict=True)]
     centre = sum(logs) / len(logs)
-    if len(logs) < 3:
+    if len(logs) < FEWEST_PAIRS:
         return Ratio(math.exp(centre), None, None, len(logs), confidence)
     source = random.Random(seed)  # noqa: S311 - resampling
     count = len(logs)

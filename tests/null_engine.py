@@ -93,6 +93,7 @@ class NullEngine:
         self.sizes: list[int] = []
         self.bodies: list[dict] = []
         self.decode: Callable[[list[int]], str] | None = None  # with it, ids get the vector of the text they are of
+        self.info: dict | None = {}  # what it says of itself at other routes, over the usual; None: it hangs up
         self.status: tuple[int, bytes] | None = None  # answer this instead
         self.raw: bytes | None = None  # the body of a 200 instead
         self.hang = False
@@ -193,10 +194,12 @@ class Link(asyncio.Protocol):
         if self.url == b"/v1/models":
             row = {"id": self.engine.model, "object": "model", "max_model_len": self.engine.max_model_len}
             self.write(200, orjson.dumps({"object": "list", "data": [row]}))
+        elif self.url != b"/v1/embeddings" and self.engine.info is None:
+            self.transport.abort()
         elif self.url != b"/v1/embeddings":  # what a router asks a worker: health, model and server information
             name = self.engine.model
             about = {"model_path": name, "served_model_name": name, "model_id": name, "is_generation": False}
-            self.write(200, orjson.dumps(about))
+            self.write(200, orjson.dumps(about | self.engine.info))
         else:
             self.task = asyncio.ensure_future(self.answer(body))
 

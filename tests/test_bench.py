@@ -174,6 +174,17 @@ def test_targets_take_turns_and_the_slower_is_seen(capsys) -> None:
     assert 0.6 < against_self["value"] < 1.6
 
 
+@pytest.mark.parametrize(("rounds", "warned"), [("2", True), ("3", False)])
+def test_a_comparison_of_too_few_rounds_is_warned_of(capsys, rounds: str, warned: bool) -> None:
+    """A ratio without an interval is shown as one, and that is said before the time is spent."""
+    with null_server(Behaviour()) as (one, _), null_server(Behaviour()) as (other, _):
+        words = ["--base-url", one, "--vs", other, "--rounds", rounds, "-c", "2", "-d", "0.2s", "--warmup", "0"]
+        assert run(["bench", *words]) == 0
+    seen = capsys.readouterr()
+    assert (f"--rounds {rounds} gives ratios without an interval" in seen.err) is warned
+    assert ("(no interval from 2 rounds)" in seen.out) is warned
+
+
 def test_a_sweep_finds_the_knee_of_a_serial_server(capsys) -> None:
     """One at a time, 10 ms each: more than a few clients bring nothing, and the sweep ends by itself."""
     with null_server(Behaviour(delay=0.01, serial=True)) as (url, _):

@@ -20,7 +20,10 @@ from qwen3emb_launch.gateway.calls import token_flags
 from qwen3emb_launch.gateway.request import EmbeddingRequest
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.work import ESTIMATED, Item, Wait
-from tests.gateway_bench import error, gateway, rows
+from qwen3emb_launch.verify.runner import Request, open_session
+from qwen3emb_launch.verify.session import Options
+from qwen3emb_launch.verify.tolerance import FP8_DISTANCE, Precision
+from tests.gateway_bench import Bench, error, gateway, rows
 from tests.null_engine import NullEngine, Served
 
 
@@ -413,6 +416,50 @@ def test_the_context_length_is_the_engines_own_unless_told(tmp_path: Path) -> No
                     assert (await gw.post({"model": "null", "input": "a" * (longest - 1)})).status == 200
                     refused = await gw.post({"model": "null", "input": "a" * longest})
                     assert (refused.status, error(refused)["code"]) == (400, "context_length_exceeded")
+
+    run(main())
+
+
+def test_what_the_engines_compute_in_is_told_and_verify_goes_by_it(tmp_path: Path) -> None:
+    """SGLang's own word, for every name, without anything else that it says there; engines that disagree, say nothing
+    or break off are told nothing of, and serve all the same."""
+    folder = make_demo_model(tmp_path / "demo")  # its config.json says bfloat16
+
+    async def seen(gw: Bench) -> tuple[dict[str, str], Precision]:
+        answer = await gw.request("GET", "/v1/models")
+        assert b"secret" not in answer.body
+        told = [{k: m[k] for k in ("dtype", "quantization") if k in m} for m in orjson.loads(answer.body)["data"]]
+        assert all(one == told[0] for one in told)
+        one = orjson.loads((await gw.request("GET", "/v1/models/null")).body)
+        assert told[0].items() <= one.items()
+        url = f"http://127.0.0.1:{gw.service.port}/v1"
+        session = await asyncio.to_thread(open_session, Request(url, Options(), tmp_path / "w.json", folder=folder))
+        session.contact.close()
+        return told[0], session.precision
+
+    async def main() -> None:
+        quantised, plain = NullEngine(64), NullEngine(64)
+        quantised.info = {"dtype": "bfloat16", "quantization": "fp8", "admin_api_key": "secret"}
+        plain.info = {"dtype": "float16", "quantization": None}
+        async with Served(quantised) as one, Served(plain) as other:
+            async with gateway(one) as gw:
+                told, precision = await seen(gw)
+                assert told == {"dtype": "bfloat16", "quantization": "fp8"}
+                assert (precision.dtype, precision.quantised) == ("bfloat16", "fp8")
+                assert str(precision).startswith("bfloat16, fp8 weights (the gateway says)")
+                assert precision.distance == FP8_DISTANCE
+            async with gateway(other) as gw:
+                told, precision = await seen(gw)
+                assert told == {"dtype": "float16"}
+                assert (precision.dtype, precision.quantised) == ("float16", None)
+            async with gateway(one, other) as gw:
+                assert (await seen(gw))[0] == {}
+            for nothing in ({}, {"dtype": "auto", "quantization": 8}, None):
+                quantised.info = nothing
+                async with gateway(one) as gw:
+                    told, precision = await seen(gw)
+                    assert told == {}
+                    assert (precision.origin, precision.quantised) == ("the checkpoint's", None)
 
     run(main())
 

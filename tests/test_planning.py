@@ -15,6 +15,7 @@ from planning_cases import CUDA_RELEASES, GIB, SHIPPED, card, load, model, plan,
 
 from qwen3emb_launch import planning, profile_files, recorded_flags
 from qwen3emb_launch.errors import Exit, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.planning.front import workers_for
 from qwen3emb_launch.planning.ledger import setting_keys
 from qwen3emb_launch.planning.memory import CUDA_CONTEXT, LOADER, kv_bytes_per_token
@@ -337,6 +338,53 @@ def test_replicas_share_the_card(name: str, count: int) -> None:
     for before in range(count):  # engines that took theirs before this one started; the rest take it meanwhile
         room = share * (whole - before * one) - (count - 1 - before) * one
         assert room >= static, (before, room, static)
+
+
+def tokens_by_sglang(made: LaunchPlan, before: float, after: float) -> int:
+    """SGLang's rule (_profile_available_bytes, _apply_token_constraints; the same in 0.5.14 to 0.5.23): of what is free
+    after loading (`after`), the share of what was free before it that is not static stays free. 0 ends the engine."""
+    cell = kv_bytes_per_token(made.model.shape, made.setting("kv_cache_dtype"), made.setting("dtype"))
+    rest = after - before * (1 - float(said(made, "--mem-fraction-static")[0]))
+    return max(0, min(int(rest / cell), int(said(made, "--max-total-tokens")[0])))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("release", ["0.5.16", "0.5.23"])
+@pytest.mark.parametrize("name", ["h100", "h200", "h200:fp8", "h200:pooled", "a100-80g", "a100-80g:pooled", "l40s"])
+def test_neighbours_that_load_meanwhile_are_no_obstacle(name: str, release: str, count: int) -> None:
+    """Engines that take memory between SGLang's two looks, planned each as if it were alone, leave this one its tokens;
+    and no more than what the model needs is taken: the tokens are bounded by their number."""
+    made = plan(name, "4b", release, overrides={"replicas": str(count)})
+    assert made.memory is not None
+    assert made.gpu is not None
+    one = made.memory.needed_bytes / count
+    before = made.gpu.free_bytes - CUDA_CONTEXT
+    own = made.memory.terms["weights"] + LOADER
+    planned = made.setting("max_total_tokens")
+    neighbour = plan(name, "4b", release).memory.needed_bytes
+    for taken in (0, (count - 1) * one, (count - 1) * one + neighbour):
+        assert taken + one < made.gpu.free_bytes, "the card holds them all"
+        assert tokens_by_sglang(made, before, before - own - taken) == planned, taken
+    pool = made.memory.terms.get("KV pool", 0)
+    cell = kv_bytes_per_token(made.model.shape, made.setting("kv_cache_dtype"), "bfloat16")
+    assert pool == (planned * cell if made.setting("kv_pool") == "full" else 0)
+
+
+def test_the_start_that_failed_beside_others_is_planned_otherwise() -> None:
+    """As seen on an H200: bfloat16 4B and fp8 4B planned at one moment, with 0.2178 needed and 0.21 said. The room that
+    is left for batches stays free where a pool is allocated; a share that was given is not made larger."""
+    gpu = card("NVIDIA H200", 139.8, (9, 0), free=96)
+    fp8 = plan("h200", "4b", "0.5.16", gpu=gpu, overrides={"quantization": "fp8"})
+    assert float(said(fp8, "--mem-fraction-static")[0]) > 0.2178
+    assert tokens_by_sglang(fp8, gpu.free_bytes, (1 - 0.2178) * gpu.free_bytes) == fp8.setting("max_total_tokens")
+    share = {s.key: s for s in fp8.settings}["mem_fraction_static"]
+    assert "load on this GPU at the same time" in share.reason
+    tight = plan("rtx5090", "8b", gpu=card("NVIDIA GeForce RTX 5090", 31.8, (12, 0), free=24))
+    terms = tight.memory.terms
+    left = (1 - tight.setting("mem_fraction_static")) * (tight.gpu.free_bytes - CUDA_CONTEXT)
+    assert left >= terms["activations"] + terms["request table"] + terms["CUDA graphs"]
+    told = plan("h200", "4b", "0.5.16", overrides={"mem_fraction_static": "0.3"})
+    assert told.setting("mem_fraction_static") == 0.3
 
 
 def test_replicas_that_cannot_be() -> None:

@@ -46,3 +46,17 @@ def test_a_cpu_engine_is_started_as_it_is() -> None:
     made = plan("demo", "demo", ram_bytes=16_000_000_000)
     assert one_more(made, 8_000_000_000)[0] == made.argv
     assert one_more(made, 1_000_000_000)[0] is None
+
+
+def test_one_more_leaves_room_for_others_unless_a_share_was_given() -> None:
+    """The second engine is told as generous a share as the first, of what is left; a given one stays what is needed."""
+    made = plan("h100", "0.6b")
+    free = made.gpu.free_bytes - made.memory.needed_bytes
+    argv, _ = one_more(made, free)
+    assert said(replace(made, argv=argv), FRACTION) == ["0.98"]
+    pooled = plan("h100:pooled", "0.6b")
+    argv, _ = one_more(pooled, free)
+    assert 0.9 < float(said(replace(pooled, argv=argv), FRACTION)[0]) <= 0.95
+    given = plan("h100", "0.6b", overrides={"mem_fraction_static": "0.3", "max_total_tokens": "40000"})
+    argv, _ = one_more(given, free)
+    assert float(said(replace(given, argv=argv), FRACTION)[0]) < 0.3

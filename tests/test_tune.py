@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ class Engine:
         machine.measured.append((self.moves, level, seconds))
         if machine.stop_at is not None and len(machine.measured) >= machine.stop_at:
             raise KeyboardInterrupt
-        if machine.dies & set(self.moves):
+        if machine.dies & set(self.moves) or len(machine.measured) == machine.dies_at:
             raise EngineFailedError("engine_died", "the engine died under it", "qwen3emb logs")
         peak, alone = machine.peak(self.moves), machine.alone(self.moves)
         rate = min(peak, level / alone * 1000) * machine.noise()
@@ -104,6 +105,7 @@ class Machine:
     base_peak: float = 400.0
     base_alone: float = 20.0
     stop_at: int | None = None
+    dies_at: int | None = None
     started: list[Moves] = field(default_factory=list)
     measured: list[tuple[Moves, float, float]] = field(default_factory=list)
     running: int = 0
@@ -536,11 +538,36 @@ def test_a_final_of_short_loads_is_held_again_where_there_is_time(tmp_path: Path
     assert (last.verdict, last.machine.started) == (longer.verdict, [])
 
 
-def test_a_final_of_one_round_has_all_that_fit_into_one(tmp_path: Path) -> None:
-    """--rounds 1: the third finalist is not measured by the time that three rounds would take."""
-    tune(tmp_path, A, B, C, rounds=0, gives={A: 1.3, B: 1.2})
-    run = tune(tmp_path, A, B, C, rounds=1, budget=220, gives={A: 1.3, B: 1.2}, resume=True)
-    assert [len(one.measured) for one in run.journal.rounds] == [3]
+@pytest.mark.parametrize(("budget", "rounds", "apart"), [(126, 2, False), (130, 1, True), (160, 2, True)])
+def test_a_budget_too_short_to_decide_is_said_and_how_long_it_takes(
+    tmp_path: Path, budget: float, rounds: int, apart: bool
+) -> None:
+    """Fewer rounds than an interval needs choose nothing, and that is not called a baseline that nothing beats. The
+    time that the sentence names is enough on --resume, and nothing is tried twice."""
+    first = tune(tmp_path, A, budget=budget, gives={A: 1.4}, apart=apart)
+    assert len(first.journal.rounds) == rounds
+    assert (first.verdict.winner, first.verdict.confirmed) == ((), False)
+    count = f"{rounds} round{'s' * (rounds > 1)}"
+    assert f"the budget was over after {count} of the final, too early to decide" in first.verdict.sentence
+    assert f"a=1: 1.4 ({count}: no interval)" in first.verdict.sentence
+    assert "nothing beats" not in first.verdict.sentence
+    takes = re.search(r"the final alone takes about (\d+) s: --resume", first.verdict.sentence)
+    assert takes is not None
+    second = tune(tmp_path, A, budget=float(takes[1]) + 1, gives={A: 1.4}, apart=apart, resume=True)
+    assert (second.verdict.winner, second.verdict.confirmed) == ((A,), True)
+    assert len(second.journal.rounds) >= 3
+    assert {one.seconds for one in second.journal.rounds} == {12.0}
+    assert len([t for t in second.journal.trials if t.moves == ()]) == 1
+
+
+def test_a_final_that_an_engine_ended_early_is_not_blamed_on_the_budget(tmp_path: Path) -> None:
+    """After two rounds an engine dies: the note says why, the sentence that nothing is decided."""
+    whole = tune(tmp_path / "whole", A, gives={A: 1.4})
+    run = tune(tmp_path, A, gives={A: 1.4}, dies_at=len(whole.machine.measured) - 5)  # of five rounds of two
+    assert len(run.journal.rounds) == 2
+    assert run.verdict.undecided
+    assert run.verdict.sentence.startswith("the final ended after 2 rounds, too early to decide: ")
+    assert any("the final ended after 2 rounds: " in note for note in run.tuning.notes)
 
 
 def test_a_bigger_budget_tries_what_was_left(tmp_path: Path) -> None:
@@ -652,10 +679,11 @@ def test_of_equals_the_simpler_wins() -> None:
 
 
 def test_too_few_rounds_decide_nothing() -> None:
-    """Two rounds have no interval: the baseline stays and the sentence says why."""
+    """Two rounds have no interval: the baseline stays, not as a winner, and the sentence says why."""
     rounds = [Round(n, {(): measurement(), (A,): measurement(rate=200)}) for n in (1, 2)]
     verdict = contest.judge(rounds, THROUGHPUT)
-    assert verdict.winner == ()
+    assert (verdict.winner, verdict.confirmed, verdict.undecided) == ((), False, True)
+    assert "it takes 3 rounds" in verdict.sentence
     assert "(2 rounds: no interval)" in verdict.sentence
     assert "(1 round: no interval)" in contest.judge(rounds[:1], THROUGHPUT).sentence
 

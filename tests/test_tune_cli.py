@@ -150,6 +150,17 @@ def test_an_objective_that_nothing_meets_is_exit_1(trials: Trials, capsys) -> No
     assert not Path("mine.yaml").exists()
 
 
+@pytest.mark.parametrize("rounds", ["1", "2"])
+def test_a_final_that_could_choose_nothing_is_refused(trials: Trials, capsys, rounds: str) -> None:
+    """Fewer rounds than an interval needs: exit 2 with the reason, before anything is started or written."""
+    status, envelope = tune(capsys, "--goal", "latency", "--rounds", rounds)
+    assert (status, envelope["error"]["code"]) == (2, "too_few_rounds")
+    assert "nothing could win it" in envelope["error"]["message"]
+    assert "--rounds 3 or more" in envelope["error"]["hint"]
+    assert not trials.started
+    assert not Path("mine.tune.jsonl").exists()
+
+
 def test_ctrl_c_keeps_what_is_known_and_resume_goes_on(trials: Trials, capsys) -> None:
     """Exit 130, marked partial, nothing written; the next run measures only what is missing."""
 

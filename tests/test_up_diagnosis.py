@@ -17,6 +17,8 @@ CAUSES = {
     "engine_port_in_use": "[Errno 98] error while attempting to bind on address ('127.0.0.1', 30000): in use",
     "engine_oom_gpu": "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.24 GiB",
     "engine_oom_pool": "RuntimeError: Not enough memory. Please try to increase --mem-fraction-static.",
+    "engine_crowded_gpu": "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static="
+    "0.21. Raise --mem-fraction-static above 0.218 (minimum viable = 1 - available/pre = 0.2178). If using speculative",
     "engine_oom_host": "RuntimeError: [enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory",
     "engine_gpu_unsupported": "CUDA error: no kernel image is available for execution on the device",
     "engine_driver": "RuntimeError: Found no NVIDIA driver on your system.",

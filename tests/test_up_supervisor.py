@@ -27,6 +27,10 @@ from qwen3emb_launch.probe import Target, embed_once
 from qwen3emb_launch.up import runner
 from qwen3emb_launch.up.detached import Detached, command, detach
 
+CROWDED = (
+    "ValueError: Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=0.21. "
+    "Raise --mem-fraction-static above 0.218 (minimum viable = 1 - available/pre = 0.2178)."
+)
 OOM = """Traceback (most recent call last):
   File "model_runner.py", line 1, in <module>
 torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB"""
@@ -81,6 +85,7 @@ def test_crashes_end_at_the_limit(tmp_path: Path) -> None:
     ("behaviour", "code", "word"),
     [
         ({"last_words": OOM}, "engine_oom_gpu", "Tried to allocate 2.00 GiB"),
+        ({"last_words": CROWDED}, "engine_crowded_gpu", "others on the GPU took memory while this engine loaded"),
         (
             {"last_words": "sglang serve: error: unrecognized arguments: --enable-prompts", "status": 2},
             "engine_unknown_flag",

@@ -24,8 +24,9 @@ from qwen3emb_launch.verify.identity import catalog_of, from_plan
 from qwen3emb_launch.verify.probes_reference import CAUSES, diagnose
 from qwen3emb_launch.verify.reference import ReferenceSet, load, save
 from qwen3emb_launch.verify.report import Check, Report, Verdict, markdown
-from qwen3emb_launch.verify.runner import Request, verify
+from qwen3emb_launch.verify.runner import Request, open_session, verify
 from qwen3emb_launch.verify.session import Options
+from qwen3emb_launch.verify.tolerance import Precision
 from qwen3emb_launch.verify.yardstick import number_format
 from qwen3emb_launch.weights import weights_sample, weights_sha256
 
@@ -459,6 +460,27 @@ def test_weights_are_hashed_once_and_again_when_they_change(tmp_path: Path) -> N
     file.symlink_to(blob)
     assert weights_sha256(folder, memory) == "ab" * 32
     assert weights_sha256(tmp_path / "nothing", memory) is None
+
+
+@pytest.mark.parametrize(("owner", "quantised"), [("qwen3emb", "fp8"), ("test", None)])
+def test_a_gateways_own_word_on_precision_counts(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path, owner: str, quantised: str | None
+) -> None:
+    """Ours is believed; another server's list may mean anything by such words. The user's own word wins."""
+
+    def precision(**more: Any) -> Precision:
+        session = open_session(Request(url, Options(), tmp_path / "w.json", **more))
+        session.contact.close()
+        return session.precision
+
+    endpoint.model |= {"owned_by": owner, "dtype": "float16", "quantization": "fp8"}
+    found = precision()
+    assert (found.dtype, found.quantised) == (("float16", "fp8") if quantised else ("bfloat16", None))
+    assert found.origin == ("the gateway says" if quantised else "assumed")
+    told = precision(dtype="float32")
+    assert (told.dtype, told.origin, told.quantised) == ("float32", "as told", quantised)
+    endpoint.model |= {"dtype": 16, "quantization": None}
+    assert precision().origin == "assumed"
 
 
 @pytest.mark.parametrize("width", [2560, 4096])

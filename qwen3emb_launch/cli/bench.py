@@ -95,7 +95,9 @@ def bench(
     duration: Annotated[str, typer.Option("--duration", "-d", help="Measured time of each load.")] = "20s",
     warmup: Annotated[str, typer.Option(help="Left out, before each load; 0 for none.")] = "3s",
     requests: Annotated[int | None, typer.Option(min=1, help="End a load after so many requests.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Repeat; 1, or 5 with --vs.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Repeat; 1, or 5 with --vs, where 3 give an interval.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts a request.")] = 1,
     tokens: Annotated[str, typer.Option(help="Tokens a text: 33, 32-512, lognormal:120:0.8@16-2048.")] = "33",
     corpus: Annotated[Path | None, typer.Option(help="Your texts: .jsonl, .txt or .parquet.")] = None,
@@ -127,7 +129,7 @@ def bench(
         from qwen3emb_launch.bench.target import Work, prepare
         from qwen3emb_launch.cli import bench_targets as named
         from qwen3emb_launch.cli.bench_view import Shown
-        from qwen3emb_launch.statistics import parse_slo
+        from qwen3emb_launch.statistics import FEWEST_PAIRS, parse_slo
 
         outputs = _outputs(output)
         if encoding not in ("base64", "float"):
@@ -162,6 +164,11 @@ def bench(
             seed=randbelow(1 << 30) if seed is None else seed,
         )
         work.check()
+        if vs and rounds and rounds < FEWEST_PAIRS:
+            console.warn(
+                f"--rounds {rounds} gives ratios without an interval: a difference cannot be told from chance. "
+                f"{FEWEST_PAIRS} rounds or more can"
+            )
         notes: list[str] = []
         if corpus:
             work, notes = with_corpus(work, corpus, column, stack)

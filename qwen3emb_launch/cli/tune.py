@@ -56,7 +56,7 @@ def tune(
     dims: Annotated[int | None, typer.Option(help="Dimensions to ask for.")] = None,
     duration: Annotated[str, typer.Option("--duration", "-d", help="Of a load in the final; earlier, less.")] = "12s",
     warmup: Annotated[str, typer.Option(help="Left out, before each load.")] = "1s",
-    rounds: Annotated[int, typer.Option(min=0, help="Of the final; 0 for none.")] = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Of the final, 3 or more; 0: no final.")] = 5,
     processes: Annotated[int, typer.Option(min=1, help="Client processes.")] = 1,
     seed: Annotated[int, typer.Option(help="Of texts and arrivals.")] = 1,
     gpu_hour: Annotated[float | None, typer.Option(help="Goal cost: rent of the GPU for an hour.")] = None,
@@ -82,7 +82,7 @@ def tune(
         from qwen3emb_launch.cli.bench import seconds, with_corpus
         from qwen3emb_launch.cli.tune_run import Job
         from qwen3emb_launch.cli.tune_trials import Engines
-        from qwen3emb_launch.statistics import parse_slo
+        from qwen3emb_launch.statistics import FEWEST_PAIRS, parse_slo
         from qwen3emb_launch.tune.machine import Setup
         from qwen3emb_launch.tune.objective import Goal, Objective
 
@@ -95,6 +95,12 @@ def tune(
         )
         if rate is not None and concurrency is not None:
             raise InvalidInputError("usage", "--rate and --concurrency exclude each other", "give one of them")
+        if 0 < rounds < FEWEST_PAIRS:
+            raise InvalidInputError(
+                "too_few_rounds",
+                f"a final of {rounds} round{'s' * (rounds > 1)} cannot tell a gain from chance: nothing could win it",
+                f"--rounds {FEWEST_PAIRS} or more, or --rounds 0 for trials without a final",
+            )
         work = Work(batch=batch, tokens=tokens, dims=dims, processes=processes, seed=seed)
         work.check()
         allowed, measured, warm = seconds(budget), seconds(duration), _or_none(warmup)

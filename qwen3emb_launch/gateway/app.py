@@ -239,6 +239,8 @@ class App:
             row["dimensions"] = task.dims if task is not None and task.dims else self.endpoint.model.width
             if self.endpoint.rules.max_tokens is not None:  # the engine's own, which may be less than the model's
                 row["max_input_tokens"] = self.endpoint.rules.max_tokens
+            said = self.pool.arithmetic
+            row |= {k: v for k, v in (("dtype", said.dtype), ("quantization", said.quantization)) if v}
         return row
 
     def _openapi(self, _: Request) -> Response:

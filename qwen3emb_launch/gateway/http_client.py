@@ -225,18 +225,26 @@ class HttpClient:
         )
 
     async def request(
-        self, method: str, path: str, body: bytes, timeout: float, more: str = "", most: int = MAX_ANSWER
+        self,
+        method: str,
+        path: str,
+        body: bytes,
+        timeout: float,
+        more: str = "",
+        most: int = MAX_ANSWER,
+        *,
+        root: bool = False,
     ) -> Answer:
-        """Send and wait, for so long once there is a connection. `path` is below the base URL's prefix, `more` whole
-        header lines; an answer of more than `most` bytes is none.
+        """Send and wait, for so long once there is a connection. `path` is below the base URL's prefix (`root`: beside
+        its `/v1`), `more` whole header lines; an answer of more than `most` bytes is none.
 
         Raises EngineGoneError (a kept connection that the engine had closed meanwhile is replaced first), TimeoutError,
         BadAnswerError for what is not HTTP or too long.
         """
         content = "content-type: application/json\r\n" if body else ""
+        prefix = self.address.prefix.removesuffix("/v1") if root else self.address.prefix
         head = (
-            f"{method} {self.address.prefix}{path} HTTP/1.1\r\n{self._common}{content}{more}"
-            f"content-length: {len(body)}\r\n\r\n"
+            f"{method} {prefix}{path} HTTP/1.1\r\n{self._common}{content}{more}content-length: {len(body)}\r\n\r\n"
         ).encode("latin-1")
         taken = False  # by an engine that may have ended because of it
         while True:

@@ -30,6 +30,7 @@ def document(
         "properties": {
             "id": {"type": "string"}, "object": {"const": "model"}, "created": {"type": "integer"},
             "owned_by": {"type": "string"}, "dimensions": {"type": "integer"}, "max_input_tokens": {"type": "integer"},
+            "dtype": {"type": "string"}, "quantization": {"type": "string"},
         },
     }  # fmt: skip
     return {

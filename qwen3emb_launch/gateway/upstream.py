@@ -30,6 +30,7 @@ PROBE_TEXT = "Which vectors do you make?"
 SAME_MODEL_COSINE = 0.99
 SAME_IDS_COSINE = 0.999  # a text and its own ids; bf16 batches of other shapes differ by less
 PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
+INFO_TIMEOUT = 2.0  # what an engine says of itself is not waited for like its vectors
 FAILURES_TO_DOWN = 3
 DOUBT = 0.05  # seconds in which a process that ends loses all its connections
 PATIENCE = 2.0  # seconds: for calls of suspects to have an engine to themselves, and for all others to leave it to them
@@ -37,6 +38,14 @@ PATIENCE = 2.0  # seconds: for calls of suspects to have an engine to themselves
 
 WORSE = ("up", "draining", "down", "refused")
 COUNTS = ("calls", "items", "answered", "failed")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What an engine says that it computes in; None is not told."""
+
+    dtype: str | None = None
+    quantization: str | None = None
 
 
 class UpstreamState(StrEnum):
@@ -85,6 +94,7 @@ class Upstream:
         self.slots = Slots()
         self.model = ""
         self.context_length: int | None = None
+        self.arithmetic = Arithmetic()
         self.takes_ids = False  # it makes the same ids of a text as this gateway's tokenizer, and takes them
         self.failures = 0
         self.not_before = 0.0  # an overloaded engine is left alone until then
@@ -232,6 +242,12 @@ class UpstreamPool:
         """Those that get traffic."""
         return [u for u in self.upstreams.values() if u.state is UpstreamState.UP]
 
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What those that get traffic compute in, where they all say the same."""
+        said = {u.arithmetic for u in self.up}
+        return said.pop() if len(said) == 1 else Arithmetic()
+
     def pick(self, kind: Kind, extra: bool = False, but: Upstream | None = None) -> Upstream | None:
         """The upstream with the fewest items in the air among those with a free slot; None when all are full.
 
@@ -346,6 +362,7 @@ class UpstreamPool:
         vectors, _ = read_vectors(answer.body, 1, self.width)
         vector = vectors[0]
         upstream.takes_ids = await self._takes_ids(upstream)
+        upstream.arithmetic = await self._ask_arithmetic(upstream)
         if not watch.alive:
             return UpstreamState.DOWN, "it closed the watching connection"
         if self.reference is None:
@@ -391,6 +408,19 @@ class UpstreamPool:
             raise BadAnswerError(f"GET /models answered no list of models: {exc!r}") from exc
         upstream.context_length = length if type(length) is int else None
 
+    async def _ask_arithmetic(self, upstream: Upstream) -> Arithmetic:
+        """Number format and quantisation from SGLang's `/server_info`; other engines have none, and need none.
+
+        `verify` judges by them what comes out of this gateway. The answer holds the engine's admin key too, to whoever
+        may call the engine at all: nothing else of it is kept.
+        """
+        try:
+            answer = await upstream.client.request("GET", "/server_info", b"", INFO_TIMEOUT, root=True)
+        except (EngineGoneError, BadAnswerError, TimeoutError):
+            return Arithmetic()
+        info = (answer.json() if answer.status == 200 else None) or {}
+        return Arithmetic(_word(info.get("dtype")), _word(info.get("quantization")))
+
 
 def described_by_all(workers: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """What several workers say of the first one's upstreams: counts added up, states as far as the last of them."""
@@ -406,6 +436,10 @@ def described_by_all(workers: Sequence[Sequence[dict[str, Any]]]) -> list[dict[s
 
 def _cosine(a: Vector, b: Vector) -> float:
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b) or 1.0))
+
+
+def _word(value: object) -> str | None:
+    return value if isinstance(value, str) and value not in ("", "auto", "none") else None
 
 
 def _why(answer: Answer) -> str:

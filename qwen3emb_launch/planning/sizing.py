@@ -10,8 +10,9 @@ from qwen3emb_launch.planning import memory
 from qwen3emb_launch.planning.ledger import Ledger
 from qwen3emb_launch.planning.rules import Surroundings
 
-LARGEST_SHARE = 0.98  # that the engine is told, where several share a card
-MOST = 0.95  # of the free memory: the rest is for activations and the allocator
+LARGEST_SHARE = 0.98  # that the engine is told, where several share a card or it only counts
+MOST = 0.95  # of the free memory where a pool is allocated: the rest is for activations and the allocator
+AFTER_THE_POOL = ("activations", "request table", "CUDA graphs")  # terms of the estimate that come beside it
 
 
 def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryEstimate | None:
@@ -33,18 +34,23 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
     count = int(ledger.value("replicas"))
     free = (around.gpu.free_bytes // count - memory.CUDA_CONTEXT) if around.cuda and around.gpu else None
 
-    tokens = _tokens(ledger, smallest, chunk if chunk > 0 else prefill, double=around.cuda)
-    if free is not None:
-        tokens = _fraction(ledger, weights + head, tokens, smallest, cell, free, pooled)
-    terms = {
-        "weights": weights,
-        "unused lm_head": head,
-        "KV pool": (tokens or smallest) * cell if pooled else 0,
+    beside = {
         "activations": memory.activation_bytes(shape, widest, dtype, tp),
         "request table": memory.request_table_bytes(int(ledger.value("max_running_requests")), context),
     }
     if around.cuda:
-        terms["CUDA graphs"] = memory.graph_bytes(shape, ledger.value("prefill_graph_sizes") or (), dtype, tp)
+        beside["CUDA graphs"] = memory.graph_bytes(shape, ledger.value("prefill_graph_sizes") or (), dtype, tp)
+    tokens = _tokens(ledger, smallest, chunk if chunk > 0 else prefill, double=around.cuda)
+    if free is not None:
+        spare = sum(beside.values()) if pooled else None
+        tokens = _fraction(ledger, weights + head, tokens, smallest, cell, free, spare)
+    terms = {
+        "weights": weights,
+        "unused lm_head": head,
+        "KV pool": (tokens or smallest) * cell if pooled else 0,
+        **beside,
+    }
+    if around.cuda:
         terms["CUDA context"] = memory.CUDA_CONTEXT
         total, available = (around.gpu.total_bytes, around.gpu.free_bytes) if around.gpu else (0, None)
     else:
@@ -53,12 +59,13 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
     if count > 1:
         one = sum(terms.values())
         if free is not None and around.gpu:
-            _share(ledger, tokens, free, (count - 1) * one, around.gpu.free_bytes - memory.CUDA_CONTEXT)
+            spare = sum(beside.values()) if pooled else None
+            _share(ledger, tokens, free, (count - 1) * one, around.gpu.free_bytes - memory.CUDA_CONTEXT, spare)
         terms[f"{count - 1} more of it"] = (count - 1) * one
     return memory.estimate(terms, total, available)
 
 
-def _share(ledger: Ledger, tokens: int | None, free: int, others: int, whole: int) -> None:
+def _share(ledger: Ledger, tokens: int | None, free: int, others: int, whole: int, spare: int | None) -> None:
     """Say to each of several engines on a card which share of it to take.
 
     An engine takes mem_fraction_static of what is free when it starts, less what was taken since. The others (`others`
@@ -69,7 +76,10 @@ def _share(ledger: Ledger, tokens: int | None, free: int, others: int, whole: in
     if ledger.value("max_total_tokens") is None:
         ledger.decide("max_total_tokens", tokens, "what this engine's part of mem_fraction_static holds")
     share = math.ceil(100 * (asked * free + others) / max(1, whole)) / 100
-    why = f"{asked:g} of this engine's part, and room for the others, which start at the same time"
+    if "mem_fraction_static" in ledger.given:
+        why = f"{asked:g} of this engine's part, and room for the others, which start at the same time"
+    else:
+        share, why = max(share, roomy(whole, spare)), "the others of this plan start at the same time"
     ledger.respell("mem_fraction_static", min(share, LARGEST_SHARE), why)
 
 
@@ -98,16 +108,29 @@ def _tokens(ledger: Ledger, smallest: int, batch: int, *, double: bool) -> int |
     )
 
 
+def roomy(free: int, spare: int | None) -> float:
+    """The mem_fraction_static that leaves neighbours room, where `max_total_tokens` bounds what is taken.
+
+    SGLang looks at what is free before it loads and again after it: for tokens it takes what is left above the share
+    that is not static. What other engines took in between is missing there, so that a share of just weights and tokens
+    ends a start beside others, or leaves fewer tokens than the longest input has. `spare` is what the engine still
+    needs after its pool, None where nothing is allocated for the tokens, which are then only counted.
+    """
+    if spare is None:
+        return LARGEST_SHARE
+    return min(MOST, math.floor(100 * (1 - spare / max(1, free))) / 100)
+
+
 def _fraction(
-    ledger: Ledger, weights: int, tokens: int | None, smallest: int, cell: int, free: int, pooled: bool
+    ledger: Ledger, weights: int, tokens: int | None, smallest: int, cell: int, free: int, spare: int | None
 ) -> int:
     """Decide mem_fraction_static; return how many tokens the engine will find room for."""
-    margin = 0.01 if pooled else 0.05  # what is only counted may be counted generously
-    wanted = round(memory.fraction_for(weights, tokens or smallest, cell, free) + margin, 2)
-    reason = (
-        "weights and pool, no more" if pooled else "the engine counts the tokens as if it kept them, and takes none"
-    )
-    fraction = float(ledger.decide("mem_fraction_static", min(wanted, MOST), reason))
+    wanted = min(round(memory.fraction_for(weights, tokens or smallest, cell, free) + 0.01, 2), MOST)
+    taken = "the tokens are counted, and no memory is taken for them" if spare is None else (
+        "max_total_tokens bounds the pool, and what a batch takes is left free"
+    )  # fmt: skip
+    why = f"{taken}; the rest of the share is room for engines that load on this GPU at the same time"
+    fraction = float(ledger.decide("mem_fraction_static", max(wanted, roomy(free, spare)), why))
     room = memory.pool_tokens(int(free * fraction), weights, cell)
     if tokens is None:
         return room

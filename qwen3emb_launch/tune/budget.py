@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
+from qwen3emb_launch.statistics import FEWEST_PAIRS
 from qwen3emb_launch.tune import strategy
 from qwen3emb_launch.tune.trials import Stage, Trial
 
@@ -13,7 +14,6 @@ SAFETY = 1.15  # on estimates of time
 STOPPING = 4.0  # seconds to end an engine
 LATEST = 3  # trials that an estimate looks at
 SETTLING = 2  # loads that a finalist takes before its first round
-FEWEST_ROUNDS = 3  # of a final; fewer give no interval
 BRIEF = 0.5  # share of a final's load where there is no time for whole ones
 
 
@@ -95,8 +95,7 @@ class Estimates:
 
 def estimates(budget: Budget, trials: Sequence[Trial], rounds: int, candidate: bool) -> Estimates:
     """As of now."""
-    fewest = min(FEWEST_ROUNDS, rounds)
-    final, brief = (budget.final_time(2, fewest, trials, share) if rounds else 0.0 for share in (1.0, BRIEF))
+    final, brief = (budget.final_time(2, FEWEST_PAIRS, trials, share) if rounds else 0.0 for share in (1.0, BRIEF))
     single, together = (budget.trial_time(stage, trials) for stage in (Stage.MOVE, Stage.COMBINATION))
     return Estimates(budget.left, single, together, final, brief, candidate)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from qwen3emb_launch.statistics import Ratio, ratio
+from qwen3emb_launch.statistics import FEWEST_PAIRS, Ratio, ratio
 from qwen3emb_launch.tune.objective import Objective
 from qwen3emb_launch.tune.trials import Measurement, Moves, Round, label
 
@@ -18,7 +18,8 @@ class Verdict:
     """What the figures say. `winner` is None when nothing met the objective; () is the baseline.
 
     `ratios` are scores over the baseline's, `typical` each configuration's medians over the rounds, `confirmed` is
-    True when the winner's place follows from a final and not from a single measurement.
+    True when the winner's place follows from a final and not from a single measurement. `undecided` tells of a final
+    that ended before it had as many rounds as an interval needs.
     """
 
     winner: Moves | None
@@ -26,6 +27,7 @@ class Verdict:
     ratios: Mapping[Moves, Ratio] = field(default_factory=dict)
     typical: Mapping[Moves, Measurement] = field(default_factory=dict)
     confirmed: bool = False
+    undecided: bool = False
 
 
 def typical(measured: Sequence[Measurement]) -> Measurement:
@@ -78,6 +80,9 @@ def judge(rounds: Sequence[Round], objective: Objective) -> Verdict:
             best, f"{label(best)} beats the baseline: {words(known[best])} times its score", known, middles, True
         )
     close = "; ".join(f"{label(m)}: {words(r)}" for m, r in known.items())
+    if any(r.pairs < FEWEST_PAIRS for r in known.values()):
+        text = f"it takes {FEWEST_PAIRS} rounds to tell a gain from chance ({close})"
+        return Verdict(BASELINE, text, known, middles, undecided=True)
     return Verdict(BASELINE, f"nothing beats the baseline beyond chance ({close})", known, middles, True)
 
 

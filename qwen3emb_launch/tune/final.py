@@ -21,7 +21,10 @@ EASINGS = 5
 
 @dataclass
 class Final:
-    """One final. Rounds go into the journal as they end; what went otherwise than meant into `notes`."""
+    """One final. Rounds go into the journal as they end; what went otherwise than meant into `notes`.
+
+    `out_of_time` tells that the budget ended it before its last round.
+    """
 
     setup: Setup
     machine: Machine
@@ -29,6 +32,7 @@ class Final:
     budget: Budget
     listener: Listener
     notes: list[str] = field(default_factory=list)
+    out_of_time: bool = False
 
     def hold(self, levels_of: Mapping[Moves, float], rounds: int) -> None:
         """Side by side where all fit; else each is started again for every turn. It ends early with the budget."""
@@ -40,7 +44,7 @@ class Final:
         except LaunchError as error:
             self.notes.append(f"the final ended early: {error.message}")
         except OutOfTimeError:
-            return
+            self.out_of_time = True
 
     def _side_by_side(self, levels_of: Mapping[Moves, float], rounds: int) -> bool:
         """Whether it was held so, or cannot be held at all for want of time."""
@@ -57,7 +61,7 @@ class Final:
                 return False
             self.notes.append(f"the final ended after {len(self.journal.rounds)} rounds: {error.message}")
         except OutOfTimeError:
-            pass
+            self.out_of_time = True
         return True
 
     def _rounds(self, levels_of: Mapping[Moves, float], rounds: int, engines: Mapping[Moves, Running] | None) -> None:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, InvalidInputError, LaunchError, UnfitError
+from qwen3emb_launch.statistics import FEWEST_PAIRS
 from qwen3emb_launch.tune import levels, strategy
 from qwen3emb_launch.tune.budget import (
     BRIEF,
-    FEWEST_ROUNDS,
     Budget,
     Estimates,
     OutOfTimeError,
@@ -255,15 +255,14 @@ class Tuning:
         if not self.setup.rounds:
             return self._unconfirmed("a final was not asked for (--rounds 0)")
         budget, entries, trials = self._budget, list(levels_of), self.journal.trials
-        fewest = min(FEWEST_ROUNDS, self.setup.rounds)
-        while len(entries) > 2 and budget.left < budget.final_time(len(entries), fewest, trials):
+        while len(entries) > 2 and budget.left < budget.final_time(len(entries), FEWEST_PAIRS, trials):
             entries.pop()
-        share = 1.0 if budget.left >= budget.final_time(len(entries), fewest, trials) else BRIEF
+        share = 1.0 if budget.left >= budget.final_time(len(entries), FEWEST_PAIRS, trials) else BRIEF
         if held and share < 1.0:
             self._say_brief(held)
             return judge(self.journal.rounds, objective)  # it would come to the same again
         if budget.left < budget.final_time(len(entries), 1, trials, share):
-            takes = budget.final_time(2, fewest, trials)
+            takes = budget.final_time(2, FEWEST_PAIRS, trials)
             return self._unconfirmed(f"no time was left for a final, which takes {takes:.0f} s or more (--resume)")
         setup = replace(self.setup, seconds=share * self.setup.seconds)
         if setup != self.setup:
@@ -272,7 +271,20 @@ class Tuning:
         final.hold({m: levels_of[m] for m in entries}, self.setup.rounds)
         if not self.journal.rounds:
             return self._unconfirmed("the final could not be held")
-        return judge(self.journal.rounds, objective)
+        verdict = judge(self.journal.rounds, objective)
+        return self._undecided(verdict, final, len(entries)) if verdict.undecided else verdict
+
+    def _undecided(self, verdict: Verdict, final: Final, entries: int) -> Verdict:
+        """A final that ended too early to choose: why, and how long one that can takes."""
+        held = len(self.journal.rounds)
+        count = f"{held} round{'s' * (held != 1)}"
+        ended = (
+            f"the budget was over after {count} of the final" if final.out_of_time else f"the final ended after {count}"
+        )
+        takes = self._budget.final_time(entries, FEWEST_PAIRS, self.journal.trials)
+        why = f"{ended}, too early to decide"
+        more = f"the final alone takes about {takes:.0f} s: --resume with a --budget of more"
+        return replace(verdict, sentence=f"{why}: {verdict.sentence}; {more}")
 
     def _held(self, entries: Collection[Moves]) -> float | None:
         """Seconds of a load in the final between these that an earlier run held to its end."""

@@ -55,13 +55,19 @@ PATTERNS: tuple[_Pattern, ...] = (
         "engine_oom_gpu",
         r"(?P<x>CUDA out of memory[^\n]*|torch\.OutOfMemoryError[^\n]*|CUDA error: out of memory)",
         "the GPU's memory ran out: {x}",
-        "see who holds it with nvidia-smi, or: qwen3emb up --set mem_fraction_static=0.7, or a smaller model",
+        "see who holds it with nvidia-smi, or: qwen3emb up --set context_length=8192, or a smaller model",
+    ),
+    _pattern(
+        "engine_crowded_gpu",
+        r"(?P<x>Loaded weights leave no GPU memory for the KV cache under --mem-fraction-static=[\d.]*\d)",
+        "others on the GPU took memory while this engine loaded, and too little is left for its tokens: {x}",
+        "the same command once more when they are up, or one engine after the other; nvidia-smi shows who holds what",
     ),
     _pattern(
         "engine_oom_pool",
         r"(?P<x>Not enough memory[^\n]*)",
         "no memory is left for the engine's token pool: {x}",
-        "a higher mem_fraction_static, a shorter context_length, or a smaller model",
+        "the same command once more, if others were loading there; else a shorter context_length, or a smaller model",
     ),
     _pattern(
         "engine_oom_host",

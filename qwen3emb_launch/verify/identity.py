@@ -61,6 +61,9 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
     config = _read_json(folder / "config.json") if folder else {}
     dtype = canonical_dtype(info.get("dtype"))
     origin = "the server says"
+    own = entry if gateway else {}  # of others' lists nobody knows what such words mean
+    if dtype is None and own:
+        dtype, origin = canonical_dtype(_text(own.get("dtype"))), "the gateway says"
     if dtype is None and config:
         dtype, origin = canonical_dtype(config.get("dtype") or config.get("torch_dtype")), "the checkpoint's"
     owner = str(entry.get("owned_by") or "")
@@ -78,7 +81,7 @@ def ask_identity(contact: Contact, model: str | None = None) -> Identity:
         or (longest + 1 if longest else None),
         dtype=dtype,
         dtype_origin=origin if dtype else "unknown",
-        quantization=_text(info.get("quantization")),
+        quantization=_text(info.get("quantization")) or _text(own.get("quantization")),
         kv_cache_dtype=_text(info.get("kv_cache_dtype")),
         device=_text(info.get("device")),
         revision=_text(info.get("revision")),

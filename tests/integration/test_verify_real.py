@@ -26,6 +26,7 @@ from qwen3emb_launch.verify.reference import DEMO_SET, load, transformers_refere
 from qwen3emb_launch.verify.report import Report, Verdict
 from qwen3emb_launch.verify.runner import Request, verify
 from qwen3emb_launch.verify.session import Options
+from tests.test_gateway_process import gateway, until
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).resolve().parents[1]
@@ -81,6 +82,21 @@ def test_float32_agrees_to_six_digits(fp32_endpoint: Endpoint, engine_python: Pa
     figures = report.checks[-1].figures
     assert figures["allowed"] == pytest.approx(1e-5)
     assert figures["min_cosine"] > 0.999999
+
+
+def test_an_engine_behind_a_gateway_is_held_to_its_own_precision(
+    fp32_endpoint: Endpoint, engine_python: Path, tmp_path: Path
+) -> None:
+    """By URL alone: what SGLang says that it computes in comes through, not what the checkpoint is kept in, and none of
+    its other words."""
+    with gateway(tmp_path, "--upstream", fp32_endpoint.base_url, "--model", "demo") as gw:
+        until(lambda: gw.call("/ready")[0] == 200, 60)
+        (row, *_) = json.loads(gw.call("/v1/models")[1])["data"]
+        assert row.keys() == {"id", "object", "created", "owned_by", "dimensions", "dtype"}
+        report = ask(gw.base, tmp_path, "transformers", python=engine_python, folder=fp32_endpoint.model)
+    assert report.passed, wrong(report)
+    assert report.precision.startswith("float32 (the gateway says)")
+    assert report.checks[-1].figures["allowed"] == pytest.approx(1e-5)
 
 
 # Fault, the check that must fail, and what its cause must say.
