@@ -61,6 +61,7 @@ class Model:
         self._http_free = self._gpu_free = 0.0
         self.result_queue: deque[tuple[list[Any], Any]] = deque()
         self.waiting_queue: list[Any] = []
+        self.chunked_req = None
         self.request_receiver = SimpleNamespace(recv_requests=self._receive)
         self.server_args = SimpleNamespace(tp_size=1, pp_size=1, dp_size=1)
         self.max_prefill_tokens, self.is_generation, self.enable_overlap = 16_384, False, True

@@ -30,7 +30,7 @@ class Loop(unittest.TestCase):
         self.ends = float("inf")
         self.hooks = Ahead(lambda: self.now)
         self.scheduler = SimpleNamespace(
-            result_queue=[], waiting_queue=[], is_generation=False, enable_overlap=True,
+            result_queue=[], waiting_queue=[], chunked_req=None, is_generation=False, enable_overlap=True,
             server_args=SimpleNamespace(tp_size=1, pp_size=1, dp_size=1),
             request_receiver=SimpleNamespace(recv_requests=self.receive),
         )  # fmt: skip
@@ -42,6 +42,7 @@ class Loop(unittest.TestCase):
 
     def query(self) -> bool:
         self.now += 1e-5
+        self.assertLess(self.now, 110.0, "held for ever")
         return self.now >= self.ends
 
     def launch(self, texts: int) -> Any:
@@ -132,14 +133,59 @@ class Loop(unittest.TestCase):
             self.assertLess(self.waited()[0], 0.001, name)
             setattr(self.scheduler, name, False)
 
+    def test_a_pause_that_takes_the_results_itself(self) -> None:
+        """`/pause_generation` with mode retract, read while a batch runs: SGLang takes that batch's results at once."""
+        for texts in (32, 64):  # of a size that is known, and not
+            self.learn()
+            result = self.launch(texts)
+            self.arrivals = [(self.now + 0.001, 1)]
+
+            def pause(scheduler: Any, requests: list[Any], result: Any = result) -> None:
+                if requests:
+                    scheduler._engine_paused = True
+                    self.ends = self.now
+                    self.end(result)
+
+            self.hooks.come_in(pause, self.scheduler, [])
+            self.assertFalse(self.scheduler.result_queue)
+            self.assertFalse(hasattr(result, "_qwen3emb_ahead"))
+            self.scheduler._engine_paused, self.ends = False, float("inf")
+
+    def test_the_rest_of_a_text_in_chunks_is_not_held(self) -> None:
+        """It is in no queue, and nobody sends anything that would end the wait."""
+        self.learn()
+        self.launch(32)
+        self.scheduler.chunked_req = TEXT
+        self.assertEqual(self.waited()[0], 0.0)
+
+    def test_a_long_queue_is_not_counted_to_its_end(self) -> None:
+        """Half a batch is enough to know."""
+        counted = []
+
+        class Counted:
+            @property
+            def origin_input_ids(self) -> range:
+                counted.append(self)
+                return TEXT.origin_input_ids
+
+        self.learn()
+        self.launch(32)
+        self.scheduler.waiting_queue = [Counted() for _ in range(5000)]
+        self.assertLess(self.waited()[0], 0.0001)
+        self.assertEqual(len(counted), 16)
+
     def test_other_servers_are_left_alone(self) -> None:
-        """Generation, no overlap, several processes that have to look for requests together."""
-        for change in ({"is_generation": True}, {"enable_overlap": False}, {"tp_size": 2}, {"pp_size": 2}):
+        """Generation, no overlap, several processes that have to look for requests together: no event is asked."""
+        for change in (
+            {"is_generation": True}, {"enable_overlap": False}, {"tp_size": 2}, {"pp_size": 2}, {"dp_size": 2},
+        ):  # fmt: skip
             self.setUp()
             for name, value in change.items():
                 setattr(self.scheduler if hasattr(self.scheduler, name) else self.scheduler.server_args, name, value)
-            self.launch(32)
+            result = self.launch(32)
             self.assertEqual(self.waited()[0], 0.0, change)
+            result.copy_done.synchronize = self.fail
+            self.end(result)
 
     def test_it_fits_this_release(self) -> None:
         """The hooks are where the release's loop calls them."""

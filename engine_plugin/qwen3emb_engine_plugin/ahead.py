@@ -11,7 +11,8 @@ for two batches. Where a pass takes less than two launches, launching is what th
 is the stock one. What passes and launches take is learnt by size. `benchmarks/engine_ahead.py` has these rules in a
 model.
 
-Off unless QWEN3EMB_PLUGIN_AHEAD=1: no GPU has run it yet.
+Off unless QWEN3EMB_PLUGIN_AHEAD=1: no GPU has run it yet. From 0.5.20 on the loop reads its requests elsewhere, and this
+part stands aside.
 """
 
 from __future__ import annotations
@@ -75,14 +76,15 @@ class Ahead:
         if self._fits is None:
             self._fits = _fits(scheduler)
             logger.info("qwen3emb plugin: batches are %slaunched ahead", "" if self._fits else "not ")
-        if self._fits and scheduler.result_queue:
+        # The rest of a text that runs in chunks is in no queue, and can go at once.
+        if self._fits and scheduler.result_queue and scheduler.chunked_req is None:
             self._while_it_runs(original, scheduler, scheduler.result_queue[-1][1])
         self._released = self._clock() if scheduler.waiting_queue else None
 
     def launched(self, result: Any, scheduler: Any, batch: Any, *_: Any, **__: Any) -> Any:
         """After `Scheduler.run_batch`."""
         now, tokens = self._clock(), getattr(batch, "extend_num_tokens", None)
-        if tokens and getattr(result, "copy_done", None) is not None:
+        if self._fits and tokens and getattr(result, "copy_done", None) is not None:
             result._qwen3emb_ahead = tokens, now
             if self._released is not None:
                 self._launches.seen(tokens, now - self._released)
@@ -105,17 +107,19 @@ class Ahead:
             return
         end = None if takes is None or launch is None else max(begun, self._ended) + takes
         last = float("-inf") if end is None else end - max(launch + MARGIN, LAST * takes)  # type: ignore[operator]
-        looked, waiting = self._clock(), _waiting(scheduler)
+        enough = ENOUGH * tokens
+        looked, waiting = self._clock(), _waiting(scheduler, enough)
         while not running.copy_done.query():
             now = self._clock()
-            if (waiting and (now >= last or waiting >= ENOUGH * tokens)) or _stops(scheduler):
+            if (waiting and (now >= last or waiting >= enough)) or _stops(scheduler):
                 return
             if now - looked >= LOOK_EVERY:
                 looked = now
                 if more := scheduler.request_receiver.recv_requests():
                     original(scheduler, more)
-                    waiting = _waiting(scheduler)
-        self._over(running)
+                    waiting = _waiting(scheduler, enough)
+        if hasattr(running, "_qwen3emb_ahead"):  # what came in may have wanted its results: a pause that retracts
+            self._over(running)
 
     def _over(self, result: Any) -> None:
         tokens, begun = result._qwen3emb_ahead
@@ -125,9 +129,14 @@ class Ahead:
         self._ended = now
 
 
-def _waiting(scheduler: Any) -> int:
-    """Tokens of the texts that wait for a batch."""
-    return sum(len(request.origin_input_ids) for request in scheduler.waiting_queue)
+def _waiting(scheduler: Any, enough: float) -> int:
+    """Tokens of the texts that wait for a batch. Counted until there are enough: a queue may be thousands long."""
+    tokens = 0
+    for request in scheduler.waiting_queue:
+        tokens += len(request.origin_input_ids)
+        if tokens >= enough:
+            break
+    return tokens
 
 
 def _stops(scheduler: Any) -> bool:
