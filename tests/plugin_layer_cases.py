@@ -112,13 +112,14 @@ class Pooled(unittest.TestCase):
         self.addCleanup(HookRegistry.reset)
         runner = SimpleNamespace(model=self.model)
         linear = self.layer.self_attn.o_proj = SimpleNamespace(quant_method=None)
-        for problem, asked, weights, used in (
-            (None, "", "UnquantizedLinearMethod", True),
-            (None, "", "Fp8LinearMethod", False),
-            ("proven elsewhere", "", "UnquantizedLinearMethod", False),
-            ("proven elsewhere", "1", "Fp8LinearMethod", True),
+        for problem, asked, weights, dtype, used in (
+            (None, "", "UnquantizedLinearMethod", torch.bfloat16, True),
+            (None, "", "UnquantizedLinearMethod", torch.float16, False),
+            (None, "", "Fp8LinearMethod", torch.bfloat16, False),
+            ("proven elsewhere", "", "UnquantizedLinearMethod", torch.bfloat16, False),
+            ("proven elsewhere", "1", "Fp8LinearMethod", torch.float8_e4m3fn, True),
         ):
-            linear.quant_method = type(weights, (), {})()
+            linear.quant_method, linear.weight = type(weights, (), {})(), SimpleNamespace(dtype=dtype)
             runner._qwen3emb_last = None
             HookRegistry.reset()
             with (
@@ -129,7 +130,7 @@ class Pooled(unittest.TestCase):
                 if last_layer.last_layer() is None:
                     ((_, loaded, _),) = HookRegistry._hooks[f"{last_layer.RUNNER}.model_runner.ModelRunner.load_model"]
                     loaded(None, runner)
-            self.assertEqual(runner._qwen3emb_last is not None, used, (problem, asked, weights))
+            self.assertEqual(runner._qwen3emb_last is not None, used, (problem, asked, weights, dtype))
 
     def test_a_model_that_is_not_plain_is_left_alone(self) -> None:
         """Generation, other classes, several cards, adapters, compiled graphs."""

@@ -617,16 +617,25 @@ class Prebuild(unittest.TestCase):
 
     def test_the_kernels_of_the_layers_that_this_server_runs(self) -> None:
         """Where `attention` runs, queries and keys are not the stock kernels' work."""
-        for version, environ, found in (
-            ("0.5.16", {}, ["norm", "activation"]),
-            ("0.5.16", {"QWEN3EMB_PLUGIN_ATTENTION": "0"}, ["norm", "activation", "qknorm", "rope"]),
-            ("0.5.14", {}, ["norm", "activation", "qknorm", "rope"]),
+        stock = ["norm", "activation", "qknorm", "rope"]
+        for version, card, environ, found in (
+            ("0.5.16", (9, 0), {}, ["norm", "activation"]),
+            ("0.5.16", (9, 0), {"QWEN3EMB_PLUGIN_ATTENTION": "0"}, stock),
+            ("0.5.16", (8, 9), {}, stock),
+            ("0.5.14", (9, 0), {}, stock),
         ):
+            facts = types.SimpleNamespace(major=card[0], minor=card[1])
             with (
                 mock.patch.object(prebuild, "sglang_version", return_value=version),
+                mock.patch.object(prebuild, "first_visible_card", return_value=facts),
                 mock.patch.dict(os.environ, environ),
             ):
                 self.assertEqual(prebuild.names(), found)
+
+    def test_a_release_that_has_them_elsewhere_is_not_asked_for_them(self) -> None:
+        """From 0.5.17 on: builders that can only fail would say so at every start."""
+        with mock.patch.object(prebuild, "JIT", "sglang.kernels_of_another_release"):
+            self.assertEqual(prebuild.names(), ["norm"])
 
     def test_a_kernel_that_cannot_be_built_is_left_to_its_first_use(self) -> None:
         built: list[str] = []

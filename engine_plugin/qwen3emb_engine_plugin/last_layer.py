@@ -6,8 +6,9 @@ products, 2.3% of a pass of the 4B's 36. Here the pooled rows are picked right a
 rows may sum in another order, so the floats are not the stock server's to the last bit; `verify` holds them.
 
 Passes that run live only: a CUDA graph is captured with all rows, and stays so. Where nothing is said it is on for
-bfloat16 on Hopper, as it was proven and timed (docs/benchmarks: 2.2% of a long batch); QWEN3EMB_PLUGIN_LAST_LAYER=1
-has it everywhere.
+bfloat16 on Hopper, where it was timed (docs/benchmarks: 2.2% of a long batch). Its vectors are compared on the CPU
+engine, where every pass is live; the H200's `verify` sent texts that graphs took. QWEN3EMB_PLUGIN_LAST_LAYER=1 has it
+everywhere.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def last_layer() -> str | None:
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
         try:
             plain = _plain(runner)
-            if plain and not asked and not _unquantised(runner.model.model.layers[-1]):
+            if plain and not asked and not _bfloat16(runner.model.model.layers[-1]):
                 return result
         except AttributeError:  # a model of another shape: nothing here is a reason not to load it
             plain = False
@@ -123,8 +124,11 @@ class LastLayer:
         return self._pool(hidden, batch)
 
 
-def _unquantised(layer: Any) -> bool:
-    return type(layer.self_attn.o_proj.quant_method).__name__ == "UnquantizedLinearMethod"
+def _bfloat16(layer: Any) -> bool:
+    import torch
+
+    linear = layer.self_attn.o_proj
+    return type(linear.quant_method).__name__ == "UnquantizedLinearMethod" and linear.weight.dtype == torch.bfloat16
 
 
 def _plain(runner: Any) -> bool:
