@@ -107,30 +107,53 @@ def flat(argv: list[Any]) -> list[str]:
 
 def serve(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     up = running.load(state)
+    for left in [s for s in up if s.ready_s is None]:  # by a command that was cut off
+        running.stop_group(left.pid)
+        up.remove(left)
     taken = {s.name for s in up}
     first_port = max([s.port + 20 for s in up], default=args.first_port)
     todo = {n: s for n, s in chosen(config["servers"], args.only).items() if n not in taken}
 
     lock = Lock()
 
+    def note(name: str, server: running.Server | None) -> None:
+        """From its first moment on: whoever cuts this command off can still stop what runs."""
+        with lock:
+            up[:] = [s for s in up if s.name != name] + ([server] if server else [])
+            running.save(up, state)
+
     def one(item: tuple[int, str]) -> None:
         position, name = item
         spec = {**config["servers"][name], "argv": flat(config["servers"][name]["argv"])}
         before = running.device_used_bytes()
+
+        def began(server: running.Server) -> None:
+            note(name, server)
+            print(f"{name}: starting, {server.log}", flush=True)
+
         try:
-            server = running.start(name, spec, model, first_port + 20 * position, args.out)
+            server = running.start(name, spec, model, first_port + 20 * position, args.out, began)
         except running.StartError as error:
+            note(name, None)
             print(error, flush=True)
             return
         if server.gpu_bytes is None and not args.together:
             server.gpu_bytes = running.device_used_bytes() - before
         print(f"{name}: ready after {server.ready_s} s, {(server.gpu_bytes or 0) / 1e9:.2f} GB", flush=True)
-        with lock:  # at once: whoever ends this command can still stop what runs
-            up.append(server)
-            running.save(up, state)
+        note(name, server)
 
     with ThreadPoolExecutor(max(len(todo), 1) if args.together else 1) as pool:
         list(pool.map(one, enumerate(todo)))
+
+
+def ready(state: Path) -> list[running.Server]:
+    """The servers to load. Not beside one that starts, which takes the host from the others."""
+    up = running.load(state)
+    if starting := [s.name for s in up if s.ready_s is None]:
+        sys.exit(
+            f"not ready: {', '.join(starting)}. If the command that started it was cut off: `stop`, or `serve` again"
+        )
+    return up
 
 
 _vocabulary: list[Vocabulary] = []  # calibrated on the first server; every server here has the same tokenizer
@@ -184,7 +207,7 @@ def drive(
 
 def measure(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     names = chosen(config["servers"], args.only)
-    up = [s for s in running.load(state) if s.name in names]
+    up = [s for s in ready(state) if s.name in names]
     loads = chosen(config["loads"], args.loads)
     seconds = args.seconds or config["seconds"]
     raw: list[dict[str, Any]] = []
@@ -238,7 +261,7 @@ def shown(figures: dict[str, Any]) -> str:
 
 def profile(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     """py-spy on every process of the server while a load runs: DIR/SERVER-LOAD-PID.txt, collapsed stacks."""
-    for server in running.load(state):
+    for server in ready(state):
         if server.name not in chosen(config["servers"], args.only):
             continue
         for name, load in chosen(config["loads"], args.loads).items():
@@ -260,7 +283,7 @@ def profile(config: dict[str, Any], args: argparse.Namespace, model: Path, state
 def trace(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
     """SGLang's own torch profiler over a few batches in the middle of a load: DIR/SERVER-LOAD-kernels.json."""
     seconds = args.seconds or config["seconds"]
-    for server in running.load(state):
+    for server in ready(state):
         if server.name not in chosen(config["servers"], args.only):
             continue
         for name, load in chosen(config["loads"], args.loads).items():

@@ -12,8 +12,8 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,13 +21,16 @@ from typing import Any
 
 @dataclass
 class Server:
-    """One running server. Seconds and bytes; `gpu_bytes` is what its processes hold once it answers."""
+    """One running server. Seconds and bytes; `gpu_bytes` is what its processes hold once it answers.
+
+    While it starts, `ready_s` is None.
+    """
 
     name: str
     pid: int
     port: int
     argv: list[str]
-    ready_s: float
+    ready_s: float | None
     gpu_bytes: int | None
     log: str
 
@@ -50,8 +53,16 @@ def filled(text: str) -> str:
     return Template(text).substitute(os.environ)
 
 
-def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path, deadline_s: float = 420) -> Server:
-    """Start the server that `spec` describes and wait for an embedding.
+def start(
+    name: str,
+    spec: Mapping[str, Any],
+    model: Path,
+    port: int,
+    out: Path,
+    began: Callable[[Server], None],
+    deadline_s: float = 420,
+) -> Server:
+    """Start the server that `spec` describes, tell `began` of it, and wait for an embedding.
 
     Its `argv` may hold {model}, {name} (what the model is called in requests), {port} and {here}, this folder; it and
     `env` may hold ${NAME} from the environment.
@@ -69,6 +80,8 @@ def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path,
     before = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(argv, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True, env=env)
+    server = Server(name, process.pid, port, argv, None, None, str(log))
+    began(server)
     try:
         while not answers(port, model.name):
             if process.poll() is not None or time.monotonic() - before > deadline_s:
@@ -79,7 +92,7 @@ def start(name: str, spec: Mapping[str, Any], model: Path, port: int, out: Path,
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
         raise StartError(f"{name}: {error}\n{tail}") from None
     ready = time.monotonic() - before
-    return Server(name, process.pid, port, argv, round(ready, 1), gpu_bytes(process.pid), str(log))
+    return replace(server, ready_s=round(ready, 1), gpu_bytes=gpu_bytes(process.pid))
 
 
 def answers(port: int, model: str) -> bool:
@@ -169,7 +182,9 @@ def stop_group(pid: int, deadline_s: float = 60) -> None:
 
 def save(servers: list[Server], path: Path) -> None:
     """Remember running servers, so that a later command can load or stop them."""
-    path.write_text(json.dumps([asdict(s) for s in servers], indent=1))
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps([asdict(s) for s in servers], indent=1))
+    fresh.replace(path)
 
 
 def load(path: Path) -> list[Server]:

@@ -95,6 +95,33 @@ def test_a_port_that_is_taken_is_no_ready_server(harness: Any, first: int, tmp_p
     assert [s["name"] for s in left] == ["transformers"]
 
 
+def test_a_command_that_is_cut_off_leaves_its_servers_to_the_next(first: int, tmp_path: Path) -> None:
+    """Killed while one starts, as by a time limit: nothing is loaded beside it, and `stop` ends it."""
+    config = tmp_path / "slow.yaml"
+    slow = {"argv": [sys.executable, "-c", "import time; time.sleep(600)"]}
+    config.write_text(json.dumps({"title": "", "model": "demo", "servers": {"slow": slow}, "loads": {}, "seconds": 1}))
+
+    def command(action: str) -> list[str | Path]:
+        return [sys.executable, ROOT / "benchmarks/gpu/harness.py", action, config, "--out", tmp_path,
+                "--first-port", str(first)]  # fmt: skip
+
+    state = tmp_path / "servers.json"
+    with subprocess.Popen(command("serve"), stdout=subprocess.PIPE, text=True) as serving:
+        assert serving.stdout
+        assert any(line.startswith("slow: starting") for line in iter(serving.stdout.readline, ""))
+        serving.kill()
+    (left,) = json.loads(state.read_text())
+    try:
+        assert left["ready_s"] is None
+        assert psutil.pid_exists(left["pid"])
+        found = subprocess.run(command("load"), capture_output=True, text=True, timeout=60, check=False)
+        assert found.returncode == 1
+        assert "not ready: slow" in found.stderr
+    finally:
+        subprocess.run(command("stop"), timeout=60, check=True)
+    assert not psutil.pid_exists(left["pid"]) or psutil.Process(left["pid"]).status() == psutil.STATUS_ZOMBIE
+
+
 def test_a_server_that_refuses_the_model_is_told_at_once() -> None:
     """It answers, and would go on refusing until the deadline."""
     with serving(SmallEndpoint()) as url:  # it serves a model of another name
