@@ -678,6 +678,15 @@ def test_of_equals_the_simpler_wins() -> None:
     assert contest.judge(rounds, THROUGHPUT).winner == (A,)
 
 
+@pytest.mark.parametrize(("count", "confirmed"), [(1, False), (2, False), (3, True)])
+def test_a_baseline_that_missed_the_objective_in_few_rounds_is_no_proof(count: int, confirmed: bool) -> None:
+    """The other wins, as without a final, but that is called confirmed from three rounds on."""
+    rounds = [Round(n, {(): measurement(p95=101), (A,): measurement()}) for n in range(count)]
+    verdict = contest.judge(rounds, THROUGHPUT)
+    assert (verdict.winner, verdict.confirmed) == ((A,), confirmed)
+    assert ("only: --resume" in verdict.sentence) is not confirmed
+
+
 def test_too_few_rounds_decide_nothing() -> None:
     """Two rounds have no interval: the baseline stays, not as a winner, and the sentence says why."""
     rounds = [Round(n, {(): measurement(), (A,): measurement(rate=200)}) for n in (1, 2)]

@@ -57,7 +57,11 @@ def typical(measured: Sequence[Measurement]) -> Measurement:
 
 
 def judge(rounds: Sequence[Round], objective: Objective) -> Verdict:
-    """The winner of a final. A candidate beats the baseline only if the 95% interval of the ratio leaves 1 out."""
+    """The winner of a final. A candidate beats the baseline only if the 95% interval of the ratio leaves 1 out.
+
+    Where the baseline misses the objective the best of the others is taken, unconfirmed after a round or two: a median
+    of so few may have missed it by chance.
+    """
     by: dict[Moves, list[Measurement]] = {}
     for one in rounds:
         for moves, measured in one.measured.items():
@@ -72,7 +76,10 @@ def judge(rounds: Sequence[Round], objective: Objective) -> Verdict:
         if not candidates:
             return Verdict(None, "no configuration of the final met the objective", known, middles)
         best = max(candidates, key=lambda m: objective.score(middles[m]) or 0.0)
-        return Verdict(best, f"{label(best)} meets the objective, the baseline does not", known, middles, True)
+        held, text = len(rounds), f"{label(best)} meets the objective, the baseline does not"
+        if held < FEWEST_PAIRS:
+            text += f", in {held} round{'s' * (held > 1)} only: --resume holds more"
+        return Verdict(best, text, known, middles, held >= FEWEST_PAIRS)
     winners = [m for m in candidates if m in known and known[m].decided and known[m].value > 1]
     if winners:
         best = _simplest_of_equals(sorted(winners, key=lambda m: -known[m].value), by, objective)
