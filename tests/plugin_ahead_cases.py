@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import inspect
+import random
 import sys
+import traceback
 import unittest
+from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 from qwen3emb_engine_plugin import ahead
 from qwen3emb_engine_plugin.ahead import Ahead
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -191,6 +197,129 @@ class Loop(unittest.TestCase):
         """The hooks are where the release's loop calls them."""
         self.addCleanup(HookRegistry.reset)
         self.assertIsNone(ahead.ahead())
+
+
+class Engine:
+    """What the release's own `event_loop_overlap` and `pause_generation` ask of a scheduler, on a counted clock."""
+
+    def __init__(self, arrivals: list[tuple[float, Any]], now: float = 100.0) -> None:
+        self.now, self.gpu_free = now, 0.0
+        self.arrivals = deque(sorted(arrivals, key=lambda one: one[0]))
+        self.texts = sum(not isinstance(one, str) for _, one in arrivals)
+        self.answered: list[Any] = []
+        self.hooks = Ahead(lambda: self.now)
+        self.gracefully_exit = self._engine_paused = self.is_generation = False
+        self.enable_overlap, self.last_batch, self.chunked_req = True, None, None
+        self.waiting_queue: list[Any] = []
+        self.running_batch = mock.Mock(reqs=[], **{"is_empty.return_value": True})
+        self.server_args = SimpleNamespace(tp_size=1, pp_size=1, dp_size=1, enable_unified_memory=False)
+        self.enable_unified_memory = False
+        self.request_receiver = SimpleNamespace(recv_requests=self.receive)
+        self.metrics_reporter, self.kv_events_publisher = (
+            mock.Mock(current_scheduler_metrics_enabled=False),
+            mock.Mock(),
+        )
+        self.disaggregation_mode = None
+        self.is_disable_overlap_for_batch = lambda *_, **__: False
+        self._apply_war_barrier = lambda: None
+        self.plans = "plan.batch_to_run" in inspect.getsource(Scheduler.event_loop_overlap)  # from 0.5.16 on
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+        assert self.now < 200.0, "it goes on for ever"
+
+    def receive(self) -> list[Any]:
+        self.spend(1e-5)
+        found = []
+        while self.arrivals and self.arrivals[0][0] <= self.now:
+            found.append(self.arrivals.popleft()[1])
+        return found
+
+    def process_input_requests(self, requests: list[Any]) -> None:
+        self.hooks.come_in(Engine.read, self, requests)
+
+    def read(self, requests: list[Any]) -> None:
+        for request in requests:
+            self.spend(1e-4)
+            if request == "abort":
+                self.texts -= len(self.waiting_queue)
+                self.waiting_queue.clear()
+            elif request == "continue":
+                self._engine_paused = False
+            elif isinstance(request, str):
+                Scheduler.pause_generation(self, SimpleNamespace(mode=request))
+            else:
+                self.waiting_queue.append(request)
+
+    def get_next_batch_to_run(self, **_: Any) -> Any:
+        taken, self.waiting_queue = self.waiting_queue[:32], self.waiting_queue[32:]
+        batch = None
+        if taken:
+            batch = mock.Mock(reqs=taken, extend_num_tokens=sum(len(one.origin_input_ids) for one in taken))
+            batch.is_empty.return_value = True  # once its texts are answered
+            batch.copy.return_value = batch
+        return SimpleNamespace(batch_to_run=batch, running_batch=self.running_batch) if self.plans else batch
+
+    def run_batch(self, batch: Any) -> Any:
+        self.spend(0.0005)
+        ends = self.gpu_free = max(self.now, self.gpu_free) + 0.004 + PASS / 32 * len(batch.reqs)
+        result = SimpleNamespace(copy_done=mock.Mock(query=lambda: self.spend(1e-5) or self.now >= ends))
+        result.copy_done.synchronize = lambda: self.spend(max(0.0, ends - self.now))
+        return self.hooks.launched(result, self, batch)
+
+    def process_batch_result(self, batch: Any, result: Any) -> None:
+        self.hooks.wanted(Engine.answer, self, batch, result)
+
+    def answer(self, batch: Any, result: Any) -> None:
+        result.copy_done.synchronize()
+        self.answered += batch.reqs
+
+    def on_idle(self) -> None:
+        self.spend(1e-4)
+        self.gracefully_exit = not self.arrivals and not self.waiting_queue
+
+
+class ReleasesLoop(unittest.TestCase):
+    """The hooks where the installed release calls them, whatever comes and when."""
+
+    def served(self, *controls: tuple[float, str], seed: int = 1, rate: float = 1500.0) -> Engine:
+        dice, when, arrivals = random.Random(seed), 100.0, list[tuple[float, Any]]()
+        for _ in range(600):
+            when += dice.expovariate(rate)
+            text = mock.Mock(origin_input_ids=range(dice.choice((5, 33, 33, 33, 400))))
+            arrivals.append((when, text))
+        engine = Engine([*arrivals, *((100.0 + when, control) for when, control in controls)])
+        Scheduler.event_loop_overlap(engine)
+        return engine
+
+    def complete(self, engine: Engine) -> None:
+        self.assertEqual(len(engine.answered), len({id(one) for one in engine.answered}), "answered twice")
+        self.assertEqual(len(engine.answered), engine.texts)
+        self.assertFalse(engine.result_queue)
+
+    def test_each_text_is_answered_once(self) -> None:
+        """Few and many at a time, the engine now idle, now behind; and it ends when it is told to."""
+        for seed, rate in enumerate((30.0, 300.0, 1500.0, 6000.0)):
+            self.complete(self.served(seed=seed, rate=rate))
+
+    def test_pauses_and_aborts_lose_nothing_and_end_nothing(self) -> None:
+        """Read while a batch is held, as most is: both kinds of pause, and all that waits aborted."""
+        held = []
+
+        def pause(engine: Engine, asked: Any) -> None:
+            held.append(any(frame.name == "_while_it_runs" for frame in traceback.extract_stack()))
+            stock(engine, asked)
+
+        stock = Scheduler.pause_generation
+        with mock.patch.object(Scheduler, "pause_generation", pause):
+            for mode in ("in_place", "retract"):
+                for step in range(20):
+                    begin = 0.5 + 0.00093 * step
+                    engine = self.served((begin, mode), (begin + 0.03, "continue"), (begin + 0.1, "abort"), rate=300.0)
+                    self.assertGreater(len(engine.answered), 500)
+                    self.complete(engine)
+                self.assertTrue(any(held), mode)
+                held.clear()
 
 
 class Served(unittest.TestCase):
