@@ -3,7 +3,7 @@
 SGLang's overlap loop launches a batch while the one before it runs, if there is anything to launch. If there is not, it
 waits for the running one's results, and takes nothing in until they are there. Clients who wait for their answers ask
 again while the others' batch runs: their texts are then read, batched and launched while the GPU stands still. By an
-H200's log 64 clients are some 49 batches a second, most of them of 32 texts: about 0.7 s of passes.
+H200's log 64 clients are some 49 batches a second, most of them of 32 texts: about 0.7 s of passes in each second.
 
 Here what comes is taken in while a batch runs. The loop goes on, and launches, when what waits is worth half the
 running batch, or when the last third of that batch has begun: any sooner a few texts would go alone, and the rest wait
