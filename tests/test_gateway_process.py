@@ -187,8 +187,9 @@ def test_a_worker_that_hangs_is_replaced_and_the_other_one_goes_on(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("state", "share", "hung"), [("S", 0.0, True), ("T", 0.0, True), ("D", 0.0, False), ("R", 0.9, True), ("R", 0.1, False)]
-)  # fmt: skip
+    ("state", "share", "hung"),
+    [("S", 0.0, True), ("T", 0.0, True), ("D", 0.0, False), ("R", 0.9, True), ("R", 0.1, False)],
+)
 def test_who_waits_for_a_processor_has_not_hung(
     monkeypatch: pytest.MonkeyPatch, state: str, share: float, hung: bool
 ) -> None:
