@@ -4,7 +4,7 @@
     python benchmarks/engine_start.py --without bytecode --uncompiled
     python benchmarks/engine_start.py --stock --json
     python benchmarks/engine_start.py --model DIR --with readahead --cold-weights
-    python benchmarks/engine_start.py --device cuda --model DIR --with prebuild --empty-caches --rounds 1
+    python benchmarks/engine_start.py --device cuda --model DIR --without prebuild --empty-caches --rounds 1
 
 One thin layer under the shape and tokenizer of the 4B model's stand-in (`gpu/make_model.py`), random weights, so that
 what is timed is the start. Each variant is started in turn, once uncounted, then --rounds times. `--uncompiled` starts

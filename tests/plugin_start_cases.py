@@ -15,6 +15,7 @@ import types
 import unittest
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -640,12 +641,37 @@ class Prebuild(unittest.TestCase):
     def test_a_kernel_that_cannot_be_built_is_left_to_its_first_use(self) -> None:
         built: list[str] = []
         self.kernels(good=lambda: lambda: built.append("good"), other=lambda: None, bad=lambda: lambda: 1 / 0)
-        with mock.patch("setproctitle.setproctitle"), self.assertLogs("qwen3emb_engine_plugin") as said:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            mock.patch.dict(os.environ, QWEN3EMB_CACHE_DIR=folder),
+            mock.patch("setproctitle.setproctitle"),
+            self.assertLogs("qwen3emb_engine_plugin") as said,
+        ):
             for name in ("good", "other", "bad"):
                 prebuild.build(name)
+            marked = [name for name in ("good", "other", "bad") if prebuild.mark(name, os.environ).exists()]
         self.assertEqual(built, ["good"])
+        self.assertEqual(marked, ["good", "other"])
         self.assertEqual(len(said.output), 1)
         self.assertIn("bad is left to its first use: ZeroDivisionError", said.output[0])
+
+    def test_what_is_built_is_marked_for_this_card_release_and_cache(self) -> None:
+        """Anything else, and it is built again."""
+        environ = {"QWEN3EMB_CACHE_DIR": "/cache", "HOME": "/home/one"}
+        card = SimpleNamespace(name="one card")
+        found = []
+        for change, other_card, release in (
+            ({}, card, "1"), ({}, card, "1"), ({}, SimpleNamespace(name="another"), "1"), ({}, card, "2"),
+            ({"TVM_FFI_CACHE_DIR": "/elsewhere"}, card, "1"),
+        ):  # fmt: skip
+            with (
+                mock.patch.object(prebuild, "first_visible_card", return_value=other_card),
+                mock.patch.object(prebuild, "_release", return_value=release),
+            ):
+                found.append(prebuild.mark("norm", {**environ, **change}))
+        self.assertEqual(found[0], found[1])
+        self.assertEqual(len(set(found)), 4)
+        self.assertNotEqual(prebuild.mark("rope", environ), prebuild.mark("norm", environ))
 
     def test_the_engine_s_functions_are_the_ones_read(self) -> None:
         """What each part of it would call, found in this engine; none is called."""
@@ -737,12 +763,18 @@ class Prebuild(unittest.TestCase):
             "prebuild.start()\n"
             "prebuild.wait(os.environ)\n"
             "print(sorted(os.listdir(folder)), os.environ[prebuild.BUILDERS], template.running())\n"
+            "began = []\n"
+            "prebuild._began = lambda pid: began.append(pid)\n"
+            "prebuild.start()\n"
+            "print(len(began))\n"  # what failed alone
         )
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
             found = subprocess.run(
-                [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, check=False
-            )
+                [sys.executable, "-c", code, folder], env={**os.environ, "QWEN3EMB_CACHE_DIR": cache},
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
             self.assertEqual(found.returncode, 0, found.stderr)
+            self.assertEqual(found.stdout.split()[-1], "1", "what is built is not built again")
             builders = found.stdout.split("] ")[1].split()[0].split(",")
             self.assertTrue(found.stdout.startswith("['one', 'two']"), found.stdout)
             one, two = (Path(folder, name).read_text().split() for name in ("one", "two"))

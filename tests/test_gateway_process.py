@@ -23,7 +23,7 @@ import pytest
 from supervised import gone
 
 from qwen3emb_launch.errors import NetworkError
-from qwen3emb_launch.gateway import admin_client
+from qwen3emb_launch.gateway import admin_client, pulse
 from tests.conftest import free_port
 from tests.null_engine import NullEngine, in_thread
 
@@ -160,6 +160,52 @@ def test_workers_share_the_port_the_disk_cache_and_their_numbers(tmp_path: Path)
         os.kill(gw.process.pid, signal.SIGKILL)
         gw.process.wait(10)
         until(lambda: all(map(gone, workers)))  # a zombie is gone: this process may have become the one that adopts it
+
+
+def test_a_worker_that_hangs_is_replaced_and_the_other_one_goes_on(tmp_path: Path) -> None:
+    """The gateway stays, and the other worker; what the hung one had been dealt is answered by its successor."""
+    engine = NullEngine(64)
+    config = tmp_path / "config.json"
+    with in_thread(engine) as served:
+        config.write_text(
+            json.dumps({"upstreams": [served.url], "workers": 2, "worker_stall": 1.0, "port": free_port()})
+        )
+        running = Running(["--config", str(config)], tmp_path / "gateway.log")
+        try:
+            pid = running.process.pid
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            workers = [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            os.kill(workers[0], signal.SIGSTOP)
+            for i in range(12):
+                assert np.array_equal(running.vector(f"t{i}"), engine.vector(f"t{i}"))
+            until(lambda: gone(workers[0]))
+            assert "worker 0 has hung for 1 s and is ended" in running.log.read_text()
+            assert not gone(workers[1])
+        finally:
+            running.process.send_signal(signal.SIGTERM)
+            assert running.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("state", "share", "hung"),
+    [("S", 0.0, True), ("T", 0.0, True), ("D", 0.0, False), ("R", 0.9, True), ("R", 0.1, False)],
+)
+def test_who_waits_for_a_processor_has_not_hung(
+    monkeypatch: pytest.MonkeyPatch, state: str, share: float, hung: bool
+) -> None:
+    """Asleep while its loop is due, stopped, or computing for seconds; not with the parent kept from running too."""
+    now = 100.0
+    monkeypatch.setattr(pulse, "process_state", lambda _: (state, share * now))
+    watch = pulse.Watch(10.0, lambda: now)
+    found = []
+    for _ in range(150):
+        now += 0.1
+        found.append(watch.hung(1, 100.0))
+    assert not any(found[:99])
+    assert found[-1] is hung
+    now += 60  # stopped, with all workers
+    assert not watch.hung(1, now - 59)
+    assert not watch.hung(2, 0.0)  # one that is being started
 
 
 def test_what_one_worker_is_told_all_do_and_a_restarted_one_too(tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ def test_crashes_end_at_the_limit(tmp_path: Path) -> None:
         ({"nan": True}, "engine_wrong_answer", "NaN"),
         ({"norm": 3.0}, "engine_wrong_answer", "length is 3"),
         ({"refuse": 400}, "engine_wrong_answer", "HTTP 400"),
+        ({"room": 512}, "engine_short_pool", "room for 512 tokens"),
         ({"shuffle": True}, "smoke_test_failed", "order"),
         ({"ignore_dimensions": True}, "smoke_test_failed", "64 dims for 32 asked"),
     ],

@@ -4,7 +4,9 @@ The first pass of a Qwen3 layer has nvcc build SGLang's gating kernel and, where
 flashinfer's norms, one after the other: most of a start with empty kernel caches. Each is built here in a process of
 its own, forked from the template, by the very function that would build it later; that one finds it, or waits at the
 same lock. The scheduler waits for them once its weights are there, so that nobody reads a file that is being written.
-What fails here is built, and reported, where it always was. Kernels that are there already cost each process a look.
+What fails here is built, and reported, where it always was. What was built for this card by these releases is marked,
+and no builder is started for it again: a warm start costs nothing. Whoever empties the kernels' own caches alone has
+them built at their first use.
 
 An H200 with empty caches, one start each: 54 s until the first embedding instead of 76, where the norms, 36 s of nvcc,
 were among them (docs/benchmarks); gating alone is 11 s. From 0.5.17 on SGLang has them elsewhere: norms alone.
@@ -15,15 +17,19 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import select
 import time
 from collections.abc import Callable, Mapping
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qwen3emb_engine_plugin import template
+from qwen3emb_engine_plugin.bytecode import cache_folder
 from qwen3emb_engine_plugin.card import answered_by_nvml, first_visible_card
 from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version, switched_on
 
@@ -34,6 +40,9 @@ HEAD = 128  # of every Qwen3 embedding model
 DEADLINE = 300.0  # seconds: nvcc takes 20 to 60 for one of these
 WORTH_SAYING = 2.0  # seconds
 JIT = "sglang.jit_kernel"
+BUILT_BY = ("sglang", "sglang-kernel", "flashinfer-python", "apache-tvm-ffi", "torch")  # distributions
+# Where those keep what they build; others than their defaults are other kernels.
+CACHES = ("TVM_FFI_CACHE_DIR", "FLASHINFER_WORKSPACE_BASE", "XDG_CACHE_HOME", "HOME")
 
 
 def _norms() -> Callable[[], Any] | None:
@@ -71,8 +80,22 @@ def names() -> list[str]:
     return ["norm", "activation"] if own else list(KERNELS)
 
 
+def mark(name: str, environ: Mapping[str, str]) -> Path:
+    """The empty file that says that this kernel is built, for this card and by these releases."""
+    card = first_visible_card()
+    about = [name, getattr(card, "name", None), *map(_release, BUILT_BY), *map(environ.get, CACHES)]
+    return cache_folder(environ) / "kernels" / f"{name}-{sha256(json.dumps(about).encode()).hexdigest()[:16]}"
+
+
+def _release(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 def build(name: str) -> None:
-    """A builder's life: build one kernel, and say how long that took or why it failed."""
+    """A builder's life: build one kernel, mark it, and say how long that took or why it failed."""
     import setproctitle
 
     setproctitle.setproctitle(f"sglang::build_{name}")
@@ -82,6 +105,10 @@ def build(name: str) -> None:
             make = KERNELS[name]()
             if make:
                 make()
+        with contextlib.suppress(OSError, RuntimeError):  # no place for a mark: looked at again next time
+            done = mark(name, os.environ)
+            done.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            done.touch()
     except Exception as error:
         logger.warning("qwen3emb plugin: %s is left to its first use: %s: %s", name, type(error).__name__, error)
         return
@@ -91,9 +118,10 @@ def build(name: str) -> None:
 
 
 def start() -> None:
-    """Start the builders, and leave their ids to the processes that come after."""
+    """Start the builders of what is not built yet, and leave their ids to the processes that come after."""
+    missing = [name for name in names() if not mark(name, os.environ).exists()]
     forked = template.TemplateContext().Process
-    builders = [forked(target=build, args=(name,), daemon=True) for name in names()]
+    builders = [forked(target=build, args=(name,), daemon=True) for name in missing]
     known: list[str] = []
     for builder in builders:
         builder.start()

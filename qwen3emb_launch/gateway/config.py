@@ -64,6 +64,7 @@ class GatewayConfig:
     hold: float = 30.0
     timeout: float = 120.0
     stall: float = 30.0
+    worker_stall: float = 10.0
     drain: float = 30.0
     batch_items: int = 128
     batch_tokens: int = 16_384
@@ -153,7 +154,7 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
     return value
 
 
-POSITIVE = ("hold", "timeout", "stall", "drain", "batch_wait")
+POSITIVE = ("hold", "timeout", "stall", "worker_stall", "drain", "batch_wait")
 AT_LEAST_ONE = (
     "workers", "min_dims", "batch_items", "batch_tokens", "long_tokens", "calls", "queue", "max_items", "max_body",
     "connections",

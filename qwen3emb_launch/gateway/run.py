@@ -3,12 +3,13 @@
 Several workers listen on the same port (SO_REUSEPORT, the kernel deals connections out), each on a socket that the
 parent holds as well: connections to a worker that died wait for its successor. Each has its own batcher and its share
 of the memory; what they share is the cache on disk. Through their admin sockets they gather each other's numbers for
-/metrics and /ui, and pass on what is changed in one of them. A worker that dies is started again and takes over what
-the others were told; the parent's death ends them all.
+/metrics and /ui, and pass on what is changed in one of them. A worker that dies, or hangs and is ended, is started
+again and takes over what the others were told; the parent's death ends them all.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import gc
 import logging
@@ -19,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import EngineFailedError, LaunchError
 from qwen3emb_launch.gateway.config import GatewayConfig
 from qwen3emb_launch.gateway.peers import Peers
+from qwen3emb_launch.gateway.pulse import Watch, beat
 from qwen3emb_launch.gateway.service import Service, cannot_listen
 from qwen3emb_launch.listening import listen, part
 
@@ -97,6 +99,8 @@ class Workers:
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[int, SpawnProcess] = {}
         self._sockets: list[socket.socket] = []
+        self._pulse = self._context.RawArray("d", config.workers)
+        self._watcher = Watch(config.worker_stall)
         self._stopping = False
 
     def run(self) -> None:
@@ -125,7 +129,8 @@ class Workers:
 
     def _start(self, number: int, writer: Any) -> None:
         own = part(self._sockets, number, self._config.workers)
-        arguments = (self._config, number, writer, os.getpid(), own)
+        self._pulse[number] = 0.0
+        arguments = (self._config, number, writer, os.getpid(), own, self._pulse)
         process = self._context.Process(target=_worker, args=arguments, daemon=False)
         process.start()
         self._processes[number] = process
@@ -152,7 +157,10 @@ class Workers:
                     log.error("a worker cannot start again: %s", news.message)
             for number, process in list(self._processes.items()):
                 process.join(0.1)
-                if process.exitcode is None or self._stopping:
+                if self._stopping:
+                    continue
+                if process.exitcode is None:
+                    self._end_hung(number, process)
                     continue
                 log.error("worker %d ended with status %s and is started again", number, process.exitcode)
                 deaths = [at for at in deaths if time.monotonic() - at < 60] + [time.monotonic()]
@@ -162,6 +170,11 @@ class Workers:
                     )
                 time.sleep(RESTART_PAUSE)
                 self._start(number, writer)
+
+    def _end_hung(self, number: int, process: SpawnProcess) -> None:
+        if process.pid and self._watcher.hung(process.pid, self._pulse[number]):
+            log.error("worker %d has hung for %g s and is ended", number, self._config.worker_stall)
+            process.kill()
 
     def _stop(self, _signal: int, _frame: FrameType | None) -> None:
         self._stopping = True
@@ -186,7 +199,10 @@ class Workers:
             self._folder.cleanup()
 
 
-def _worker(config: GatewayConfig, number: int, writer: Any, parent: int, sockets: Sequence[socket.socket]) -> None:
+def _worker(
+    config: GatewayConfig, number: int, writer: Any, parent: int, sockets: Sequence[socket.socket],
+    pulse: MutableSequence[float],
+) -> None:  # fmt: skip
     """One child. Dies with its parent, whatever way that dies."""
     if not die_with_parent(signal.SIGTERM, parent):
         return
@@ -195,7 +211,13 @@ def _worker(config: GatewayConfig, number: int, writer: Any, parent: int, socket
     try:
         others = [worker_socket(config.admin_socket, n) for n in range(config.workers) if n != number]
         service = Service(own, number, Peers(others), sockets=sockets)
-        _loop(service, lambda s: writer.send(_where(config, s)))
+        beating: set[asyncio.Task[None]] = set()  # the loop alone does not keep a task
+
+        def started(service: Service) -> None:
+            beating.add(asyncio.get_running_loop().create_task(beat(pulse, number)))
+            writer.send(_where(config, service))
+
+        _loop(service, started)
     except LaunchError as error:
         writer.send(error)
         raise SystemExit(1) from None

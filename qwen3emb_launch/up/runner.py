@@ -11,16 +11,19 @@ from pathlib import Path
 
 from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.engine_process import EngineCommand
+from qwen3emb_launch.engine_process.log_tail import last_lines
 from qwen3emb_launch.engine_process.ports import check_free, private_port
-from qwen3emb_launch.errors import UnfitError
+from qwen3emb_launch.errors import EngineFailedError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
+from qwen3emb_launch.planning.memory import needed_tokens
 from qwen3emb_launch.probe import Answer, Target, Verdict, embed_once
 from qwen3emb_launch.state import Claim, write_private
 from qwen3emb_launch.up.check import CheckOrder, CheckProcess, CheckResult
 from qwen3emb_launch.up.events import Check, Checked, Event
 from qwen3emb_launch.up.keys import Keys, read_keys, take_keys
 from qwen3emb_launch.up.process_runner import ProcessRunner
-from qwen3emb_launch.up.stages import DOOMED
+from qwen3emb_launch.up.stages import DOOMED, room
+from qwen3emb_launch.up.verdict import SHOWN_LINES
 from qwen3emb_launch.weights import weights_sample
 
 LOOK_FOR = 10.0  # seconds for a sample of the weights, which takes milliseconds
@@ -224,11 +227,18 @@ class EngineRunner(ProcessRunner):
         self._weights = self._weights or found
 
     def _embedded(self, answer: Answer, settled: threading.Event) -> Answer:
-        """The answer to a probe, unless the weights are others than before the engine read them; in the probe's thread.
+        """The answer to a probe, unless the weights are others than before the engine read them, or its longest input
+        would never be answered; in the probe's thread.
 
         Once a start: what it has read stays. Weights that cannot be read now may be half written: it is asked again.
         """
-        if not answer.ok or settled.is_set() or not self.spec.model_path:
+        if not answer.ok or settled.is_set():
+            return answer
+        short = self._short_of_room()
+        if short:
+            self.unfit = short
+            return replace(answer, verdict=Verdict.WRONG, detail=short.message)
+        if not self.spec.model_path:
             return answer
         found = weights_sample(self.spec.model_path)
         if self._weights and found is None:
@@ -238,6 +248,20 @@ class EngineRunner(ProcessRunner):
         self._weights = found
         settled.set()
         return answer
+
+    def _short_of_room(self) -> EngineFailedError | None:
+        """An input longer than the pool waits in SGLang for ever, and everything behind it."""
+        needed = needed_tokens(self.spec.context_length, 1)
+        if self.log is None or (found := room(self.log)) is None or found >= needed:
+            return None
+        return EngineFailedError(
+            "engine_short_pool",
+            f"the engine has room for {found:,} tokens, and an input of {self.spec.context_length:,} needs {needed:,}: "
+            "others took memory while it loaded",
+            "the same command once more when they are up, or one engine after the other; or a shorter context: "
+            f"--set context_length={max(32, found - 64)}",
+            {"log": str(self.log), "last_lines": last_lines(self.log, SHOWN_LINES)},
+        )
 
     def ask(self, timeout: float) -> Callable[[], Answer]:
         """One embedding of a text of its own: an answer from a cache would prove nothing.

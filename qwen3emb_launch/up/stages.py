@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 # SGLang's lines in the order they come; each is the sign that a stage began.
 STAGES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
@@ -26,6 +27,8 @@ CAPTURE = re.compile(r"Capturing .*?(\d+)%")
 # for traces of a crash on a GPU.
 DOOMED = "SIGQUIT received. signum="
 LOST = re.compile(r"Subprocess (\S+) \(pid=\d+\) crashed with exit code (-?\d+)")
+# Its pool of tokens as it turned out: fewer than it was told where neighbours took memory meanwhile.
+ROOM = re.compile(r"\bmax_total_num_tokens=(\d+)")
 # A line of these means that the engine computed something for somebody.
 WORK = re.compile(r'Prefill batch|"POST /v1/embeddings HTTP/[\d.]+" 200')
 
@@ -48,6 +51,16 @@ def lost(lines: Sequence[str]) -> str:
     """Which of its processes an engine lost, by the last lines of its log; empty where they do not tell."""
     found = [match for line in lines if (match := LOST.search(line))]
     return f"{found[-1][1]}, exit code {found[-1][2]}" if found else ""
+
+
+def room(log: Path) -> int | None:
+    """For how many tokens the engine has room, by its log; None where that does not say, or cannot be read."""
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            found = [int(match[1]) for line in lines if (match := ROOM.search(line))]
+    except OSError:
+        return None
+    return found[-1] if found else None
 
 
 def works(line: str) -> bool:

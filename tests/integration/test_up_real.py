@@ -21,6 +21,7 @@ from qwen3emb_launch import state
 from qwen3emb_launch.engine_process.guard import descendants
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.probe import Target, embed_once
+from qwen3emb_launch.up.stages import room
 
 pytestmark = pytest.mark.engine
 QWEN3EMB = [sys.executable, "-m", "qwen3emb_launch"]
@@ -161,7 +162,8 @@ def test_the_bare_engine(engine: None) -> None:
             assert [len(e["embedding"]) for e in answer["result"]["embeddings"]] == [dims, dims]
         assert cli("embed", "a text", "--dims", str(result["max_dims"] + 1))["error"]["code"] == "bad_dims"
 
-        instance, _ = state.running()
+        instance, record = state.running()
+        assert (room(Path(record.log or "")) or 0) >= record.context_length  # the line by which a start is refused
         assert status_of(result["base_url"], "/flush_cache") == 401
         assert status_of(result["base_url"], "/flush_cache", instance.engine_key()) == 200
         for path in instance.folder.rglob("*.log"):
