@@ -6,7 +6,6 @@ Run by the engine environment's python (see test_plugin.py).
 
 from __future__ import annotations
 
-import os
 import tempfile
 import unittest
 from pathlib import Path
@@ -90,8 +89,7 @@ class Pooled(unittest.TestCase):
     def test_a_pass_is_live_while_it_runs(self) -> None:
         """By the hook on passes without a graph: ended by an error too, and only for a model that fits."""
         self.addCleanup(HookRegistry.reset)
-        with mock.patch.dict(os.environ, QWEN3EMB_PLUGIN_LAST_LAYER="1"):
-            self.assertIsNone(last_layer.last_layer())
+        self.assertIsNone(last_layer.last_layer())
         ((_, execute, _),) = HookRegistry._hooks[f"{last_layer.RUNNER}.runner.eager_runner.EagerRunner._execute_extend"]
         seen = []
 
@@ -106,31 +104,6 @@ class Pooled(unittest.TestCase):
         self.assertEqual((self.last.live, self.last.picked), (False, None))
         self.assertEqual(len(execute(forward, SimpleNamespace(model_runner=SimpleNamespace()), self.batch)), 8)
         self.assertEqual(seen, [True, True, False])
-
-    def test_unasked_it_is_for_bfloat16_where_it_was_proven(self) -> None:
-        """Not on a card or release of another kind, nor for weights whose vectors nobody compared."""
-        self.addCleanup(HookRegistry.reset)
-        runner = SimpleNamespace(model=self.model)
-        linear = self.layer.self_attn.o_proj = SimpleNamespace(quant_method=None)
-        for problem, asked, weights, dtype, used in (
-            (None, "", "UnquantizedLinearMethod", torch.bfloat16, True),
-            (None, "", "UnquantizedLinearMethod", torch.float16, False),
-            (None, "", "Fp8LinearMethod", torch.bfloat16, False),
-            ("proven elsewhere", "", "UnquantizedLinearMethod", torch.bfloat16, False),
-            ("proven elsewhere", "1", "Fp8LinearMethod", torch.float8_e4m3fn, True),
-        ):
-            linear.quant_method, linear.weight = type(weights, (), {})(), SimpleNamespace(dtype=dtype)
-            runner._qwen3emb_last = None
-            HookRegistry.reset()
-            with (
-                mock.patch.dict(os.environ, QWEN3EMB_PLUGIN_LAST_LAYER=asked),
-                mock.patch.object(last_layer, "_no_gpu_or_version", return_value=problem),
-                mock.patch.object(last_layer, "_plain", return_value=True),
-            ):
-                if last_layer.last_layer() is None:
-                    ((_, loaded, _),) = HookRegistry._hooks[f"{last_layer.RUNNER}.model_runner.ModelRunner.load_model"]
-                    loaded(None, runner)
-            self.assertEqual(runner._qwen3emb_last is not None, used, (problem, asked, weights, dtype))
 
     def test_a_model_that_is_not_plain_is_left_alone(self) -> None:
         """Generation, other classes, several cards, adapters, compiled graphs."""

@@ -5,10 +5,9 @@ only; their output projection, norms and MLP are computed by the stock model and
 products, 2.3% of a pass of the 4B's 36. Here the pooled rows are picked right after the attention. A product of fewer
 rows may sum in another order, so the floats are not the stock server's to the last bit; `verify` holds them.
 
-Passes that run live only: a CUDA graph is captured with all rows, and stays so. Where nothing is said it is on for
-bfloat16 on Hopper, where it was timed (docs/benchmarks: 2.2% of a long batch). Its vectors are compared on the CPU
-engine, where every pass is live; the H200's `verify` sent texts that graphs took. QWEN3EMB_PLUGIN_LAST_LAYER=1 has it
-everywhere.
+Passes that run live only: a CUDA graph is captured with all rows, and stays so. Off unless
+QWEN3EMB_PLUGIN_LAST_LAYER=1: an H200 took 2.2% less for a long batch with it (docs/benchmarks), but its vectors were
+compared on the CPU engine alone; the H200's `verify` of that day sent only texts that graphs took.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.layer import _fp8_forward, _no_gpu_or_version, _plain_fp8, _plain_norm
-from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, switched_on
+from qwen3emb_engine_plugin.switches import misfit, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
@@ -29,10 +28,6 @@ RUNNER = "sglang.srt.model_executor"
 
 def last_layer() -> str | None:
     """Hook the model once it is loaded, and the runner of live passes."""
-    asked = switched_on("last_layer", default=False)
-    problem = None if asked else _no_gpu_or_version()
-    if problem:
-        return NOT_NEEDED
     from sglang.srt.layers import pooler
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.model_executor.runner.eager_runner import EagerRunner
@@ -59,8 +54,6 @@ def last_layer() -> str | None:
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
         try:
             plain = _plain(runner)
-            if plain and not asked and not _bfloat16(runner.model.model.layers[-1]):
-                return result
         except AttributeError:  # a model of another shape: nothing here is a reason not to load it
             plain = False
         if plain:
@@ -122,13 +115,6 @@ class LastLayer:
             batch = copy.copy(batch)
             batch.extend_seq_lens = batch.extend_seq_lens.new_ones(batch.extend_seq_lens.shape)
         return self._pool(hidden, batch)
-
-
-def _bfloat16(layer: Any) -> bool:
-    import torch
-
-    linear = layer.self_attn.o_proj
-    return type(linear.quant_method).__name__ == "UnquantizedLinearMethod" and linear.weight.dtype == torch.bfloat16
 
 
 def _plain(runner: Any) -> bool:

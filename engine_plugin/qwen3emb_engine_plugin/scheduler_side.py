@@ -107,7 +107,7 @@ PARTS = [
     ("full_graph", True, full_graph),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
-    ("last_layer", True, last_layer),
+    ("last_layer", False, last_layer),
     ("gated", False, gated),
     ("heap", True, heap),
     ("norms", True, norms),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 import uuid
 from itertools import pairwise
 
@@ -25,6 +26,9 @@ from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, EMOJI, MIXED, ONE_TOKE
 # Token ids of `Hello, world!` by the official tokenizer, for an endpoint that has no /tokenize.
 HELLO = "Hello, world!"
 HELLO_IDS = (9707, 11, 1879, 0)
+LONG_WORDS = (1600, 400)  # of a long text: some 2,000 tokens, or of a model that reads bytes
+LONG_TEXTS = 4  # together more tokens than engines capture graphs for (4,224 by this launcher's plans)
+LONG_SECONDS = 3.0  # for one of them: a CPU would work on all for minutes
 LARGE = 100  # texts in the largest batch that is asked; many servers compute 32 at a time
 MISCOUNTED = "usage counts something else than the tokens of the text, or more is embedded than was sent"
 FRAMED = 4  # tokens of one letter with the marks that any model puts around it
@@ -266,6 +270,36 @@ def probe_large_batch(session: Session) -> Outcome:
     return held(expected, f"{len(right)} of them compared")
 
 
+def probe_long_batch(session: Session) -> Outcome:
+    """Long texts alone and together: past the sizes of its graphs an engine goes another way through the model."""
+    allowed = session.precision.distance
+    expected = f"long texts have the same vectors alone and together, 1 - cosine ≤ {allowed:.1e}"
+    for words in LONG_WORDS:
+        texts = [long_text(words, 40 + i) for i in range(LONG_TEXTS)]
+        began = time.monotonic()
+        if texts[0] not in session.fitting(texts[:1]):
+            continue
+        took = time.monotonic() - began
+        if took > LONG_SECONDS:
+            return skipped(f"a text of {words} words takes {took:.0f} s here: {LONG_TEXTS} of them were not asked")
+        alone = session.vectors(texts)
+        try:
+            together = session.contact.embed(texts, may_refuse=True).vectors
+        except Misanswer as exc:
+            if not exc.refused:
+                raise
+            return broken(expected, exc.message, "batches are limited: clients must know by how much", advisory=True)
+        off = [distance(a, b) for a, b in zip(alone, together, strict=True)]
+        seen = f"{LONG_TEXTS} of {words} words, {max(off):.1e} at most"
+        if max(off) <= allowed:
+            return held(expected, seen, worst=max(off))
+        cause = (
+            "what is computed in a long pass is not what a short one gives: graphs, chunks or kernels of another size"
+        )
+        return broken(expected, seen, cause, worst=max(off))
+    return skipped("no long text fits this endpoint's context")
+
+
 def probe_cross_talk(session: Session) -> Outcome:
     """Short and long texts, several dims, alone and in batches, many at a time: each gets its own vector."""
     allowed = session.precision.distance
@@ -335,5 +369,6 @@ PROBES = (
     Probe("token_ids", "token ids = text", probe_token_ids, level="full"),
     Probe("scripts", "odd texts", probe_scripts, level="full"),
     Probe("large_batch", "large batches", probe_large_batch, level="full"),
+    Probe("long_batch", "long texts together", probe_long_batch, level="full"),
     Probe("cross_talk", "no cross-talk under load", probe_cross_talk, level="full"),
 )

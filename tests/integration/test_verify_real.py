@@ -166,6 +166,7 @@ def test_another_basis_is_seen_without_knowing_what_is_served(
 
 FULL: list[tuple[Fault, str, str]] = [
     (faults.cuts_batches_wrongly, "large_batch", "put together wrongly"),
+    (faults.spoils_long_passes, "long_batch", "in a long pass"),
     (faults.truncates, "tail", r"truncated at about (4[89]\d|5\d\d) tokens"),
     (faults.caches_by_prefix, "tail", "truncated at about|cached by prefix"),
     (faults.truncates_too_long, "limit", "cut without a word"),
