@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import Endpoint, start_engine
 from faulty_endpoint import Fault, faulty
+from warm_python import warm
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 from qwen3emb_launch.verify import runner, texts
@@ -221,18 +222,10 @@ def test_strict_fails_a_bare_engine(demo_endpoint: Endpoint, tmp_path: Path) -> 
 @pytest.fixture(scope="session")
 def warm_python(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The engine's python with its imports done, once for all references below: a fork a call instead of 4 s each."""
-    folder, script = tmp_path_factory.mktemp("warm"), HERE / "warm_python.py"
-    python, place = folder / "python", folder / "socket"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {script} {place} "$@"\n')
-    python.chmod(0o755)
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [str(engine_python), str(script), str(place)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=offline, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    modules = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto")
+    environ = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with warm(engine_python, tmp_path_factory.mktemp("warm"), modules, environ) as python:
         yield python
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")
