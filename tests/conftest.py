@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -69,7 +70,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Without its groups a parallel run would start an engine a test: better none at all."""
+    """Without its groups a parallel run would start an engine a test: better none at all.
+
+    What was imported and collected stays: no garbage collection of a test walks it, of which some ask for dozens.
+    """
+    gc.freeze()
     grouped = getattr(session.config.option, "loadgroup", False)
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError(
