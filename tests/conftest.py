@@ -49,6 +49,8 @@ sys.dont_write_bytecode = False
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 
+gc.disable()  # until everything is collected, as below
+
 # A shell that runs the tests in the background has SIGINT ignored; the programs under test are to be interrupted by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -75,6 +77,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     What was imported and collected stays: no garbage collection of a test walks it, of which some ask for dozens.
     """
     gc.freeze()
+    gc.enable()
     grouped = getattr(session.config.option, "loadgroup", False)
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError(
