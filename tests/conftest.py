@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import random
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 from left_behind import pytest_sessionfinish, pytest_sessionstart
+from warm_python import warm
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 from qwen3emb_launch.engine_process.guard import PR_SET_CHILD_SUBREAPER
@@ -29,11 +31,11 @@ LONG = (
     "demo_endpoint", "all_killed", "behind_locks", "test_upgrade_real", "test_verify_real", "profile_started",
     "test_plugin_real", "test_bench", "test_engines_install", "test_chaos", "test_systemd_real", "test_up_real",
     "test_up_gateway", "gpu_harness", "test_up_supervisor", "test_types", "test_gateway_process", "test_upgrade",
-    "test_up_cli", "test_plugin", "test_bench_load", "test_engine_install", "test_gateway_resilience", "test_security",
-    "test_embed", "test_planning_engine",
+    "test_up_cli", "imported_engine", "test_bench_load", "test_engine_install", "test_gateway_resilience",
+    "test_security", "test_embed",
 )  # fmt: skip
-# Engines that tests of several files ask: those tests run in one worker, where each is started once.
-SHARED = {"demo_endpoint", "fp32_endpoint"}
+# What tests of several files ask, and the group that runs these tests: in one worker, where it is started once.
+SHARED = {"demo_endpoint": "demo_endpoint", "fp32_endpoint": "demo_endpoint", "imported_engine": "imported_engine"}
 
 # Every engine and reference of the tests computes a tiny model on the CPU: on two cores, threads that share its sums
 # spin for each other longer than they compute (a verify run costs the engine 0.2 s with one, 0.4 to 1.3 with two).
@@ -47,6 +49,8 @@ sys.dont_write_bytecode = False
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
 
+gc.disable()  # until everything is collected, as below
+
 # A shell that runs the tests in the background has SIGINT ignored; the programs under test are to be interrupted by it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,8 +62,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     A test that takes long and shares nothing with its file says so by `pytest.mark.xdist_group` itself.
     """
     if _group(item) is None:
-        shares = SHARED & set(getattr(item, "fixturenames", ()))
-        item.add_marker(pytest.mark.xdist_group("demo_endpoint" if shares else Path(str(item.path)).stem))
+        shared = (SHARED[name] for name in getattr(item, "fixturenames", ()) if name in SHARED)
+        item.add_marker(pytest.mark.xdist_group(next(shared, Path(str(item.path)).stem)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -68,7 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Without its groups a parallel run would start an engine a test: better none at all."""
+    """Without its groups a parallel run would start an engine a test: better none at all.
+
+    What was imported and collected stays: no garbage collection of a test walks it, of which some ask for dozens.
+    """
+    gc.freeze()
+    gc.enable()
     grouped = getattr(session.config.option, "loadgroup", False)
     if grouped and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError(
@@ -151,6 +160,25 @@ def engine_python() -> Path:
     from qwen3emb_launch import engines
 
     return engines.find("cpu").python
+
+
+# What is read while SGLang and the plugin's cases are imported.
+IMPORTED_UNDER = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "TRITON_INTERPRET": "1",
+    "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "engine_plugin"),
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTHONDONTWRITEBYTECODE": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def imported_engine(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The engine's python with SGLang imported, which takes longer than most of what scripts do with it: each runs in a
+    fork."""
+    modules = ("sglang.srt.server_args", "sglang.srt.plugins.hook_registry")
+    with warm(engine_python, tmp_path_factory.mktemp("imported"), modules, IMPORTED_UNDER) as python:
+        yield python
 
 
 @pytest.fixture(scope="session")

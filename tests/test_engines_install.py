@@ -65,7 +65,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, index: Path) -> Path:
 def filled(tmp_path_factory: pytest.TempPathFactory, index: Path, template: Path) -> Path:
     """The same with every package installed already: a build over it has little left to do."""
     env = tmp_path_factory.mktemp("filled") / "env"
-    shutil.copytree(template, env, symlinks=True)
+    copy_environment(template, env)
     pip = [env / "bin" / "python", "-m", "pip", "install", "-q", "--no-index", "--find-links", index]
     subprocess.run([*pip, *WANTED.locked, *WANTED.bare], check=True, env={**os.environ, "PIP_CONFIG_FILE": os.devnull})
     return env
@@ -89,10 +89,19 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
+def copy_environment(source: Path, target: Path) -> None:
+    """As `cp -a`, but for pip's own thousand files, which are links: nothing here writes into one that is there."""
+
+    def one(here: str, there: str) -> None:
+        (os.link if "/site-packages/pip/" in here else shutil.copy2)(here, there)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=one)
+
+
 def copying(monkeypatch: pytest.MonkeyPatch, source: Path) -> None:
     def copy(builder: build.Builder) -> None:
         if not builder.env.exists():
-            shutil.copytree(source, builder.env, symlinks=True)
+            copy_environment(source, builder.env)
 
     monkeypatch.setattr(build.Builder, "_virtual_environment", copy)
 
@@ -428,7 +437,7 @@ def test_adopting_leaves_the_environment_as_it_is(quick: Path, tmp_path: Path) -
     """An adopted environment is inspected and recorded; nothing is written into it, and remove forgets it only."""
     own = engines.install("cpu").facts.python.parents[1]
     theirs = tmp_path / "theirs"
-    shutil.copytree(own, theirs, symlinks=True)
+    copy_environment(own, theirs)
     before = sorted(theirs.rglob("*"))
     done = engines.install(python=theirs, name="mine")
     assert (done.did, done.facts.adopted, done.facts.flavour) == ("adopted", True, "cpu")
@@ -451,7 +460,7 @@ def test_what_cannot_be_adopted(quick: Path, tmp_path: Path, template: Path) -> 
     """No python there, no sglang there, a name in use, a version that is not ours to choose: each has its own error."""
     engines.install("cpu")
     empty = tmp_path / "empty"
-    shutil.copytree(template, empty, symlinks=True)
+    copy_environment(template, empty)
     liar = tmp_path / "liar"
     liar.write_text("#!/bin/sh\necho no python at all\nexit 3\n")
     liar.chmod(0o755)
@@ -474,7 +483,7 @@ def test_an_adopted_engine_that_is_gated_is_refused(quick: Path, tmp_path: Path,
     """A release known to return NaN is not adopted, and the reason carries its link."""
     env = engines.install("cpu").facts.python.parents[1]
     bad = tmp_path / "bad"
-    shutil.copytree(env, bad, symlinks=True)
+    copy_environment(env, bad)
     folder = next((bad / "lib").glob("python3*")) / "site-packages"
     info = folder / "sglang-0.5.12.dist-info"
     (folder / "sglang-0.5.15.post1.dist-info").rename(info)

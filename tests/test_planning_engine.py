@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import IMPORTED_UNDER
 from planning_cases import plan, shipped
 
 from qwen3emb_launch import recorded_flags
@@ -27,14 +28,15 @@ json.dump({"read": values, "flags": sorted(flags)}, open(sys.argv[2], "w"))
 
 
 @pytest.mark.engine
-def test_the_engines_own_parser_takes_every_plan(engine_python: Path, tmp_path: Path) -> None:
+def test_the_engines_own_parser_takes_every_plan(imported_engine: Path, tmp_path: Path) -> None:
     """Each shipped profile and variant, with each model: parsed by SGLang itself into the values that were planned."""
     plans = {f"{p.name} {key}": plan(p, key, "0.5.15.post1") for p in shipped() for key in ("0.6b", "4b", "8b")}
-    asked, answered = tmp_path / "plans.json", tmp_path / "read.json"
+    script, asked, answered = tmp_path / "read.py", tmp_path / "plans.json", tmp_path / "read.json"
+    script.write_text(READ)
     asked.write_text(json.dumps({name: made.argv[3:] for name, made in plans.items()}))
     subprocess.run(
-        [engine_python, "-c", READ, asked, answered],
-        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"},
+        [imported_engine, script, asked, answered],
+        env={**os.environ, **IMPORTED_UNDER},
         check=True,
         capture_output=True,
         timeout=180,

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import IMPORTED_UNDER
 
 from qwen3emb_launch.planning.rules import FULL_GRAPH_SIZES, GRAPH_SIZES
 
@@ -25,17 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
         "plugin_ahead_cases.py",
     ],
 )
-def test_the_plugin_s_units_pass_in_the_engine_environment(engine_python: Path, cases: str) -> None:
+def test_the_plugin_s_units_pass_in_the_engine_environment(imported_engine: Path, cases: str) -> None:
     """Reading, writing, tokenising, batching, falling back, forking, and the kernels interpreted; without a server."""
     found = subprocess.run(
-        [str(engine_python), str(ROOT / "tests" / cases)],
-        env={
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": str(ROOT / "engine_plugin"),
-            "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONDONTWRITEBYTECODE": "1",
-        },
+        [str(imported_engine), str(ROOT / "tests" / cases)],
+        env={**os.environ, **IMPORTED_UNDER},
         capture_output=True,
         text=True,
         timeout=180,

@@ -1,23 +1,48 @@
-"""The engine's python with torch and transformers imported once: the scripts that tests give it begin in a fork.
+"""The engine's python with its packages imported once: the scripts that tests give it begin in a fork.
 
-    ENGINE_PYTHON warm_python.py SOCKET            serves until its stdin ends; prints a line when it can be asked
-    LAUNCHER_PYTHON warm_python.py SOCKET SCRIPT …   the script, as `ENGINE_PYTHON SCRIPT …` runs it
+    ENGINE_PYTHON warm_python.py SOCKET MODULES     imports them (a,b), then serves until its stdin ends; prints a line
+                                                    when it can be asked
+    LAUNCHER_PYTHON warm_python.py ask SOCKET SCRIPT …   the script, as `ENGINE_PYTHON SCRIPT …` runs it
 
 Each script is a process of its own, with the caller's stdin, stdout, stderr and environment; it ends with its caller.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib
 import json
 import os
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 STREAMS = (0, 1, 2)
+PR_SET_PDEATHSIG = 1
+
+
+@contextmanager
+def warm(python: Path, folder: Path, modules: Sequence[str], environ: Mapping[str, str]) -> Iterator[Path]:
+    """A program that runs scripts as `python` does, in forks of one that imported `modules` under `environ`."""
+    program, place = folder / "python", folder / "socket"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {__file__} ask {place} "$@"\n')
+    program.chmod(0o755)
+    command = [str(python), __file__, str(place), ",".join(modules)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env={**os.environ, **environ}, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield program
+        process.stdin.close()
 
 
 def ask(place: str, argv: list[str]) -> int:
@@ -30,11 +55,13 @@ def ask(place: str, argv: list[str]) -> int:
         return int(connection.recv(4) or b"1")
 
 
-def serve(place: str) -> None:
+def serve(place: str, modules: list[str]) -> None:
     """Fork for whoever connects."""
-    import transformers.models.qwen3.modeling_qwen3  # noqa: F401
-    from transformers import AutoModel, AutoTokenizer  # noqa: F401
-
+    gc.disable()  # modules are no garbage
+    for module in modules:
+        importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -56,17 +83,30 @@ def _end_with_stdin() -> None:
 
 
 def _run(connection: socket.socket) -> None:
-    """In the fork: become the script."""
+    """In the fork: have the script run in another, which it ends as it likes, and tell the caller its exit status."""
+    head, streams, _, _ = socket.recv_fds(connection, 4, len(STREAMS))
+    with connection.makefile("rb") as rest:
+        order = json.loads(rest.read(int.from_bytes(head, "big")))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        _become(order, streams)
+    for given in streams:
+        os.close(given)
+    threading.Thread(target=lambda: (connection.recv(1), os._exit(1)), daemon=True).start()
+    connection.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+    os._exit(0)
+
+
+def _become(order: dict[str, Any], streams: list[int]) -> NoReturn:
+    """In the fork's fork: be the script, for as long as the fork is there."""
     status = 1
     try:
-        head, streams, _, _ = socket.recv_fds(connection, 4, len(STREAMS))
-        with connection.makefile("rb") as rest:
-            order = json.loads(rest.read(int.from_bytes(head, "big")))
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         for number, given in zip(STREAMS, streams, strict=True):
             os.dup2(given, number)
             os.close(given)
-        threading.Thread(target=lambda: (connection.recv(1), os._exit(1)), daemon=True).start()
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.environ.clear()
         os.environ.update(order["env"])
         os.chdir(order["cwd"])
@@ -81,11 +121,10 @@ def _run(connection: socket.socket) -> None:
     except BaseException:  # noqa: BLE001 - whatever ends a script is told on its stderr
         sys.excepthook(*sys.exc_info())
     finally:
-        connection.send(str(status).encode())
         os._exit(status)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit(ask(sys.argv[1], sys.argv[2:]))
-    serve(sys.argv[1])
+    if sys.argv[1] == "ask":
+        sys.exit(ask(sys.argv[2], sys.argv[3:]))
+    serve(sys.argv[1], sys.argv[2].split(","))

@@ -16,6 +16,7 @@ channel, e4m3 activations with one scale a token, sums wide.
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import re
@@ -34,10 +35,14 @@ TEMPLATE = re.compile(r"\AInstruct: .*?\nQuery:", re.DOTALL)
 def main() -> int:
     """Answer one request."""
     request = json.load(sys.stdin)
+    gc.disable()  # modules are no garbage: a collector that walks them takes a third of the import
     import torch
     import transformers
+    import transformers.models.qwen3.modeling_qwen3  # what AutoModel imports for a Qwen3
     from transformers import AutoModel, AutoTokenizer
 
+    gc.freeze()
+    gc.enable()
     torch.set_grad_enabled(False)
     transformers.logging.set_verbosity_error()
     folder = request["model"]
@@ -258,4 +263,6 @@ def rewritten(text: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # the answer is out: taking torch and transformers down again would take a second

@@ -74,7 +74,7 @@ def test_an_unknown_model_name_is_not_hidden(demo_endpoint, capsys) -> None:
 def test_the_seeds_table_in_small(demo_endpoint, capsys) -> None:
     """Every claim has its row with what was measured; dims beyond the model's are said to be so."""
     status, envelope = command(
-        capsys, "bench", "--base-url", demo_endpoint.base_url, "--preset", "seed", "-d", "1s", "--warmup", "0.2s",
+        capsys, "bench", "--base-url", demo_endpoint.base_url, "--preset", "seed", "-d", "0.5s", "--warmup", "0.1s",
         "--timeout", "300s",
     )  # fmt: skip
     assert status == 0

@@ -8,9 +8,9 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 
 import faults_in_part as in_part
@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 from conftest import Endpoint, start_engine
 from faulty_endpoint import Fault, faulty
+from warm_python import warm
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 from qwen3emb_launch.verify import runner, texts
-from qwen3emb_launch.verify.reference import DEMO_SET, load, transformers_reference
+from qwen3emb_launch.verify.reference import DEMO_SET, Transformers, load, transformers_reference
 from qwen3emb_launch.verify.report import Report, Verdict
 from qwen3emb_launch.verify.runner import Request, verify
-from qwen3emb_launch.verify.session import Options
+from qwen3emb_launch.verify.session import Options, Vector
 from tests.test_gateway_process import gateway, until
 
 pytestmark = pytest.mark.engine
@@ -238,18 +239,10 @@ def test_strict_fails_a_bare_engine(demo_endpoint: Endpoint, tmp_path: Path) -> 
 @pytest.fixture(scope="session")
 def warm_python(engine_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The engine's python with its imports done, once for all references below: a fork a call instead of 4 s each."""
-    folder, script = tmp_path_factory.mktemp("warm"), HERE / "warm_python.py"
-    python, place = folder / "python", folder / "socket"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S {script} {place} "$@"\n')
-    python.chmod(0o755)
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    command = [str(engine_python), str(script), str(place)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=offline, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    modules = ("transformers.models.qwen3.modeling_qwen3", "transformers.models.auto")
+    environ = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    with warm(engine_python, tmp_path_factory.mktemp("warm"), modules, environ) as python:
         yield python
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")
@@ -297,23 +290,43 @@ def computed(warm_python: Path, demo_model: Path, badly_quantising: Path) -> Ite
 
 @pytest.fixture
 def kept_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The script's answers do not change between tests: each question is computed once."""
+    """The script's answers do not change between tests, and a text's not with those beside it: each is asked once."""
     monkeypatch.setattr(runner, "transformers_reference", _kept)
 
 
-@cache
-def _kept_once(python: Path, folder: Path, texts: tuple[str, ...], dtypes: tuple[str, ...], device: str, more: bool):
-    return transformers_reference(python, folder, texts, dtypes=dtypes, device=device, alternatives=more)
+KEPT: dict[tuple[object, ...], Transformers] = {}
+
+
+def _kept(
+    python: Path, folder: Path, texts: Sequence[str], *, dtypes: Sequence[str], device: str, alternatives: bool
+) -> Transformers:
+    key = (python, folder, tuple(dtypes), device, alternatives)
+    seen = KEPT[key].sets[dtypes[0]].vectors if key in KEPT else {}
+    new = [text for text in texts if text not in seen]
+    if new:
+        found = transformers_reference(python, folder, new, dtypes=dtypes, device=device, alternatives=alternatives)
+        KEPT[key] = _merged(KEPT.get(key, found), found)
+    return _merged(KEPT[key], KEPT[key], texts)
+
+
+def _merged(one: Transformers, other: Transformers, texts: Sequence[str] | None = None) -> Transformers:
+    """What both say, or of that what they say of `texts`."""
+
+    def both(a: Mapping[str, Vector], b: Mapping[str, Vector]) -> dict[str, Vector]:
+        together = {**a, **b}
+        return together if texts is None else {text: together[text] for text in texts if text in together}
+
+    return replace(
+        one,
+        sets={name: replace(a, vectors=both(a.vectors, other.sets[name].vectors)) for name, a in one.sets.items()},
+        alternatives={name: both(a, other.alternatives[name]) for name, a in one.alternatives.items()},
+    )
 
 
 @pytest.fixture
 def without_the_longest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float8 is slow to emulate on a CPU, so the text of 4,500 tokens is left out; another has more than 512."""
     monkeypatch.setattr(texts, "REFERENCE", texts.REFERENCE[:-1])
-
-
-def _kept(python, folder, texts, *, dtypes, device, alternatives):
-    return _kept_once(python, folder, tuple(texts), tuple(dtypes), device, alternatives)
 
 
 @pytest.mark.usefixtures("kept_reference")
