@@ -214,6 +214,7 @@ def _worker(
         beating: set[asyncio.Task[None]] = set()  # the loop alone does not keep a task
 
         def started(service: Service) -> None:
+            pulse[number] = time.monotonic()  # before anybody hears of it: one that hangs from then on is found
             beating.add(asyncio.get_running_loop().create_task(beat(pulse, number)))
             writer.send(_where(config, service))
 
