@@ -788,6 +788,17 @@ def test_gpu_energy_comes_from_the_cards_counter() -> None:
     assert Watch(None).gpu_figures(0, 3, 1000) is None
 
 
+def test_a_span_without_a_sample_has_the_memory_of_the_moment_beside_it() -> None:
+    """A busy machine may sample none in a brief span; what was long before or after is another's."""
+    watch = Watch(None)
+    watch.moments = [Moment(at, None, rss) for at, rss in ((1.0, 10), (2.0, 30), (2.1, 20), (4.0, None), (9.0, 50))]
+    assert watch.peak_rss(1.5, 2.5) == 30
+    assert watch.peak_rss(2.2, 2.9) == 20
+    assert watch.peak_rss(2.7, 4.2) is None  # the processes were gone at 4.0
+    assert watch.peak_rss(7.5, 8.0) == 50
+    assert watch.peak_rss(5.0, 6.5) is None
+
+
 def test_memory_of_an_engine_that_was_started_again() -> None:
     """The engine's memory goes on being watched after its restart: who it is is asked again and again."""
     script = "import sys; block = bytearray(20 << 20); print(flush=True); sys.stdin.read()"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.gpu import GpuSample
 
 LOOKS = 5  # samples between two questions for the processes
+NEAR = 2.0  # seconds from a span within which a sample still tells of it: a busy machine leaves a brief one without
 EVERY = 0.2  # seconds between samples: NVML's own utilisation window is 1/6 to 1 s
 
 
@@ -83,8 +84,12 @@ class Watch:
         )
 
     def peak_rss(self, began: float, ended: float) -> int | None:
-        """Most resident bytes of the watched processes in a span."""
-        return max((m.rss for m in self.between(began, ended) if m.rss is not None), default=None)
+        """Most resident bytes of the watched processes in a span; of a moment close by where none was sampled in it."""
+        inside = list(self.between(began, ended))
+        if inside:
+            return max((m.rss for m in inside if m.rss is not None), default=None)
+        beside = [m for m in self.between(began - NEAR, ended + NEAR) if m.rss is not None]
+        return min(beside, key=lambda m: max(began - m.at, m.at - ended)).rss if beside else None
 
 
 def _watts(seen: list[tuple[float, GpuSample]]) -> float | None:
