@@ -31,6 +31,7 @@ from typing import Any
 from qwen3emb_engine_plugin import template
 from qwen3emb_engine_plugin.bytecode import cache_folder
 from qwen3emb_engine_plugin.card import answered_by_nvml, first_visible_card
+from qwen3emb_engine_plugin.layer import PROVEN
 from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -76,7 +77,7 @@ def names() -> list[str]:
     if importlib.util.find_spec(JIT) is None:
         return ["norm"]
     card = first_visible_card()
-    own = switched_on("attention") and sglang_version() == "0.5.16" and card and (card.major, card.minor) == (9, 0)
+    own = switched_on("attention") and sglang_version() in PROVEN and card and (card.major, card.minor) == (9, 0)
     return ["norm", "activation"] if own else list(KERNELS)
 
 

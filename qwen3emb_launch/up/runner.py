@@ -239,6 +239,7 @@ class EngineRunner(ProcessRunner):
             self.unfit = short
             return replace(answer, verdict=Verdict.WRONG, detail=short.message)
         if not self.spec.model_path:
+            settled.set()
             return answer
         found = weights_sample(self.spec.model_path)
         if self._weights and found is None:
