@@ -213,7 +213,8 @@ def measure(config: dict[str, Any], args: argparse.Namespace, model: Path, state
     raw: list[dict[str, Any]] = []
     for server in up:
         for load in loads.values():
-            drive(server, model, load, config["warmup_seconds"])
+            first = max(config["warmup_seconds"], load.get("warmup", 0))  # compiles what this load needs
+            drive(server, model, {**load, "seconds": 0, "warmup": 0}, first, warmup=0.2)
     rounds = args.rounds or config["rounds"]
     for number in range(rounds):
         for name, load in loads.items():
