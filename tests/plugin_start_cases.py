@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import bytecode, one_tokenizer, prebuild, readahead, serve, switches, template, unused
+from qwen3emb_engine_plugin import bytecode, card, one_tokenizer, prebuild, readahead, serve, switches, template, unused
 from qwen3emb_engine_plugin.compiling import compiled_when_called
 
 
@@ -481,6 +481,54 @@ class StartAnew(unittest.TestCase):
         self.assertEqual(environ, {"KEPT": "1", **serve.PLAIN_IMPORT})
 
 
+class Card(unittest.TestCase):
+    """What is asked of the GPU during the import, on a machine that has none."""
+
+    def setUp(self) -> None:
+        facts = SimpleNamespace(major=9, minor=0, name="a card", total_memory=1 << 30, multi_processor_count=132)
+        for patched in (
+            mock.patch.object(torch.version, "cuda", "13.0"),
+            mock.patch.object(card, "first_visible_card", return_value=facts),
+        ):
+            patched.start()
+            self.addCleanup(patched.stop)
+
+    def test_torch_is_told_what_nvml_knows(self) -> None:
+        """The rest is asked as ever; afterwards everything is."""
+        stock = torch.cuda.get_device_properties, torch.cuda.is_available
+        real = mock.Mock(return_value=SimpleNamespace(L2_cache_size=7))
+        with mock.patch.object(torch.cuda, "get_device_properties", real), card.answered_by_nvml():
+            properties = torch.cuda.get_device_properties("cuda")
+            self.assertTrue(torch.cuda.is_available())
+            self.assertEqual((properties.name, properties.multi_processor_count), ("a card", 132))
+            real.assert_not_called()
+            self.assertEqual(properties.L2_cache_size, 7)
+        self.assertEqual((torch.cuda.get_device_properties, torch.cuda.is_available), stock)
+
+    @unittest.skipUnless(importlib.util.find_spec("cuda"), "cuda-python is not installed here")
+    def test_the_driver_is_told_it_too(self) -> None:
+        """As CUTLASS asks when it is imported. Any other question begins CUDA, and is asked of it."""
+        from cuda.bindings import driver
+
+        which = driver.CUdevice_attribute
+        begun, asked = mock.Mock(), mock.Mock(return_value="its own answer")
+        with mock.patch.multiple(driver, cuInit=begun, cuDeviceGetAttribute=asked):
+            with card.answered_by_nvml():
+                self.assertEqual(driver.cuInit(0), (driver.CUresult.CUDA_SUCCESS,))
+                fine, device = driver.cuDeviceGet(0)
+                major = driver.cuDeviceGetAttribute(which.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+                self.assertEqual((fine, major), (driver.CUresult.CUDA_SUCCESS, (driver.CUresult.CUDA_SUCCESS, 9)))
+                begun.assert_not_called()
+                other = driver.cuDeviceGetAttribute(which.CU_DEVICE_ATTRIBUTE_WARP_SIZE, device)
+            self.assertEqual((other, begun.call_count), ("its own answer", 1))
+            self.assertIs(driver.cuInit, begun)
+
+    def test_cores_are_counted_as_multiprocessors(self) -> None:
+        """An A100's 6,912 are 108, an H200's 16,896 are 132, a 4090's 16,384 are 128."""
+        for capability, cores, found in (((8, 0), 6912, 108), ((9, 0), 16896, 132), ((8, 9), 16384, 128)):
+            self.assertEqual(cores // card._cores_of_one(*capability), found)
+
+
 class Unused(unittest.TestCase):
     def test_only_a_plain_qwen3_is_served_without(self) -> None:
         plain = {"architectures": ["Qwen3ForCausalLM"]}
@@ -619,13 +667,13 @@ class Prebuild(unittest.TestCase):
     def test_the_kernels_of_the_layers_that_this_server_runs(self) -> None:
         """Where `attention` runs, queries and keys are not the stock kernels' work."""
         stock = ["norm", "activation", "qknorm", "rope"]
-        for version, card, environ, found in (
+        for version, capability, environ, found in (
             ("0.5.16", (9, 0), {}, ["norm", "activation"]),
             ("0.5.16", (9, 0), {"QWEN3EMB_PLUGIN_ATTENTION": "0"}, stock),
             ("0.5.16", (8, 9), {}, stock),
             ("0.5.14", (9, 0), {}, stock),
         ):
-            facts = types.SimpleNamespace(major=card[0], minor=card[1])
+            facts = types.SimpleNamespace(major=capability[0], minor=capability[1])
             with (
                 mock.patch.object(prebuild, "sglang_version", return_value=version),
                 mock.patch.object(prebuild, "first_visible_card", return_value=facts),

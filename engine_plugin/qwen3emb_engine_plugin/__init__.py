@@ -5,9 +5,8 @@ SGLang calls `register` once in the HTTP process and once in each scheduler proc
 what it was written for; the server is then the stock one at that place.
 
 Environment: QWEN3EMB_PLUGIN=0 turns everything off, QWEN3EMB_PLUGIN_<PART>=0 one part (answer, route, workers; vectors,
-direct, idle, snapshots, freeing, full_graph, attention, fp8_layer, heap, norms; of `serve`: template, tokenizer,
-bytecode, unused, readahead, prebuild), =1 one that is off by itself (ahead, last_layer, gated),
-QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check.
+direct, idle, snapshots, freeing, ahead, full_graph, attention, fp8_layer, last_layer, gated, heap, norms; of `serve`:
+template, tokenizer, bytecode, unused, readahead, prebuild), QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check.
 `SGLANG_PLUGINS` is SGLang's own list of the plugins it loads.
 """
 
