@@ -7,6 +7,7 @@ Run by the engine environment's python (see test_plugin.py).
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import gated, last_layer
+from qwen3emb_engine_plugin import fp8_kernels, gated, last_layer, layer
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 INNER, WIDTH = 48, 32
@@ -216,6 +217,57 @@ class Gated(unittest.TestCase):
                 self.assertIn("not the official", gated.Product(self.quack).prove(self.model) or "")
             del self.mlp._qwen3emb_gated
         self.assertIsNone(gated.Product(self.quack).prove(self.model))
+
+
+class Float8(unittest.TestCase):
+    """A float8 layer with the kernels that are asked for, interpreted; its products are plain ones here."""
+
+    def setUp(self) -> None:
+        torch.manual_seed(4)
+        layer._float8_kernels.cache_clear()
+        self.addCleanup(layer._float8_kernels.cache_clear)
+
+    def test_both_sets_of_kernels_give_a_layer_s_output(self) -> None:
+        """QWEN3EMB_PLUGIN_FP8_KERNELS=1, and unasked, with SGLang's quantisation; 3 rows left too."""
+        head, width, inner, tokens = 64, 96, 160, 5
+
+        def weight(out: int, into: int) -> torch.Tensor:
+            return (torch.randn(out, into) / into**0.5).bfloat16()
+
+        def norm(size: int) -> Any:
+            return SimpleNamespace(weight=(1 + 0.1 * torch.randn(size)).bfloat16(), variance_epsilon=1e-6)
+
+        attention = SimpleNamespace(
+            qkv_proj=weight(4 * head, width), o_proj=weight(width, 2 * head), q_norm=norm(head), k_norm=norm(head),
+            rotary_emb=SimpleNamespace(cos_sin_cache=torch.randn(8, head)), num_heads=2, num_kv_heads=1,
+            q_size=2 * head, kv_size=head, attn=lambda q, k, v, batch, save_kv_cache: q + torch.cat([k, v], -1),
+        )  # fmt: skip
+        mlp = SimpleNamespace(gate_up_proj=weight(2 * inner, width), down_proj=weight(width, inner))
+        whole = SimpleNamespace(
+            self_attn=attention, mlp=mlp, input_layernorm=norm(width), post_attention_layernorm=norm(width)
+        )
+        hidden, residual = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, width).bfloat16()
+        stock = SimpleNamespace(sglang_per_token_quant_fp8=lambda x: fp8_kernels.quantise(x))
+        product = lambda rows, scales, weight: (rows.float() * scales @ weight.float().t()).bfloat16()  # noqa: E731
+        names = ["sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.quantization"]
+        modules = {name: SimpleNamespace() for name in names} | {f"{names[-1]}.fp8_kernel": stock}
+        for left in (None, torch.tensor([0, 2, 4])):
+            found = []
+            for asked in ("0", "1"):
+                layer._float8_kernels.cache_clear()
+                with (
+                    mock.patch.dict(os.environ, QWEN3EMB_PLUGIN_FP8_KERNELS=asked),
+                    mock.patch.dict(sys.modules, modules),
+                    mock.patch.object(layer, "_product", product),
+                ):
+                    self.assertEqual(fp8_kernels.gate_quantise in layer._float8_kernels(), asked == "1")
+                    found.append(
+                        layer._fp8_forward(whole, torch.arange(tokens), hidden, None, residual.clone(), rows_left=left)
+                    )
+            for present, asked_for in zip(*found, strict=True):
+                self.assertEqual(len(present), 3 if left is not None else tokens)
+                alike = torch.nn.functional.cosine_similarity(present.float(), asked_for.float()).min().item()
+                self.assertGreater(alike, 0.9999)
 
 
 if __name__ == "__main__":
