@@ -32,6 +32,7 @@ from qwen3emb_engine_plugin.housekeeping import FreedTogether, IdleRounds, Snaps
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.tokens import PROBES, encoder
 from sglang.srt.plugins.hook_registry import HookRegistry
+from starlette.responses import JSONResponse
 from starlette.routing import Match
 
 USAGE = {"prompt_tokens": 0, "total_tokens": 0, "completion_tokens": 0, "prompt_tokens_details": None}
@@ -505,6 +506,30 @@ class Route(unittest.IsolatedAsyncioTestCase):
         answer = json.loads(self.sent[1]["body"])
         self.assertEqual(answer["data"][0]["embedding"], [97.0])
         self.assertEqual(dict(self.sent[0]["headers"])[b"content-length"], str(len(self.sent[1]["body"])).encode())
+
+    async def test_an_abort_without_a_vector_is_answered_in_the_stock_handlers_form(self) -> None:
+        """`/abort_request` of a text that waits: SGLang says a KeyError as JSON, not as a bare line of text."""
+
+        def aborted(tokenized: list[Any]) -> None:
+            for one in tokenized:
+                state = self.manager.rid_to_state.pop(one.rid)
+                state.finished = True
+                state.out_list.append({"text": "", "meta_info": {"finish_reason": {"type": "abort"}}})
+                state.event.set()
+
+        async def not_refused(*_: Any) -> None: ...  # the stock one raises for a status code alone
+
+        self.manager.answer, self.manager._handle_abort_finish_reason = aborted, not_refused
+        self.route._serving = SimpleNamespace(
+            create_error_response=lambda message, err_type, status_code: JSONResponse(
+                {"message": message, "type": err_type}, status_code
+            )
+        )
+        with self.assertLogs("qwen3emb_engine_plugin"):
+            await self.post(body(input="a"))
+        self.assertEqual(self.sent[0]["status"], 500)
+        found = json.loads(self.sent[1]["body"])
+        self.assertEqual(found, {"message": "Internal server error: 'embedding'", "type": "InternalServerError"})
 
     async def test_what_is_not_plain_reaches_it_with_its_whole_body(self) -> None:
         """Bad JSON, another content type, a routing header, a text that is too long."""

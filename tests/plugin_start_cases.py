@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import os
@@ -481,6 +482,9 @@ class StartAnew(unittest.TestCase):
         self.assertEqual(environ, {"KEPT": "1", **serve.PLAIN_IMPORT})
 
 
+STOCK_FIRST_CARD = card.first_visible_card  # which `Card` replaces
+
+
 class Card(unittest.TestCase):
     """What is asked of the GPU during the import, on a machine that has none."""
 
@@ -522,6 +526,33 @@ class Card(unittest.TestCase):
                 other = driver.cuDeviceGetAttribute(which.CU_DEVICE_ATTRIBUTE_WARP_SIZE, device)
             self.assertEqual((other, begun.call_count), ("its own answer", 1))
             self.assertIs(driver.cuInit, begun)
+
+    def test_what_is_known_can_be_copied(self) -> None:
+        """Without a word to CUDA."""
+        real = mock.Mock()
+        copied = copy.copy(card._Properties(SimpleNamespace(major=9), real))
+        self.assertEqual(copied.major, 9)
+        real.assert_not_called()
+
+    def test_an_index_among_unlike_cards_says_nothing(self) -> None:
+        """CUDA's first is the fastest, NVML's the one in the first slot: a desktop's small card, as often as not."""
+        nvml = mock.Mock(NVMLError=OSError)
+        nvml.nvmlDeviceGetCudaComputeCapability.return_value = (8, 9)
+        nvml.nvmlDeviceGetHandleByIndex.side_effect = nvml.nvmlDeviceGetHandleByUUID.side_effect = str
+        nvml.nvmlDeviceGetNumGpuCores.return_value = 16384
+        nvml.nvmlDeviceGetMemoryInfo.return_value.total = 24 << 30
+        for names, environ, found in (
+            (["T400", "RTX 4090"], {}, None),
+            (["T400", "RTX 4090"], {"CUDA_VISIBLE_DEVICES": "1"}, None),
+            (["T400", "RTX 4090"], {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, "RTX 4090"),
+            (["T400", "RTX 4090"], {"CUDA_VISIBLE_DEVICES": "GPU-1"}, "RTX 4090"),
+            (["RTX 4090", "RTX 4090"], {"CUDA_VISIBLE_DEVICES": "1,0"}, "RTX 4090"),
+            (["RTX 4090"], {"CUDA_VISIBLE_DEVICES": "3"}, None),
+        ):
+            nvml.nvmlDeviceGetCount.return_value = len(names)
+            nvml.nvmlDeviceGetName.side_effect = lambda handle, names=names: names[int(handle[-1])]
+            with mock.patch.dict(sys.modules, pynvml=nvml), mock.patch.dict(os.environ, environ, clear=True):
+                self.assertEqual(getattr(STOCK_FIRST_CARD(), "name", None), found, (names, environ))
 
     def test_cores_are_counted_as_multiprocessors(self) -> None:
         """An A100's 6,912 are 108, an H200's 16,896 are 132, a 4090's 16,384 are 128."""

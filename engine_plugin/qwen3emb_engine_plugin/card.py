@@ -57,6 +57,8 @@ class _Properties:
         self._stock = stock
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # a copy asks for these before `_stock` is there
+            raise AttributeError(name)
         return getattr(self._stock(0), name)
 
 
@@ -126,7 +128,7 @@ def first_visible_card() -> SimpleNamespace | None:
         with suppress(pynvml.NVMLError, AttributeError):
             card.multi_processor_count = pynvml.nvmlDeviceGetNumGpuCores(handle) // _cores_of_one(major, minor)
         return card
-    except Exception:  # an index that is not there, a MIG slice: let the stock start deal with it
+    except Exception:  # an index that is not there, a MIG slice, unlike cards: let the stock start deal with it
         return None
     finally:
         pynvml.nvmlShutdown()
@@ -139,6 +141,10 @@ def _cores_of_one(major: int, minor: int) -> int:
 
 def _handle(pynvml: Any, visible: str | None) -> Any:
     first = (visible or "0").split(",")[0].strip()
-    return (
-        pynvml.nvmlDeviceGetHandleByIndex(int(first)) if first.isdecimal() else pynvml.nvmlDeviceGetHandleByUUID(first)
-    )
+    if not first.isdecimal():
+        return pynvml.nvmlDeviceGetHandleByUUID(first)
+    # NVML counts cards by their slots, CUDA the fastest first: of unlike ones an index says nothing.
+    cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len(set(map(pynvml.nvmlDeviceGetName, cards))) > 1:
+        raise LookupError(f"which of {len(cards)} unlike cards is CUDA's {first}")
+    return cards[int(first)]

@@ -6,7 +6,7 @@ products, 2.3% of a pass of the 4B's 36. Here the pooled rows are picked right a
 rows may sum in another order, so the floats are not the stock server's to the last bit; `verify` holds them.
 
 Passes that run live only: a CUDA graph is captured with all rows, and stays so. `verify --level full` passed with it on
-an H200, without graphs too, in bfloat16 and float8 (docs/benchmarks). Elsewhere it is off unless
+an H200 in bfloat16 and float8, in bfloat16 without graphs too (docs/benchmarks). Elsewhere it is off unless
 QWEN3EMB_PLUGIN_LAST_LAYER=1: on a CPU the floats are to be the stock server's.
 """
 

@@ -78,6 +78,10 @@ class EmbeddingsRoute(BaseRoute):
             except (ValueError, HTTPException) as error:
                 await self._refuse(error)(scope, receive, send)
                 return
+            except Exception as error:  # an abort leaves no vector: a KeyError here as in the stock handler
+                logger.exception("Error in request: %s", error)
+                await self._failed(error)(scope, receive, send)
+                return
             else:
                 await send(
                     {
@@ -100,6 +104,12 @@ class EmbeddingsRoute(BaseRoute):
                 message=error.detail, err_type=str(error.status_code), status_code=error.status_code
             )
         return self._serving.create_error_response(str(error))
+
+    def _failed(self, error: Exception) -> Any:
+        """The stock handler's answer to any other."""
+        return self._serving.create_error_response(
+            message=f"Internal server error: {error}", err_type="InternalServerError", status_code=500
+        )
 
     async def _to_stock(self, scope: Any, messages: list[Any], receive: Receive, send: Send) -> None:
         replay = iter(messages)
