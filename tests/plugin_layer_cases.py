@@ -193,6 +193,23 @@ class Gated(unittest.TestCase):
             self.assertIn(reason, product.prove(self.model) or "")
             self.assertFalse(product.proved)
 
+    def test_other_servers_keep_their_layers(self) -> None:
+        """Without a word of warning: chat, quantised weights, graphs that a compiler cuts out of the model."""
+
+        def runner(**arguments: Any) -> SimpleNamespace:
+            return SimpleNamespace(
+                server_args=SimpleNamespace(**{"is_embedding": True, "quantization": None} | arguments)
+            )
+
+        graphs = SimpleNamespace(prefill=SimpleNamespace(backend="tc_piecewise"))
+        self.assertIsNone(gated._other_server(runner()))
+        for arguments, told in (
+            ({"is_embedding": False}, "embeddings"),
+            ({"quantization": "fp8"}, "fp8"),
+            ({"cuda_graph_config": graphs}, "graphs"),
+        ):
+            self.assertIn(told, gated._other_server(runner(**arguments)) or "")
+
     def test_kernels_are_kept_where_only_this_user_writes(self) -> None:
         """Not below /tmp, QuACK's own choice; a folder that somebody chose stays."""
         with tempfile.TemporaryDirectory() as scratch:

@@ -535,11 +535,14 @@ class Card(unittest.TestCase):
         real.assert_not_called()
 
     def test_an_index_among_unlike_cards_says_nothing(self) -> None:
-        """CUDA's first is the fastest, NVML's the one in the first slot: a desktop's small card, as often as not."""
-        nvml = mock.Mock(NVMLError=OSError)
+        """CUDA's first is the fastest, NVML's the one in the first slot: a desktop's small card, as often as not. And
+        what is known of a card is not what a slice of it has.
+        """
+        nvml = mock.Mock(NVMLError=OSError, NVML_DEVICE_MIG_ENABLE=1)
         nvml.nvmlDeviceGetCudaComputeCapability.return_value = (8, 9)
         nvml.nvmlDeviceGetHandleByIndex.side_effect = nvml.nvmlDeviceGetHandleByUUID.side_effect = str
         nvml.nvmlDeviceGetNumGpuCores.return_value = 16384
+        nvml.nvmlDeviceGetMigMode.side_effect = OSError("not supported")
         nvml.nvmlDeviceGetMemoryInfo.return_value.total = 24 << 30
         for names, environ, found in (
             (["T400", "RTX 4090"], {}, None),
@@ -553,6 +556,9 @@ class Card(unittest.TestCase):
             nvml.nvmlDeviceGetName.side_effect = lambda handle, names=names: names[int(handle[-1])]
             with mock.patch.dict(sys.modules, pynvml=nvml), mock.patch.dict(os.environ, environ, clear=True):
                 self.assertEqual(getattr(STOCK_FIRST_CARD(), "name", None), found, (names, environ))
+        nvml.nvmlDeviceGetMigMode.side_effect = [(0, 0), (1, 1)]
+        with mock.patch.dict(sys.modules, pynvml=nvml), mock.patch.dict(os.environ, clear=True):
+            self.assertEqual([bool(STOCK_FIRST_CARD()) for _ in range(2)], [True, False])
 
     def test_cores_are_counted_as_multiprocessors(self) -> None:
         """An A100's 6,912 are 108, an H200's 16,896 are 132, a 4090's 16,384 are 128."""

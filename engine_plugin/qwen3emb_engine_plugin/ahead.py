@@ -42,6 +42,7 @@ class Pace:
 
     STEPS = 6  # sizes to a doubling
     FORGETS = 0.25  # share of the newest one
+    AT_MOST = 4.0  # times what was expected, that one is counted for
 
     def __init__(self) -> None:
         self._seconds: dict[int, float] = {}
@@ -50,7 +51,8 @@ class Pace:
         """One took so long."""
         size = self._size(tokens)
         before = self._seconds.get(size, seconds)
-        self._seconds[size] = before + self.FORGETS * (seconds - before)
+        # One that took very long (a kernel compiled, weights replaced) says nothing of the next.
+        self._seconds[size] = before + self.FORGETS * (min(seconds, self.AT_MOST * before) - before)
 
     def expected(self, tokens: int) -> float | None:
         """What one will take; None for a size that was never seen."""

@@ -2,8 +2,8 @@
 
 A process that has initialised CUDA cannot fork children that use it, and importing SGLang asks for the card's name,
 compute capability and multiprocessors: by torch, and by CUDA's driver where CUTLASS's Python package is installed.
-NVML knows them and leaves CUDA alone. The stand-ins last as long as the import; what they do not know is asked of the
-card itself. Whether CUDA stayed untouched is asked of the driver afterwards, not assumed.
+NVML knows them and leaves CUDA alone. The stand-ins last as long as the import; a property or an attribute that they do
+not know is asked of the card itself. Whether CUDA stayed untouched is asked of the driver afterwards, not assumed.
 """
 
 from __future__ import annotations
@@ -119,6 +119,8 @@ def first_visible_card() -> SimpleNamespace | None:
     try:
         handle = _handle(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        if _sliced(pynvml, handle):
+            return None
         card = SimpleNamespace(
             major=major,
             minor=minor,
@@ -128,10 +130,18 @@ def first_visible_card() -> SimpleNamespace | None:
         with suppress(pynvml.NVMLError, AttributeError):
             card.multi_processor_count = pynvml.nvmlDeviceGetNumGpuCores(handle) // _cores_of_one(major, minor)
         return card
-    except Exception:  # an index that is not there, a MIG slice, unlike cards: let the stock start deal with it
+    except Exception:  # an index that is not there, unlike cards: let the stock start deal with it
         return None
     finally:
         pynvml.nvmlShutdown()
+
+
+def _sliced(pynvml: Any, handle: Any) -> bool:
+    """Whether CUDA's card is a MIG slice of this one, whose memory and multiprocessors are fewer."""
+    try:
+        return bool(pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE)
+    except (pynvml.NVMLError, AttributeError):  # most cards have no such mode
+        return False
 
 
 def _cores_of_one(major: int, minor: int) -> int:
@@ -140,8 +150,8 @@ def _cores_of_one(major: int, minor: int) -> int:
 
 
 def _handle(pynvml: Any, visible: str | None) -> Any:
-    first = (visible or "0").split(",")[0].strip()
-    if not first.isdecimal():
+    first = "0" if visible is None else visible.split(",")[0].strip()
+    if not first.isdecimal():  # nor when the list is empty: CUDA has no card then, and NVML finds none of that name
         return pynvml.nvmlDeviceGetHandleByUUID(first)
     # NVML counts cards by their slots, CUDA the fastest first: of unlike ones an index says nothing.
     cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

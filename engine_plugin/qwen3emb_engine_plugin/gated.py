@@ -36,6 +36,7 @@ def gated() -> str | None:
     if problem:
         return problem
     keep_what_is_compiled(os.environ)
+    import torch
     from quack.gemm_interface import gemm_gated
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.models.qwen2 import Qwen2MLP
@@ -52,19 +53,32 @@ def gated() -> str | None:
     product = Product(gemm_gated)
 
     def forward(original: Any, self: Any, x: Any, forward_batch: Any = None) -> Any:
-        if not product.proved or x.shape[0] < FROM or not _plain(self):
+        # Other settings have graphs of more tokens than the launcher's; this product was never captured in one.
+        if not product.proved or x.shape[0] < FROM or torch.cuda.is_current_stream_capturing() or not _plain(self):
             return original(self, x, forward_batch)
         return self.down_proj(product(self.gate_up_proj.weight, x), forward_batch=forward_batch)[0]
 
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
-        problem = product.prove(runner.model)
-        if problem:
+        if other := _other_server(runner):
+            logger.info("qwen3emb plugin: gated has nothing to do: %s", other)
+        elif problem := product.prove(runner.model):
             logger.warning("qwen3emb plugin: gated stands aside: %s", problem)
         return result
 
     HookRegistry.register("sglang.srt.models.qwen2.Qwen2MLP.forward", forward, HookType.AROUND)
     HookRegistry.register("sglang.srt.model_executor.model_runner.ModelRunner.load_model", loaded, HookType.AFTER)
     return None
+
+
+def _other_server(runner: Any) -> str | None:
+    """What is served here that this product is not for, or None."""
+    arguments = runner.server_args
+    if not arguments.is_embedding:
+        return "no server of embeddings"
+    if arguments.quantization:
+        return f"{arguments.quantization} weights"
+    prefill = getattr(getattr(arguments, "cuda_graph_config", None), "prefill", None)
+    return "compiled graphs" if str(getattr(prefill, "backend", "")) == "tc_piecewise" else None
 
 
 def keep_what_is_compiled(environ: MutableMapping[str, str]) -> None:
