@@ -21,7 +21,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from engine_ahead import Costs, Model
+from serving_model import Costs, Model
 
 TEXT = SimpleNamespace(origin_input_ids=range(33))
 PASS, LAUNCH = 0.015, 0.0025  # of 32 texts
@@ -327,14 +327,18 @@ class Served(unittest.TestCase):
 
     def test_it_fills_the_gaps_and_costs_nothing_where_there_are_none(self) -> None:
         """A GPU that waited for launches works on; one client, and one whose host is too slow anyway, see no change."""
-        for clients, costs, least in (
-            (1, Costs(), 0.99), (16, Costs(), 0.98), (64, Costs(), 1.2), (256, Costs(), 1.08),
-            (64, Costs(server=0.1, away=3.0), 0.98), (256, Costs(server=0.1, away=3.0), 0.98),
-            (4, Costs(pass_=1.2, item=0.23, server=0.15, away=3.0), 0.97),
-            (256, Costs(pass_=1.2, item=0.23, server=0.15, away=3.0), 0.97),
+        fp8, fast = {"item": 0.27}, {"single_in": 0.04, "single_out": 0.06, "batch": 2.5, "client": 0.2, "wire": 0.1}
+        short = {"pass_": 1.2, "item": 0.23, **fast}
+        for clients, workers, costs, least in (
+            (1, 0, {}, 0.99), (16, 0, {}, 0.98), (64, 0, {}, 1.12), (256, 0, {}, 1.05),
+            (1, 2, {}, 0.99), (16, 2, {}, 0.98), (64, 2, {}, 1.04), (256, 2, {}, 1.15), (256, 2, fp8, 1.18),
+            (64, 2, fp8, 0.97), (64, 0, fast, 0.98), (256, 0, fast, 0.98), (4, 0, short, 0.97), (256, 0, short, 0.97),
         ):  # fmt: skip
-            rates = [Model(clients, on, costs).run(2.0, 0.5) for on in (False, True)]
-            self.assertGreater(rates[1] / rates[0], least, (clients, costs))
+            rates = [
+                sum(Model(clients, Costs(**costs), workers, ahead=on, seed=seed).run(2.0, 0.5) for seed in (1, 2, 3))
+                for on in (False, True)
+            ]
+            self.assertGreater(rates[1] / rates[0], least, (clients, workers, costs))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ H200's log 64 clients are some 49 batches a second, most of them of 32 texts: ab
 Here what comes is taken in while a batch runs. The loop goes on, and launches, when what waits is worth half the
 running batch, or when the last third of that batch has begun: any sooner a few texts would go alone, and the rest wait
 for two batches. Where a pass takes less than two launches, launching is what there is too little time for, and the loop
-is the stock one. What passes and launches take is learnt by size. `benchmarks/engine_ahead.py` has these rules in a
-model.
+is the stock one. What passes and launches take is learnt by size. `benchmarks/serving_model.py` runs these hooks in
+a model of the whole way.
 
 On an H200 it gave 7 to 17% behind the gateway, by load and weights, and nothing to an engine alone with 256 clients or
 with float8 (docs/benchmarks). From 0.5.20 on the loop reads its requests elsewhere, and this part stands aside.

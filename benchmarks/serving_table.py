@@ -1,0 +1,123 @@
+"""What bounds clients before the gateway and an engine, and what a rule for calls gives, by `serving_model.py`.
+
+    python benchmarks/serving_table.py [--measured] [--json]
+    python benchmarks/serving_table.py --weights fp8 --workers 0,2 --calls 3,4 --rules part,hold --spread 20
+    python benchmarks/serving_table.py --engine cpu --clients 1,16,64 --workers 0,1 --set client=0.5
+
+Workers 0 is the engine alone. `--measured` sets beside it what one H200 gave (4B shape, 33 tokens, 2,560 floats). The
+shares are of the time that each was busy, of the gateway the busiest worker. Means of three runs that differ by chance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from dataclasses import replace
+from typing import Any
+
+from serving_model import FULL_GRAPH_SIZES, Costs, Model
+
+SEEDS, SECONDS = 3, 3.0
+FP8 = {"item": 0.27}
+CPU = {"pass_": 20.0, "item": 10.0, "batch": 0.5, "single_in": 0.12, "single_out": 0.17, "wire": 0.05}
+NULL = {
+    **dict.fromkeys(("pass_", "item", "batch", "batch_item", "read", "answer", "look"), 0.01),
+    "single_in": 0.01, "single_out": 0.02, "call_in": 0.01, "text_in": 0.002, "call_out": 0.01, "text_out": 0.002,
+    "gateway_in": 0.03, "gateway_out": 0.03, "make": 0.05, "back": 0.05, "client": 0.05, "wire": 0.03,
+}  # fmt: skip
+# Weights, clients, workers, calls, `ahead`, texts/s: means over all rounds in h200-4b-2026-11-30-2.json and
+# h200-2026-11-30-2/gateway-*.json, in docs/benchmarks.
+MEASURED = [
+    ("bf16", 64, 0, 4, True, 1854), ("bf16", 64, 0, 4, False, 1612), ("bf16", 64, 1, 4, True, 1851),
+    ("bf16", 64, 2, 4, True, 1811), ("bf16", 64, 2, 4, False, 1611), ("bf16", 64, 2, 2, True, 1792),
+    ("bf16", 64, 4, 1, True, 1495), ("bf16", 64, 4, 2, True, 1785), ("bf16", 256, 0, 4, True, 2121),
+    ("bf16", 256, 0, 4, False, 2119), ("bf16", 256, 2, 4, True, 2213), ("bf16", 256, 2, 4, False, 1966),
+    ("fp8", 64, 0, 4, True, 1854), ("fp8", 64, 0, 4, False, 1860), ("fp8", 64, 1, 4, True, 1771),
+    ("fp8", 64, 2, 4, True, 1919), ("fp8", 64, 2, 4, False, 1815), ("fp8", 64, 2, 2, True, 1966),
+    ("fp8", 64, 4, 1, True, 1543), ("fp8", 64, 4, 2, True, 2061), ("fp8", 256, 0, 4, True, 2323),
+    ("fp8", 256, 0, 4, False, 2327), ("fp8", 256, 1, 4, True, 2491), ("fp8", 256, 2, 4, True, 3103),
+    ("fp8", 256, 2, 4, False, 2740), ("fp8", 256, 2, 2, True, 2854),
+]  # fmt: skip
+
+
+def averaged(*given: Any, **named: Any) -> dict[str, float]:
+    """What a case gives, by the mean of its runs."""
+    found = [figures(Model(*given, seed=seed, **named)) for seed in range(1, SEEDS + 1)]
+    means = {name: statistics.mean(one[name] for one in found) for name in found[0]}
+    return {name: round(value) if value >= 100 else round(value, 2) for name, value in means.items()}
+
+
+def figures(model: Model) -> dict[str, float]:
+    """Of one run."""
+    rate = model.run(SECONDS)
+    latencies = sorted(model.latencies)
+    busy = {
+        "gpu": model.gpu_ms, "scheduler": model.scheduler_ms, "http": model.http.spent_ms,
+        "worker": max((worker.spent_ms for worker in model.workers), default=0.0),
+        "client": model.processes[0].spent_ms,
+    }  # fmt: skip
+    return {
+        "texts_per_s": rate,
+        "p50_ms": latencies[len(latencies) // 2],
+        "p95_ms": latencies[len(latencies) * 95 // 100],
+        "texts_a_call": statistics.mean([size for worker in model.workers for size in worker.sizes] or [1]),
+        "texts_a_pass": statistics.mean(model.passes),
+        **{name: spent / 1000 / SECONDS for name, spent in busy.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measured", action="store_true", help="the cases that an H200 has measured")
+    parser.add_argument("--engine", choices=["gpu", "cpu", "null"], default="gpu")
+    parser.add_argument("--weights", default="bf16,fp8")
+    parser.add_argument("--clients", default="64")
+    parser.add_argument("--workers", default="0,1,2")
+    parser.add_argument("--calls", default="4")
+    parser.add_argument("--rules", default="part")
+    parser.add_argument("--stock", action="store_true", help="the scheduler's loop without `ahead`")
+    parser.add_argument("--spread", type=int, default=0, help="texts are of 33 tokens, up to so many more or fewer")
+    parser.add_argument("--graphs", help="sizes in tokens; `none`: passes are not padded")
+    parser.add_argument("--set", action="append", default=[], metavar="COST=MS", help="one of `Costs`")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    costs = replace(Costs(), **{"gpu": {}, "cpu": CPU, "null": NULL}[args.engine])
+    given = {name: float(value) for name, _, value in (word.partition("=") for word in args.set)}
+    graphs = FULL_GRAPH_SIZES if args.engine == "gpu" else ()
+    if args.graphs:
+        graphs = () if args.graphs == "none" else tuple(_numbers(args.graphs))
+    if args.measured:
+        cases = [(*case[:4], "part", *case[4:]) for case in MEASURED]
+    else:
+        cases = [
+            (weights, clients, workers, calls, rule, not args.stock, 0)
+            for weights in (args.weights.split(",") if args.engine == "gpu" else [""])
+            for clients in _numbers(args.clients) for workers in _numbers(args.workers)
+            for calls in (_numbers(args.calls) if workers else [4])
+            for rule in (args.rules.split(",") if workers else ["part"])
+        ]  # fmt: skip
+    rows = []
+    for weights, clients, workers, calls, rule, ahead, measured in cases:
+        case_costs = replace(costs, **{**(FP8 if weights == "fp8" else {}), **given})
+        row = averaged(
+            clients, case_costs, workers, calls=calls, rule=rule, graphs=graphs,
+            ahead=ahead, overlap=args.engine == "gpu", spread=args.spread,
+        )  # fmt: skip
+        name = f"{weights} {clients} clients, " + (f"{workers} workers, {rule} {calls}" if workers else "engine alone")
+        ratio = {"measured": measured, "to_measured": round(row["texts_per_s"] / measured, 2)} if measured else {}
+        rows.append({"case": name.strip() + ("" if ahead else ", stock loop"), **ratio, **row})
+    if args.json:
+        print(json.dumps({"costs": vars(costs) | given, "rows": rows}))
+        return
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
