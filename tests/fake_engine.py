@@ -61,6 +61,7 @@ class Behaviour:
     last_words: str = ""  # print this and end with `status` at once
     status: int = 1
     room: int = 0  # tokens that it says it has room for
+    says: str = ""  # more lines of its start
     flood: int = 0  # bytes of log written at the start
     want_key: bool = False  # 401 without the api-key of --config
     print_args: bool = False  # as SGLang does, keys included
@@ -181,6 +182,8 @@ def main() -> None:
     print("Load weight begin. avail mem=1 GB", flush=True)
     if behaviour.room:
         print(f"max_total_num_tokens={behaviour.room}, chunked_prefill_size=-1, context_len=8192", flush=True)
+    if behaviour.says:
+        print(behaviour.says, flush=True)
     time.sleep(behaviour.start_delay)
     if behaviour.never_listen:
         signal.pause()

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3emb_launch.up.diagnosis import PATTERNS, diagnose, ending
 from qwen3emb_launch.up.keys import take_keys
-from qwen3emb_launch.up.stages import stage, works
+from qwen3emb_launch.up.stages import aside, stage, works
 
 # The lines as SGLang 0.5.15.post1 on a CPU, torch, safetensors and uvicorn print them.
 CAUSES = {
@@ -100,6 +100,22 @@ def test_exit_status_in_words(status: int, words: str) -> None:
 def test_stage_of_a_start(line: str, text: str | None) -> None:
     """SGLang's lines as what a start is busy with."""
     assert stage(line) == text
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (
+            "qwen3emb plugin: stands aside: SGLang 0.6.0 is unknown",
+            "engine plugin: stands aside: SGLang 0.6.0 is unknown",
+        ),
+        ("[now] qwen3emb plugin: gated has nothing to do: fp8 weights", None),
+        ("[now] qwen3emb plugin: batches are launched ahead", None),
+    ],
+)
+def test_what_the_plugin_leaves_out(line: str, text: str | None) -> None:
+    """Its warnings, not what it says of itself."""
+    assert aside(line) == text
 
 
 def test_work_lines() -> None:

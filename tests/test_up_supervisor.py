@@ -134,6 +134,15 @@ def test_slow_start_is_waited_for_and_explained() -> None:
         assert "loading weights" in run.watcher.stages
 
 
+def test_a_part_of_the_plugin_that_does_not_run_is_told() -> None:
+    """Served all the same, and slower: not for somebody to find in a log. Two processes say it, one line is enough."""
+    line = "qwen3emb plugin: template stands aside: an import initialised CUDA"
+    with Supervised(fake_plan({"start_delay": 1.2, "says": f"{line}\n{line}"})) as run:
+        run.reach(State.READY)
+        told = [note for note in run.watcher.notes if "stands aside" in note]
+    assert told == ["engine plugin: template stands aside: an import initialised CUDA"]
+
+
 def test_hang_behind_a_healthy_health_route_is_found(tmp_path: Path) -> None:
     """An engine whose /health says 200 while embeddings hang is degraded, killed and replaced."""
     plan = fake_plan({"hang_after": 3, "starts": str(tmp_path / "starts"), "faulty_starts": 1})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.lifecycle import State
@@ -14,13 +14,17 @@ from qwen3emb_launch.up.runner import EngineRunner
 
 @dataclass(eq=False)
 class Member:
-    """What the supervisor knows of one process. `stage` is what its start is busy with, `error` why it failed."""
+    """What the supervisor knows of one process. `stage` is what its start is busy with, `error` why it failed.
+
+    `asides` is what its log said of parts of the plugin that do not run, and somebody has been told.
+    """
 
     name: str
     unit: Unit
     runner: EngineRunner | GatewayRunner
     reason: str = "starting"
     stage: str = ""
+    asides: set[str] = field(default_factory=set)
     error: LaunchError | None = None
     held_back: bool = False  # no traffic, whatever its state: being replaced, or not yet approved
     checked_through_gateway: bool = False

@@ -29,6 +29,8 @@ DOOMED = "SIGQUIT received. signum="
 LOST = re.compile(r"Subprocess (\S+) \(pid=\d+\) crashed with exit code (-?\d+)")
 # Its pool of tokens as it turned out: fewer than it was told where neighbours took memory meanwhile.
 ROOM = re.compile(r"\bmax_total_num_tokens=(\d+)")
+# A part of the engine plugin that does not fit what it finds: served all the same, but slower.
+ASIDE = re.compile(r"qwen3emb plugin: (.*stands aside: .*|starts anew without a template: .*)")
 # A line of these means that the engine computed something for somebody.
 WORK = re.compile(r'Prefill batch|"POST /v1/embeddings HTTP/[\d.]+" 200')
 
@@ -45,6 +47,12 @@ def stage(line: str) -> str | None:
         if pattern.search(line):
             return text
     return None
+
+
+def aside(line: str) -> str | None:
+    """Which of the plugin's parts does not run in this engine, and why; None for any other line."""
+    found = ASIDE.search(line)
+    return f"engine plugin: {found[1].strip()}" if found else None
 
 
 def lost(lines: Sequence[str]) -> str:

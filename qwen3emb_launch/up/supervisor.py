@@ -26,7 +26,7 @@ from qwen3emb_launch.up.member import Member
 from qwen3emb_launch.up.overall import SERVING, overall, steps
 from qwen3emb_launch.up.reporter import Listener, Reporter
 from qwen3emb_launch.up.runner import EngineRunner, EngineSpec, engine_spec
-from qwen3emb_launch.up.stages import stage
+from qwen3emb_launch.up.stages import aside, stage
 from qwen3emb_launch.up.verdict import failure
 
 LOOK_EVERY = 0.5  # seconds between two looks at a starting engine's log
@@ -390,7 +390,12 @@ class Supervisor:
         for member in self.members:
             if not member.is_engine or member.unit.state is not State.STARTING:
                 continue
-            seen = [text for line in member.runner.new_lines() if (text := stage(line))]
+            lines = member.runner.new_lines()
+            for missing in filter(None, map(aside, lines)):
+                if missing not in member.asides:
+                    member.asides.add(missing)
+                    self.say(self._named(member, missing))
+            seen = [text for line in lines if (text := stage(line))]
             if seen and seen[-1] != member.stage:
                 member.stage = seen[-1]
                 self._reporter.stage(self._named(member, member.stage))
