@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from qwen3emb_launch.bench.calibrate import vocabulary_of
 from qwen3emb_launch.bench.load import run
 from qwen3emb_launch.bench.spec import LoadSpec, Phase, Vocabulary
+from qwen3emb_launch.gateway.pulse import process_state
 from qwen3emb_launch.statistics import percentile
 
 WAIT = 60.0
@@ -73,10 +74,7 @@ class Endpoint:
 
 def cpu_of(pid: int) -> float:
     """CPU seconds of one process so far; 0 for one that is gone."""
-    with suppress(OSError):
-        words = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
-        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+    return process_state(pid)[1]
 
 
 def get(url: str) -> bytes:

@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from serving_model import FULL_GRAPH_SIZES, Costs, Model
@@ -26,19 +27,28 @@ NULL = {
     "single_in": 0.01, "single_out": 0.02, "call_in": 0.01, "text_in": 0.002, "call_out": 0.01, "text_out": 0.002,
     "gateway_in": 0.03, "gateway_out": 0.03, "make": 0.05, "back": 0.05, "client": 0.05, "wire": 0.03,
 }  # fmt: skip
-# Weights, clients, workers, calls, `ahead`, texts/s: means over all rounds in h200-4b-2026-11-30-2.json and
-# h200-2026-11-30-2/gateway-*.json, in docs/benchmarks.
-MEASURED = [
-    ("bf16", 64, 0, 4, True, 1854), ("bf16", 64, 0, 4, False, 1612), ("bf16", 64, 1, 4, True, 1851),
-    ("bf16", 64, 2, 4, True, 1811), ("bf16", 64, 2, 4, False, 1611), ("bf16", 64, 2, 2, True, 1792),
-    ("bf16", 64, 4, 1, True, 1495), ("bf16", 64, 4, 2, True, 1785), ("bf16", 256, 0, 4, True, 2121),
-    ("bf16", 256, 0, 4, False, 2119), ("bf16", 256, 2, 4, True, 2213), ("bf16", 256, 2, 4, False, 1966),
-    ("fp8", 64, 0, 4, True, 1854), ("fp8", 64, 0, 4, False, 1860), ("fp8", 64, 1, 4, True, 1771),
-    ("fp8", 64, 2, 4, True, 1919), ("fp8", 64, 2, 4, False, 1815), ("fp8", 64, 2, 2, True, 1966),
-    ("fp8", 64, 4, 1, True, 1543), ("fp8", 64, 4, 2, True, 2061), ("fp8", 256, 0, 4, True, 2323),
-    ("fp8", 256, 0, 4, False, 2327), ("fp8", 256, 1, 4, True, 2491), ("fp8", 256, 2, 4, True, 3103),
-    ("fp8", 256, 2, 4, False, 2740), ("fp8", 256, 2, 2, True, 2854),
-]  # fmt: skip
+RECORDS = Path(__file__).resolve().parents[1] / "docs/benchmarks"
+# Of the run against vLLM: gateway workers (0: the engine alone), and whether the loop looked ahead.
+SERVERS = {"ours": (0, False), "ours-next": (0, True), "stack": (2, False), "stack-next": (2, True)}
+# Of the gateway's runs, before engines that looked ahead: workers, and calls of each.
+GATEWAYS = {"engine": (0, 4), "one": (1, 4), "two": (2, 4), "two-2": (2, 2), "four-1": (4, 1), "four-2": (4, 2)}
+
+
+def measured() -> list[tuple[str, int, int, int, bool, float]]:
+    """What one H200 gave: weights, clients, workers, calls, `ahead`, texts/s. Means over all rounds on record."""
+    found: dict[tuple[str, int, int, int, bool], list[float]] = {}
+    for row in json.loads((RECORDS / "h200-4b-2026-11-30-2.json").read_text())["raw"]:
+        kind, _, clients = row["load"].partition("-")
+        server = row["server"].replace("-fp8", "")
+        if kind == "short" and server in SERVERS:
+            workers, ahead = SERVERS[server]
+            weights = "fp8" if "fp8" in row["server"] else "bf16"
+            found.setdefault((weights, int(clients), workers, 4, ahead), []).append(row["texts_per_s"])
+    for path in sorted((RECORDS / "h200-2026-11-30-2").glob("gateway-*.json")):
+        for name, rates in json.loads(path.read_text())["texts_per_s"].items():
+            gateway, _, clients = name.partition("/")
+            found.setdefault((path.stem.split("-")[1], int(clients), *GATEWAYS[gateway], True), []).extend(rates)
+    return [(*case, statistics.mean(rates)) for case, rates in sorted(found.items())]
 
 
 def averaged(*given: Any, **named: Any) -> dict[str, float]:
@@ -88,24 +98,26 @@ def main() -> None:
     if args.graphs:
         graphs = () if args.graphs == "none" else tuple(_numbers(args.graphs))
     if args.measured:
-        cases = [(*case[:4], "part", *case[4:]) for case in MEASURED]
+        cases = [(*case[:4], "part", *case[4:]) for case in measured()]
     else:
         cases = [
-            (weights, clients, workers, calls, rule, not args.stock, 0)
+            (weights, clients, workers, calls, rule, not args.stock, 0.0)
             for weights in (args.weights.split(",") if args.engine == "gpu" else [""])
             for clients in _numbers(args.clients) for workers in _numbers(args.workers)
             for calls in (_numbers(args.calls) if workers else [4])
             for rule in (args.rules.split(",") if workers else ["part"])
         ]  # fmt: skip
     rows = []
-    for weights, clients, workers, calls, rule, ahead, measured in cases:
+    for weights, clients, workers, calls, rule, ahead, given_by_h200 in cases:
         case_costs = replace(costs, **{**(FP8 if weights == "fp8" else {}), **given})
         row = averaged(
             clients, case_costs, workers, calls=calls, rule=rule, graphs=graphs,
             ahead=ahead, overlap=args.engine == "gpu", spread=args.spread,
         )  # fmt: skip
         name = f"{weights} {clients} clients, " + (f"{workers} workers, {rule} {calls}" if workers else "engine alone")
-        ratio = {"measured": measured, "to_measured": round(row["texts_per_s"] / measured, 2)} if measured else {}
+        ratio = {}
+        if given_by_h200:
+            ratio = {"measured": round(given_by_h200), "to_measured": round(row["texts_per_s"] / given_by_h200, 2)}
         rows.append({"case": name.strip() + ("" if ahead else ", stock loop"), **ratio, **row})
     if args.json:
         print(json.dumps({"costs": vars(costs) | given, "rows": rows}))

@@ -554,11 +554,17 @@ class Card(unittest.TestCase):
         ):
             nvml.nvmlDeviceGetCount.return_value = len(names)
             nvml.nvmlDeviceGetName.side_effect = lambda handle, names=names: names[int(handle[-1])]
+            card._first_of.cache_clear()
             with mock.patch.dict(sys.modules, pynvml=nvml), mock.patch.dict(os.environ, environ, clear=True):
                 self.assertEqual(getattr(STOCK_FIRST_CARD(), "name", None), found, (names, environ))
-        nvml.nvmlDeviceGetMigMode.side_effect = [(0, 0), (1, 1)]
+        nvml.nvmlDeviceGetMigMode.side_effect, calls = [(0, 0), (1, 1)], nvml.nvmlDeviceGetMigMode.call_count
+        self.addCleanup(card._first_of.cache_clear)
         with mock.patch.dict(sys.modules, pynvml=nvml), mock.patch.dict(os.environ, clear=True):
-            self.assertEqual([bool(STOCK_FIRST_CARD()) for _ in range(2)], [True, False])
+            for found in (True, False):
+                card._first_of.cache_clear()
+                self.assertEqual(bool(STOCK_FIRST_CARD()), found)
+                self.assertIs(STOCK_FIRST_CARD(), STOCK_FIRST_CARD())
+        self.assertEqual(nvml.nvmlDeviceGetMigMode.call_count, calls + 2)
 
     def test_cores_are_counted_as_multiprocessors(self) -> None:
         """An A100's 6,912 are 108, an H200's 16,896 are 132, a 4090's 16,384 are 128."""

@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+from products import replayed
 
 ROWS = "64,528,2112,15903"
 BEYOND_L2 = 400e6  # bytes that the buffers of one graph have together at least; an H200 keeps 60 MB
@@ -105,22 +110,19 @@ def kernels(torch: Any, shape: Shape) -> dict[str, Kernel]:
             "* plain": partial(new_one, plain=True),
         }
 
-    def chosen(width: int, tilings: Any) -> Any:
-        return next(tiling for until, tiling in tilings if width <= until)
-
     some = shape == SHAPES["4b"]  # more of them for the shape that was traced
     tiling = new.Tiling
     gating = ways(
-        chosen(shape.inner, new.GATE_TILINGS),
+        new.tiling_of(shape.inner, new.GATE_TILINGS),
         [tiling(4), tiling(8), tiling(4, 2), *([tiling(2), tiling(16)] if some else [])],
         new.gate_quantise,
     )
     norming = ways(
-        chosen(shape.hidden, new.NORM_TILINGS),
+        new.tiling_of(shape.hidden, new.NORM_TILINGS),
         [tiling(2), tiling(4), *([tiling(1), tiling(8, 2)] if some else [])],
         new.norm_quantise,
     )
-    plain = ways(chosen(shape.queries, new.QUANTISE_TILINGS), [tiling(2), tiling(4), tiling(8)], new.quantise)
+    plain = ways(new.tiling_of(shape.queries, new.QUANTISE_TILINGS), [tiling(2), tiling(4), tiling(8)], new.quantise)
     for found in (plain, *(() if some else (gating, norming))):
         found.pop("* plain")
     return {
@@ -171,22 +173,11 @@ def timed(torch: Any, kernel: Kernel, rows: int, arena: Any) -> dict[str, float]
             outputs = [way(buffer) for buffer in inputs]  # all kept until the end: each has memory of its own
         del outputs
         graphs[name] = graph
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def replayed(graph: Any, times: int) -> float:
-        begin.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / times / buffers
-
     found = dict.fromkeys(graphs, math.inf)
     for _ in range(2):
         for name, graph in graphs.items():
-            once = replayed(graph, 1) * buffers
-            times = max(2, min(60, int(SECONDS * 1000 / max(once, 1e-3))))
-            found[name] = min(found[name], replayed(graph, times))
+            times = max(2, min(60, int(SECONDS * 1000 / max(replayed(torch, graph, 1), 1e-3))))
+            found[name] = min(found[name], replayed(torch, graph, times) / buffers)
     return found
 
 

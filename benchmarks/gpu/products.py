@@ -114,17 +114,18 @@ def milliseconds(torch: Any, product: Callable[[str, int], Any], shapes: list[st
         for layer in range(LAYERS):
             for shape in shapes:
                 product(shape, layer)
+    return replayed(torch, graph, max(3, min(60, int(350 / max(replayed(torch, graph, 1), 1e-3)))))
+
+
+def replayed(torch: Any, graph: Any, times: int) -> float:
+    """Milliseconds that one replay of a CUDA graph takes, of so many."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def replayed(times: int) -> float:
-        begin.record()
-        for _ in range(times):
-            graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end)) / times
-
-    return replayed(max(3, min(60, int(350 / max(replayed(1), 1e-3)))))
+    begin.record()
+    for _ in range(times):
+        graph.replay()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / times
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,8 +109,14 @@ def _of_driver(facts: SimpleNamespace) -> list[Place]:
 def first_visible_card() -> SimpleNamespace | None:
     """Compute capability, name and memory of the card that CUDA would call 0, and its multiprocessors; or None.
 
-    An old driver or binding does not count cores: `multi_processor_count` is left out then.
+    An old driver or binding does not count cores: `multi_processor_count` is left out then. A start asks several times,
+    NVML is begun once.
     """
+    return _first_of(os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER"))
+
+
+@cache
+def _first_of(visible: str | None, order: str | None) -> SimpleNamespace | None:
     try:
         import pynvml
 
@@ -117,7 +124,7 @@ def first_visible_card() -> SimpleNamespace | None:
     except Exception:  # no NVML binding, no driver
         return None
     try:
-        handle = _handle(pynvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        handle = _handle(pynvml, visible, order)
         major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
         if _sliced(pynvml, handle):
             return None
@@ -149,12 +156,12 @@ def _cores_of_one(major: int, minor: int) -> int:
     return 64 if major == 7 or (major, minor) == (8, 0) else 128
 
 
-def _handle(pynvml: Any, visible: str | None) -> Any:
+def _handle(pynvml: Any, visible: str | None, order: str | None) -> Any:
     first = "0" if visible is None else visible.split(",")[0].strip()
     if not first.isdecimal():  # nor when the list is empty: CUDA has no card then, and NVML finds none of that name
         return pynvml.nvmlDeviceGetHandleByUUID(first)
     # NVML counts cards by their slots, CUDA the fastest first: of unlike ones an index says nothing.
     cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-    if os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID" and len(set(map(pynvml.nvmlDeviceGetName, cards))) > 1:
+    if order != "PCI_BUS_ID" and len(set(map(pynvml.nvmlDeviceGetName, cards))) > 1:
         raise LookupError(f"which of {len(cards)} unlike cards is CUDA's {first}")
     return cards[int(first)]

@@ -84,9 +84,9 @@ def _larger(one, other, PLAIN: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scale(largest, FP8_LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row's scale from the largest magnitudes of its chunks, as `kernels.py` chooses it."""
-    return tl.maximum(tl.max(tl.maximum(tl.abs(_low(largest)), tl.abs(_high(largest))), axis=0), 1e-10) / FP8_LARGEST
+def _magnitude(largest):  # type: ignore[no-untyped-def]
+    """A row's largest magnitude, from those of its chunks."""
+    return tl.max(tl.maximum(tl.abs(_low(largest)), tl.abs(_high(largest))), axis=0)
 
 
 @triton.jit
@@ -116,9 +116,13 @@ def _float8(low, high, FP8_LARGEST: tl.constexpr, PLAIN: tl.constexpr):  # type:
 
 @triton.jit
 def _store_quantised(  # type: ignore[no-untyped-def]
-    kept, scale, target, WORDS: tl.constexpr, CHUNK: tl.constexpr, FP8_LARGEST: tl.constexpr, PLAIN: tl.constexpr
-):
-    """A row that is kept as chunks of words, as float8."""
+    kept, largest, row, out, scales, WORDS: tl.constexpr, CHUNK: tl.constexpr, FP8_LARGEST: tl.constexpr,
+    PLAIN: tl.constexpr,
+):  # fmt: skip
+    """A row that is kept as chunks of words, as float8, and its scale, as `kernels.py` chooses that."""
+    scale = tl.maximum(_magnitude(largest), 1e-10) / FP8_LARGEST
+    tl.store(scales + row, scale)
+    target = out.to(tl.pointer_type(tl.int16), bitcast=True) + row * WORDS
     lanes = tl.arange(0, CHUNK)
     inverse = 1.0 / scale
     for start in tl.static_range(0, WORDS, CHUNK):
@@ -148,10 +152,7 @@ def _gate_quantise(  # type: ignore[no-untyped-def]
         words = _rounded(_silu(_low(gate), PLAIN) * _low(up), _silu(_high(gate), PLAIN) * _high(up), PLAIN)
         largest = _larger(largest, words, PLAIN)
         kept = kept + (words,)  # noqa: RUF005 - Triton knows no unpacking
-    scale = _scale(largest, FP8_LARGEST)
-    tl.store(scales + row, scale)
-    target = out.to(tl.pointer_type(tl.int16), bitcast=True) + row * WORDS
-    _store_quantised(kept, scale, target, WORDS, CHUNK, FP8_LARGEST, PLAIN)
+    _store_quantised(kept, largest, row, out, scales, WORDS, CHUNK, FP8_LARGEST, PLAIN)
 
 
 @triton.jit
@@ -190,10 +191,7 @@ def _norm_quantise(  # type: ignore[no-untyped-def]
         words = _rounded(low, high, PLAIN)
         largest = _larger(largest, words, PLAIN)
         kept = kept + (words,)  # noqa: RUF005
-    scale = _scale(largest, FP8_LARGEST)
-    tl.store(scales + row, scale)
-    target = out.to(tl.pointer_type(tl.int16), bitcast=True) + row * WORDS
-    _store_quantised(kept, scale, target, WORDS, CHUNK, FP8_LARGEST, PLAIN)
+    _store_quantised(kept, largest, row, out, scales, WORDS, CHUNK, FP8_LARGEST, PLAIN)
 
 
 @triton.jit
@@ -210,8 +208,7 @@ def _quantise(  # type: ignore[no-untyped-def]
         words = tl.load(source + start + lanes, start + lanes < WORDS, other=0, eviction_policy=EVICT)
         largest = _larger(largest, words, PLAIN)
         kept = kept + (words,)  # noqa: RUF005
-    magnitude = tl.max(tl.maximum(tl.abs(_low(largest)), tl.abs(_high(largest))), axis=0)
-    scale = magnitude / FP8_LARGEST
+    scale = _magnitude(largest) / FP8_LARGEST
     inverse = tl.where(scale == 0.0, 0.0, 1.0 / scale)
     tl.store(scales + row, scale)
     target = out.to(tl.pointer_type(tl.int16), bitcast=True) + row * WORDS
@@ -253,6 +250,11 @@ def quantise(values: Any, tiling: Tiling | None = None, evict: str = "", plain: 
     return out, scales
 
 
+def tiling_of(width: int, by_width: tuple[tuple[int, Tiling], ...]) -> Tiling:
+    """The one that a table has for rows of this width."""
+    return next(tiling for until, tiling in by_width if width <= until)
+
+
 def _empty(rows: int, width: int, device: Any) -> tuple[Any, Any]:
     scales = torch.empty((rows, 1), dtype=torch.float32, device=device)
     return torch.empty((rows, width), dtype=FP8, device=device), scales
@@ -261,7 +263,7 @@ def _empty(rows: int, width: int, device: Any) -> tuple[Any, Any]:
 def _how(
     width: int, tiling: Tiling | None, by_width: tuple[tuple[int, Tiling], ...], evict: str, plain: bool
 ) -> dict[str, Any]:
-    tiling = tiling or next(tiling for until, tiling in by_width if width <= until)
+    tiling = tiling or tiling_of(width, by_width)
     return {
         "WORDS": width // 2, "CHUNK": tiling.warps * 32 * tiling.words, "FP8_LARGEST": FP8_MAX, "EVICT": evict,
         "PLAIN": plain, "num_warps": tiling.warps,

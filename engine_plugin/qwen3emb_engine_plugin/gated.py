@@ -21,6 +21,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.bytecode import cache_folder
 from qwen3emb_engine_plugin.layer import _no_gpu_or_version
+from qwen3emb_engine_plugin.prefill_graph import compiled
 from qwen3emb_engine_plugin.switches import misfit
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -77,8 +78,7 @@ def _other_server(runner: Any) -> str | None:
         return "no server of embeddings"
     if arguments.quantization:
         return f"{arguments.quantization} weights"
-    prefill = getattr(getattr(arguments, "cuda_graph_config", None), "prefill", None)
-    return "compiled graphs" if str(getattr(prefill, "backend", "")) == "tc_piecewise" else None
+    return "compiled graphs" if compiled(arguments) else None
 
 
 def keep_what_is_compiled(environ: MutableMapping[str, str]) -> None:

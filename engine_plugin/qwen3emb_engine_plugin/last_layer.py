@@ -19,6 +19,7 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.layer import _fp8_forward, _no_gpu_or_version, _plain_fp8, _plain_norm
+from qwen3emb_engine_plugin.prefill_graph import compiled
 from qwen3emb_engine_plugin.switches import misfit, switched_on
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
@@ -125,13 +126,13 @@ def _plain(runner: Any) -> bool:
     model, arguments = runner.model, runner.server_args
     if type(model).__name__ != "Qwen3ForCausalLM" or not arguments.is_embedding:
         return False
-    layer, prefill = model.model.layers[-1], getattr(getattr(arguments, "cuda_graph_config", None), "prefill", None)
+    layer = model.model.layers[-1]
     return (
         model.pp_group.world_size == 1
         and layer.self_attn.tp_size == 1
         and not getattr(arguments, "enable_lora", False)
         and not getattr(arguments, "enable_pdmux", False)
-        and str(getattr(prefill, "backend", "")) != "tc_piecewise"
+        and not compiled(arguments)
         and not model.capture_aux_hidden_states
         and not model.model.layers_to_capture
         and type(layer.self_attn.o_proj).__name__ == "RowParallelLinear"

@@ -19,6 +19,12 @@ RUNNER = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCuda
 BACKEND = "sglang.srt.layers.attention.flashattention_backend.FlashAttentionBackend"
 
 
+def compiled(arguments: Any) -> bool:
+    """Whether this server's prefill is cut out of the model by torch's compiler, which does not know our layers."""
+    prefill = getattr(getattr(arguments, "cuda_graph_config", None), "prefill", None)
+    return str(getattr(prefill, "backend", "")) == "tc_piecewise"
+
+
 def _skips_cache(runner: Any) -> bool:
     return bool(runner._is_full_backend) and bool(getattr(runner.model_runner.attn_backend, "fa_skip_kv_cache", False))
 
