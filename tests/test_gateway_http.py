@@ -416,6 +416,9 @@ def test_the_context_length_is_the_engines_own_unless_told(tmp_path: Path) -> No
                     assert (await gw.post({"model": "null", "input": "a" * (longest - 1)})).status == 200
                     refused = await gw.post({"model": "null", "input": "a" * longest})
                     assert (refused.status, error(refused)["code"]) == (400, "context_length_exceeded")
+                    async with gateway(f"http://127.0.0.1:{gw.service.port}/v1", model_path=str(folder)) as before_it:
+                        listed = orjson.loads((await before_it.request("GET", "/v1/models")).body)["data"]
+                        assert {m["max_input_tokens"] for m in listed} == {longest}
 
     run(main())
 

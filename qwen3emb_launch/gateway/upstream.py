@@ -396,16 +396,20 @@ class UpstreamPool:
         return True
 
     async def _ask_model(self, upstream: Upstream) -> None:
-        """The name under which it wants to be called, and its context length where it tells (SGLang, vLLM)."""
+        """The name under which it wants to be called, and its context length where it tells: SGLang and vLLM do, and
+        another of these gateways, of the longest input, which is one token less.
+        """
         answer = await upstream.client.request("GET", "/models", b"", PROBE_TIMEOUT)
         if answer.status != 200:
             raise BadAnswerError(f"GET /models was answered {answer.status}{_why(answer)}")
         try:
             first = orjson.loads(answer.body)["data"][0]
             upstream.model = str(first["id"])
-            length = first.get("max_model_len")
+            length, longest = first.get("max_model_len"), first.get("max_input_tokens")
         except (orjson.JSONDecodeError, KeyError, IndexError, TypeError, AttributeError) as exc:
             raise BadAnswerError(f"GET /models answered no list of models: {exc!r}") from exc
+        if type(length) is not int and type(longest) is int:
+            length = longest + 1
         upstream.context_length = length if type(length) is int else None
 
     async def _ask_arithmetic(self, upstream: Upstream) -> Arithmetic:
