@@ -25,6 +25,7 @@ from warm_python import warm
 
 from qwen3emb_launch.demo_model import DemoShape, make_demo_model
 from qwen3emb_launch.engine_process.guard import PR_SET_CHILD_SUBREAPER
+from qwen3emb_launch.engine_process.rendezvous import Rendezvous
 
 # The groups that take longest, longest first: a worker that comes to one of them last would leave the others idle.
 LONG = (
@@ -219,6 +220,7 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
         self.log = log
         self.environ = environ or {}
         self.port = free_port()
+        self.rendezvous = Rendezvous()
         self.context_length = context_length
         self.model = model
         self.argv = [
@@ -237,7 +239,13 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", **self.environ},
+                env={
+                    **self.rendezvous.fresh(self.argv),
+                    **os.environ,
+                    "SGLANG_USE_CPU_ENGINE": "1",
+                    "HF_HUB_OFFLINE": "1",
+                    **self.environ,
+                },
             )
         deadline = time.monotonic() + 300
         while not self._answers():
@@ -263,6 +271,7 @@ class start_engine:  # noqa: N801 - used as `with start_engine(...)`
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.communicate(timeout=30)
+        self.rendezvous.close()
 
 
 __all__ = ["DemoShape", "Endpoint", "free_port", "pytest_sessionfinish", "pytest_sessionstart", "start_engine"]

@@ -24,6 +24,7 @@ from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
 from qwen3emb_launch.engine_process import strain
 from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
+from qwen3emb_launch.engine_process.rendezvous import PLACE
 from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
 from qwen3emb_launch.gateway import config
 from qwen3emb_launch.probe import Answer, Verdict
@@ -300,6 +301,31 @@ def weighed(tmp_path: Path) -> Iterator[EngineRunner]:
     yield runner
     runner.close()
     claim.release()
+
+
+def test_every_start_meets_at_a_place_of_its_own_and_at_no_port(
+    tmp_path: Path, weighed: EngineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new file for each start, which the engine can open; the user's own word and several workers leave it out."""
+
+    def place() -> str | None:
+        return weighed.command(tmp_path / "a.log").env.get(PLACE)
+
+    first = place()
+    assert first
+    assert first.startswith("file:///proc/")
+    Path(first.removeprefix("file://")).write_text("of the first start")
+    second = place()
+    assert second
+    assert Path(second.removeprefix("file://")).read_bytes() == b""
+    one = weighed.spec
+    for argv in (("--tp-size", "2"), ("--nnodes=2",), ("--dist-init-addr", "10.0.0.1:5000")):
+        weighed.spec = replace(one, argv=(*one.argv, *argv))
+        assert place() is None
+    weighed.spec = replace(one, argv=(*one.argv, "--tp-size", "1"))
+    assert place()
+    monkeypatch.setenv(PLACE, "env://")
+    assert place() == "env://"
 
 
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:

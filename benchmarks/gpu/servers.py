@@ -18,6 +18,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from qwen3emb_launch.engine_process.rendezvous import Rendezvous
+
 
 @dataclass
 class Server:
@@ -76,7 +78,8 @@ def start(
             probe.bind(("127.0.0.1", port))
         except OSError as error:
             raise StartError(f"{name}: port {port} is taken: {error}") from None
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **expand(spec.get("env", {}))}
+    place = Rendezvous().fresh(argv)  # a port that SGLang drew may be taken by the load when torch listens there
+    env = {**place, **os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **expand(spec.get("env", {}))}
     before = time.monotonic()
     with log.open("wb") as sink:
         process = subprocess.Popen(argv, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True, env=env)

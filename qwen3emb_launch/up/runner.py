@@ -13,6 +13,7 @@ from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.log_tail import last_lines
 from qwen3emb_launch.engine_process.ports import check_free, private_port
+from qwen3emb_launch.engine_process.rendezvous import Rendezvous
 from qwen3emb_launch.errors import EngineFailedError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.planning.memory import needed_tokens
@@ -140,6 +141,7 @@ class EngineRunner(ProcessRunner):
         self._looking: Look | None = None  # at the weights, before a start
         self._settled = threading.Event()  # of the current start: the weights did not change while it read them
         self._check: CheckProcess | None = None
+        self._rendezvous = Rendezvous()
 
     @property
     def url(self) -> str:
@@ -159,6 +161,7 @@ class EngineRunner(ProcessRunner):
     def close(self) -> None:
         """No smoke test goes on, no key stays."""
         self._end_check()
+        self._rendezvous.close()
         self.keys_file.unlink(missing_ok=True)
 
     def spawn(self, start: int) -> None:
@@ -195,7 +198,7 @@ class EngineRunner(ProcessRunner):
         self.key = keys.api
         return EngineCommand(
             argv=(*argv, "--config", str(self.keys_file)),
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
+            env={**self._rendezvous.fresh(argv), **os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
             log=log,
             cwd=self._claim.folder,
             secrets=keys.secrets,

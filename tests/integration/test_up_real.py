@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import free_port
 from supervised import Load, gone, until
@@ -156,6 +157,8 @@ def test_the_bare_engine(engine: None) -> None:
         assert result["pid"] == process.pid  # the supervisor took the command's own place
         tree = descendants(process.pid)
         assert len(tree) >= 4  # guard, server, scheduler, detokenizer
+        addresses = [c.laddr.ip for pid in tree for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"]
+        assert set(addresses) == {"127.0.0.1"}  # its server's, and gloo's
 
         for dims in (32, 100, result["max_dims"]):
             answer = cli("embed", "a text", "another", "--dims", str(dims))
