@@ -145,14 +145,16 @@ def _product(rows: Any, scales: Any, linear: Any) -> Any:
 
 
 def _plain_attention(attention: Any) -> bool:
-    """Whether this is the official models' attention on one GPU; looked at once."""
+    """Whether this is the official models' attention on one GPU, in an embedding server; looked at once."""
     known: bool | None = getattr(attention, "_qwen3emb_plain", None)
     if known is None:
         import torch
+        from sglang.srt.server_args import get_global_server_args
 
         rotary, norms = attention.rotary_emb, (attention.q_norm, attention.k_norm)
         known = (
-            type(rotary).__name__ == "RotaryEmbedding"
+            bool(get_global_server_args().is_embedding)
+            and type(rotary).__name__ == "RotaryEmbedding"
             and rotary.is_neox_style
             and rotary.rotary_dim == rotary.head_size == attention.head_dim
             and attention.head_dim & (attention.head_dim - 1) == 0
@@ -164,7 +166,7 @@ def _plain_attention(attention: Any) -> bool:
         )
         attention._qwen3emb_plain = known
         if not known:
-            logger.warning("qwen3emb plugin: attention stands aside: not the official models' layer")
+            logger.warning("qwen3emb plugin: attention stands aside: another layer, or no embedding server")
     return known
 
 
