@@ -17,6 +17,7 @@ from systemd_machine import Interpreters, Machine, unfit
 from test_unit_text import NASTY
 
 from qwen3emb_launch import unit_text
+from qwen3emb_launch.engine_process.rendezvous import PLACE
 from qwen3emb_launch.probe import Target, embed_once
 from qwen3emb_launch.systemd.spec import WRITTEN_BY
 from qwen3emb_launch.unit_text import Service
@@ -334,6 +335,7 @@ def test_the_real_engine_serves_behind_all_locks(engine_python: Path, tmp_path: 
         assert embed_once(target, "hello", 30).ok
         assert embed_once(replace(target, key="sesame-shut"), "hello", 30).status == 401
         engine = machine.must("pgrep", "-f", "qwen3emb_engine_plugin.serve").split()[0]
+        assert f"{PLACE}=file:///proc/" in machine.must("cat", f"/proc/{engine}/environ")  # no port of torch's
         machine.must("kill", "-9", engine)
         until(lambda: embed_once(target, "again", 10).ok, "the new engine", 240)
         assert machine.properties(unit, "NRestarts", "ActiveState") == {"NRestarts": "0", "ActiveState": "active"}
