@@ -115,6 +115,53 @@ while True: time.sleep(60)
     assert engine.log.read_text() == "up\nmain drained\n"
 
 
+# An engine with what Python removes only where it may end by itself: shared memory, a semaphore, temporary files.
+LITTER = """
+import multiprocessing, os, sys, tempfile, time
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=4096)
+lock = multiprocessing.get_context("spawn").Lock()
+os.makedirs(os.path.join(tempfile.mkdtemp(), "below"))
+os.symlink(sys.argv[1], os.path.join(tempfile.gettempdir(), "link"))
+print(memory.name, lock._semlock.name, flush=True)
+while True: time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("ends", ["killed", "terminated", "dead"])
+def test_temporary_files_and_shared_memory_go_with_the_engine(
+    tmp_path: Path, ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its scratch folder and its names in /dev/shm are removed, what a link there leads to is not. Only memory of one
+    that is dead before anybody could look stays."""
+    kept, scratch = tmp_path / "kept", tmp_path / "scratch"
+    kept.mkdir()
+    (kept / "file").touch()
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    engine = Engine(tmp_path, sys.executable, "-c", LITTER, str(kept), scratch=scratch)
+    said = until(lambda: engine.log.exists() and engine.log.read_text().split(), "the names")
+    names = [Path("/dev/shm", said[0]), Path("/dev/shm", f"sem.{said[1].strip('/')}")]
+    try:
+        assert all(name.exists() for name in names)
+        assert len(list(scratch.iterdir())) == 2
+        spawned = engine.next()
+        assert isinstance(spawned, Spawned)
+        if ends == "dead":
+            os.kill(spawned.pid, signal.SIGKILL)
+        elif ends == "killed":
+            engine.process.kill()
+        else:
+            engine.process.terminate()
+        assert engine.end()[-1] == Gone()
+        assert not scratch.exists()
+        assert (kept / "file").exists()
+        assert ends == "dead" or not any(name.exists() for name in names)
+    finally:
+        for name in names:
+            name.unlink(missing_ok=True)
+
+
 def test_a_stopped_guard_obeys_all_the_same(tmp_path: Path) -> None:
     """SIGSTOP to the guard: the next order wakes it."""
     engine, pids = family(tmp_path)

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,7 +23,7 @@ from supervised import fake_plan, gateway_plan, until
 from qwen3emb_launch import state
 from qwen3emb_launch.argv import with_option
 from qwen3emb_launch.cli.supervise import KEYS_VARIABLE, gateway_spec
-from qwen3emb_launch.engine_process import strain
+from qwen3emb_launch.engine_process import scratch, strain
 from qwen3emb_launch.engine_process.ports import PRIVATE_PORTS, check_free, private_port
 from qwen3emb_launch.engine_process.rendezvous import PLACE
 from qwen3emb_launch.errors import EngineFailedError, NetworkError, UnfitError
@@ -326,6 +327,36 @@ def test_every_start_meets_at_a_place_of_its_own_and_at_no_port(
     assert place()
     monkeypatch.setenv(PLACE, "env://")
     assert place() == "env://"
+
+
+def test_temporary_files_have_a_folder_of_one_start(
+    tmp_path: Path, weighed: EngineRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ours alone, short enough for sockets; the next start gets another and the last one's goes. What torch keeps
+    between starts does not lie there, and the profile's own TMPDIR goes first."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(scratch, "LONGEST", 1000)
+    first = weighed.command(tmp_path / "a.log")
+    assert first.scratch
+    assert (first.env["TMPDIR"], first.scratch.parent) == (str(first.scratch), tmp_path)
+    assert first.scratch.stat().st_mode & 0o777 == 0o700
+    assert not Path(first.env["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(tmp_path)
+    second = weighed.command(tmp_path / "b.log")
+    assert second.scratch != first.scratch
+    assert not first.scratch.exists()
+    weighed.spec = replace(weighed.spec, env={"TMPDIR": "/elsewhere"})
+    assert weighed.command(tmp_path / "c.log").env["TMPDIR"] == "/elsewhere"
+    weighed.close()
+    assert not list(tmp_path.glob("qwen3emb-*"))
+
+    monkeypatch.setattr(scratch, "LONGEST", len(str(tmp_path)))
+    weighed.spec = replace(weighed.spec, env={})
+    long = weighed.command(tmp_path / "d.log")
+    assert (long.scratch, long.env.get("TMPDIR")) == (None, os.environ.get("TMPDIR"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    assert weighed.command(tmp_path / "e.log").scratch is None
+    assert not list(tmp_path.glob("qwen3emb-*"))
 
 
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:

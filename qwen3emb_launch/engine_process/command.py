@@ -15,7 +15,7 @@ ROTATE_KEEP = 2  # older pieces kept beside the current one: 96 MiB a start at m
 class EngineCommand:
     """One engine start. `argv[0]` is a path; `env` is the whole environment; `secrets` never reach the log; `fds` are
     descriptors of this process that the engine gets under the same numbers; `sign` is what it says when it is lost,
-    where it takes its time to end then."""
+    where it takes its time to end then; `scratch` is a folder that goes with it."""
 
     argv: tuple[str, ...]
     env: Mapping[str, str]
@@ -26,6 +26,7 @@ class EngineCommand:
     rotate_keep: int = ROTATE_KEEP
     fds: tuple[int, ...] = ()
     sign: str = ""
+    scratch: Path | None = None
 
     def order(self) -> dict[str, Any]:
         """The guard's first line of input."""
@@ -39,4 +40,5 @@ class EngineCommand:
             "rotate_keep": self.rotate_keep,
             "fds": list(self.fds),
             "sign": self.sign,
+            "scratch": str(self.scratch or ""),
         }

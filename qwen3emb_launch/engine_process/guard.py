@@ -5,7 +5,8 @@ adopts every descendant that loses its parent (PR_SET_CHILD_SUBREAPER), copies t
 file with secrets blanked, and obeys its standard input:
 
     first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, sign (what the engine
-                       says when it is lost), fds (open here, the engine gets them)
+                       says when it is lost), fds (open here, the engine gets them), scratch (its folder for temporary
+                       files, or "")
     {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
@@ -16,7 +17,8 @@ supervisor wakes it with every order.
 It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), doomed (the sign was in the
 output), exited (status: exit code, or minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is
 left; the guard ends). When the engine's main process ends, for whatever reason, everything it left behind is killed
-before `gone`.
+before `gone`, its temporary files with it, and what is seen of its shared memory when the killing begins: killed
+processes remove nothing, and each start would leave a dozen files in /tmp and /dev/shm.
 
 When the guard itself is killed, the kernel kills the engine (PR_SET_PDEATHSIG), SGLang's workers follow their parent,
 and whatever else was descended from it falls to the supervisor, a subreaper too.
@@ -42,6 +44,8 @@ IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 SIGN_WITHIN = 64  # bytes of a line, its time stamp included
 KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
 STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
+SHARED = "/dev/shm/"  # noqa: S108 - looked into, not written to
+DRAWN = ("sem.mp-", "psm_", "sglang_")  # how Python and SGLang begin names that are drawn, and so nobody else's
 
 Order = dict[str, Any]
 
@@ -71,6 +75,43 @@ def descendants(root: int) -> list[int]:
             found.append(child)
             queue.append(child)
     return found
+
+
+def shared_memory(pids: list[int]) -> list[str]:
+    """The files in /dev/shm with drawn names that these processes have mapped.
+
+    Told by their inodes: a semaphore is mapped under another name, before it gets its own.
+    """
+    mapped = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/maps", "rb") as file:  # noqa: PTH123
+                mapped |= {int(line.split(None, 5)[4]) for line in file if SHARED.encode() in line}
+        except OSError:
+            continue
+    if not mapped:
+        return []
+    try:
+        with os.scandir(SHARED) as entries:
+            return [one.path for one in entries if one.name.startswith(DRAWN) and one.inode() in mapped]
+    except OSError:
+        return []
+
+
+def remove_tree(folder: str) -> None:
+    """Remove a folder and all in it, links as links. What cannot be removed stays."""
+    for parent, folders, files in os.walk(folder, topdown=False):
+        for name in files + folders:
+            path = os.path.join(parent, name)  # noqa: PTH118
+            _try(os.rmdir if name in folders and not os.path.islink(path) else os.unlink, path)  # noqa: PTH114
+    _try(os.rmdir, folder)
+
+
+def _try(remove: Callable[[str], None], path: str) -> None:
+    try:
+        remove(path)
+    except OSError:
+        return
 
 
 def become_subreaper() -> None:
@@ -180,6 +221,8 @@ class Guard:
         self.sign = self.line = b""
         self.output = -1
         self.log: Log | None = None
+        self.scratch = ""
+        self.shared: list[str] | None = None  # once looked for
 
     def run(self) -> None:
         """Take the order, start the engine, serve until nothing is left."""
@@ -230,10 +273,11 @@ class Guard:
         if what == "kill":
             self._kill()
         elif what == "term" and self.engine:
+            self._look_at_memory()
             os.kill(self.engine, signal.SIGTERM)
 
     def _start(self, order: Order) -> None:
-        self.sign = order["sign"].encode()
+        self.sign, self.scratch = order["sign"].encode(), order["scratch"]
         self.log = Log(order["log"], order["rotate_bytes"], order["rotate_keep"], order["secrets"])
         output, engine_end = os.pipe()
         failed, failing = os.pipe()
@@ -269,6 +313,7 @@ class Guard:
         if any(self.sign in line[:SIGN_WITHIN] for line in lines):
             tell(event="doomed")
             self.sign = b""
+            self._look_at_memory()
         self.line = lines[-1][:SIGN_WITHIN]
 
     def _reap(self) -> None:
@@ -291,6 +336,7 @@ class Guard:
 
     def _finish_killing(self) -> bool:
         """One round of killing all descendants. True when none was left and the last output is written."""
+        self._look_at_memory()
         left = descendants(os.getpid())
         for pid in left:
             try:
@@ -308,8 +354,17 @@ class Guard:
             pass
         if self.log:
             self.log.close()
+        for name in self.shared or ():
+            _try(os.unlink, name)
+        if self.scratch:
+            remove_tree(self.scratch)
         tell(event="gone")
         return True
+
+    def _look_at_memory(self) -> None:
+        """While the processes live: SGLang kills its own before it ends."""
+        if self.shared is None:
+            self.shared = shared_memory(descendants(os.getpid()))
 
 
 def _become_engine(order: Order, guard: int, output: int, failing: int) -> None:

@@ -14,8 +14,10 @@ from qwen3emb_launch.engine_process import EngineCommand
 from qwen3emb_launch.engine_process.log_tail import last_lines
 from qwen3emb_launch.engine_process.ports import check_free, private_port
 from qwen3emb_launch.engine_process.rendezvous import Rendezvous
+from qwen3emb_launch.engine_process.scratch import Scratch
 from qwen3emb_launch.errors import EngineFailedError, UnfitError
 from qwen3emb_launch.facts import LaunchPlan
+from qwen3emb_launch.paths import paths
 from qwen3emb_launch.planning.memory import needed_tokens
 from qwen3emb_launch.probe import Answer, Target, Verdict, embed_once
 from qwen3emb_launch.state import Claim, write_private
@@ -142,6 +144,7 @@ class EngineRunner(ProcessRunner):
         self._settled = threading.Event()  # of the current start: the weights did not change while it read them
         self._check: CheckProcess | None = None
         self._rendezvous = Rendezvous()
+        self._scratch = Scratch(paths().cache)
 
     @property
     def url(self) -> str:
@@ -162,6 +165,7 @@ class EngineRunner(ProcessRunner):
         """No smoke test goes on, no key stays."""
         self._end_check()
         self._rendezvous.close()
+        self._scratch.close()
         self.keys_file.unlink(missing_ok=True)
 
     def spawn(self, start: int) -> None:
@@ -196,13 +200,15 @@ class EngineRunner(ProcessRunner):
                 raise
             keys = kept
         self.key = keys.api
+        ours = {"PYTHONUNBUFFERED": "1", **self._scratch.fresh()}
         return EngineCommand(
             argv=(*argv, "--config", str(self.keys_file)),
-            env={**self._rendezvous.fresh(argv), **os.environ, "PYTHONUNBUFFERED": "1", **self.spec.env},
+            env={**self._rendezvous.fresh(argv), **os.environ, **ours, **self.spec.env},
             log=log,
             cwd=self._claim.folder,
             secrets=keys.secrets,
             sign=DOOMED,
+            scratch=self._scratch.folder,
         )
 
     def _same_weights(self) -> None:

@@ -19,7 +19,7 @@ from conftest import free_port
 from supervised import Load, gone, until
 
 from qwen3emb_launch import state
-from qwen3emb_launch.engine_process.guard import descendants
+from qwen3emb_launch.engine_process.guard import descendants, shared_memory
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.probe import Target, embed_once
 from qwen3emb_launch.up.stages import room
@@ -159,6 +159,10 @@ def test_the_bare_engine(engine: None) -> None:
         assert len(tree) >= 4  # guard, server, scheduler, detokenizer
         addresses = [c.laddr.ip for pid in tree for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"]
         assert set(addresses) == {"127.0.0.1"}  # its server's, and gloo's
+        temporary = Path(psutil.Process(result["engine_pids"][0]).environ()["TMPDIR"])
+        assert any(path.is_socket() for path in temporary.iterdir())
+        memory = shared_memory(tree)
+        assert memory
 
         for dims in (32, 100, result["max_dims"]):
             answer = cli("embed", "a text", "another", "--dims", str(dims))
@@ -175,6 +179,7 @@ def test_the_bare_engine(engine: None) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
         assert all(map(gone, tree))
+        assert not any(Path(one).exists() for one in (temporary, *memory))
     finally:
         end(process)
 
