@@ -14,10 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from qwen3emb_launch import explain, profile_files, recorded_flags
 from qwen3emb_launch import gpu as inventory
-from qwen3emb_launch import profile_files, recorded_flags
 from qwen3emb_launch.cli.app import run
-from qwen3emb_launch.doctor import command_line, engine, gpu, machine, network, serving
+from qwen3emb_launch.doctor import command_line, engine, gpu, launch, machine, network, serving
 from qwen3emb_launch.doctor.network import Answer
 from qwen3emb_launch.doctor.report import Check, Status
 from qwen3emb_launch.engines import EnvironmentStatus
@@ -197,6 +197,46 @@ def test_profiles_of_ones_own(text: str, status: Status, word: str) -> None:
     assert check.status is status
     assert word in lines([check])
     assert "hunter2" not in lines([check])
+
+
+# ---- what is to be served ------------------------------------------------------------------------------------------
+
+RTX = card(name="NVIDIA GeForce RTX 4090")
+
+
+@pytest.mark.parametrize(
+    ("profile", "cards", "status", "word"),
+    [
+        ("rtx4090", [], FAIL, "needs an NVIDIA GPU"),
+        ("rtx4090", [RTX], OK, "on NVIDIA GeForce RTX 4090"),
+        ("rtx4090", [card(name="NVIDIA GeForce RTX 4090", free_bytes=GIB)], OK, "on NVIDIA GeForce RTX 4090"),
+        ("rtx4090", [CARD], WARN, "this is NVIDIA L4"),
+        ("rtx4090", [CARD, RTX], OK, "on NVIDIA GeForce RTX 4090"),
+        ("l4", [card(name="Tesla T4", compute_capability=(7, 5))], FAIL, "bfloat16"),
+        ("l4", [card(total_bytes=6 * GIB, free_bytes=6 * GIB)], FAIL, "does not fit"),
+        ("demo", [], OK, "on the CPU"),
+        ("cpu", [], OK, "on the CPU"),
+        ("cpu", [card(compute_capability=(7, 5))], OK, "on the CPU"),
+    ],
+)
+def test_a_profile_and_its_machine(profile: str, cards: list[GpuFacts], status: Status, word: str) -> None:
+    """What `up` would refuse here fails, another card is a warning; who uses a card may be this profile."""
+    chosen = profile_files.load(profile)
+    here, model = explain.to_be_installed(chosen.engine.flavour), explain.published(chosen.model)
+    found = launch.checks(chosen, cards, here, model, {})
+    assert found[0].status is status
+    assert word in lines(found)
+    assert all(bool(check.mend) == (check.status is not OK) for check in found)
+
+
+def test_a_launch_hears_the_environment_and_knows_its_models() -> None:
+    """QWEN3EMB_SET_* decides here as it would in `up`; a model that nobody has seen stays unknown, no GPU does not."""
+    chosen = profile_files.load("l4")
+    here, model = explain.to_be_installed("cuda"), explain.published("4b")
+    (refused,) = launch.checks(chosen, [CARD], here, model, {"QWEN3EMB_SET_TP": "none at all"})
+    assert (refused.status, "TP" in refused.says) == (FAIL, True)
+    assert [c.status for c in launch.checks(chosen, [CARD], here, None, {})] == [UNKNOWN]
+    assert [c.status for c in launch.checks(chosen, [], here, None, {})] == [FAIL]
 
 
 # ---- SGLang's command line -----------------------------------------------------------------------------------------
@@ -517,6 +557,25 @@ def test_any_failure_is_exit_status_1_with_the_whole_report(capsys: pytest.Captu
     assert (status, answer["error"]["code"]) == (1, "unfit")
     assert f"port {number}" in answer["error"]["message"]
     assert len(answer["result"]["checks"]) > 10
+
+
+def test_a_profile_without_its_machine_fails(capsys: pytest.CaptureFixture[str], bare: None) -> None:
+    """A GPU's profile on a machine that has none: one failure, with the profiles that serve without."""
+    status, answer = envelope(capsys, "doctor", "--offline", "--profile", "rtx4090")
+    (line,) = [c for c in answer["result"]["checks"] if c["name"] == "launch"]
+    assert (status, answer["error"]["code"], line["status"]) == (1, "unfit", "fail")
+    assert "--profile cpu" in line["mend"]
+
+
+def test_a_profile_of_the_cpu_needs_no_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bare: None
+) -> None:
+    """A card that cannot serve fails the machine, and is a warning to a profile that goes without, as its cure says."""
+    monkeypatch.setattr(inventory, "survey", lambda *_: Survey((card(compute_capability=(7, 5)),), (), "580.95.05"))
+    for words, seen in (((), "fail"), (("--profile", "demo"), "warn")):
+        _, answer = envelope(capsys, "doctor", "--offline", *words)
+        (line,) = [c for c in answer["result"]["checks"] if c["name"] == "gpu 0 capability"]
+        assert line["status"] == seen
 
 
 def test_people_see_a_line_a_check_and_its_cure(capsys: pytest.CaptureFixture[str], bare: None) -> None:

@@ -17,7 +17,7 @@ import pytest
 from conftest import free_port
 from supervised import fake_plan, gateway_plan, gone, until
 
-from qwen3emb_launch import gpu, state
+from qwen3emb_launch import gpu, planning, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
 from qwen3emb_launch.console import Console
@@ -419,7 +419,7 @@ def test_offline_installs_nothing(capsys: OUTER, monkeypatch: pytest.MonkeyPatch
     assert "engine install cpu" in body["error"]["hint"]
 
 
-def test_best_card_of_the_profile_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_card_of_the_profile_is_taken() -> None:
     """Of several GPUs the one that the profile is for wins, then the one with the most free memory."""
     from qwen3emb_launch import profile_files
 
@@ -429,8 +429,9 @@ def test_best_card_of_the_profile_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
         GpuFacts(1, "NVIDIA GeForce RTX 4090", "b", 24 * gib, 10 * gib, (8, 9)),
         GpuFacts(2, "NVIDIA GeForce RTX 4090", "c", 24 * gib, 20 * gib, (8, 9)),
     ]
-    monkeypatch.setattr(gpu, "inventory", lambda *_: cards)
-    assert launching._card(profile_files.load("rtx4090")).index == 2
+    taken = planning.card_for(profile_files.load("rtx4090"), cards)
+    assert taken is not None
+    assert taken.index == 2
 
 
 def test_status_of_nothing(capsys: OUTER) -> None:

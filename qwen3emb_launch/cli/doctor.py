@@ -11,6 +11,7 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
     from qwen3emb_launch.doctor.report import Report
+    from qwen3emb_launch.facts import EngineFacts, ModelFacts
     from qwen3emb_launch.profile import Profile
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "unknown": "dim"}
@@ -53,7 +54,7 @@ def doctor(
             from qwen3emb_launch.doctor.examine import examine
 
             with console.progress("doctor") as progress:
-                report = examine(_profile(profile), offline=offline, step=progress.step)
+                report = examine(_profile(profile), _expected, offline=offline, step=progress.step)
         failed = [check.name for check in report.checks if check.status is Status.FAIL]
         if not failed:
             console.result(report, lambda c: _show(c, report))
@@ -77,6 +78,17 @@ def _profile(name: str | None) -> Profile | None:
         return profile_files.load(name)
     cards = gpu.inventory()
     return planning.match_profile(cards, profile_files.profiles()).profile if cards else None
+
+
+def _expected(profile: Profile) -> tuple[EngineFacts, ModelFacts | None]:
+    """The engine and the model that `up` would take, here or fetched; None for a model whose shape is not known yet."""
+    from qwen3emb_launch import hub
+    from qwen3emb_launch.doctor import engine
+    from qwen3emb_launch.explain import published, to_be_installed
+
+    flavour = profile.engine.flavour
+    here = engine.usable(flavour) or to_be_installed(flavour)
+    return here, hub.local(profile.model) or published(profile.model)
 
 
 def _show(console: Console, report: Report) -> None:

@@ -101,23 +101,8 @@ def choose(options: LaunchOptions, console: Console) -> Chosen:
         card: GpuFacts | None = match.gpu
     else:
         profile = profile_files.load(wanted)
-        card = None if profile.engine.flavour == "cpu" else _card(profile)
+        card = None if profile.engine.flavour == "cpu" else planning.card_for(profile, gpu.inventory())
     return Chosen(profile, card, check_name(profile.name.replace(":", "-") if options.name is None else options.name))
-
-
-def _card(profile: Profile) -> GpuFacts:
-    """The GPU to use: of those the profile is for, else of all, the one with the most free memory."""
-    from qwen3emb_launch import gpu
-
-    cards = gpu.inventory()
-    if not cards:
-        raise UnfitError(
-            "no_gpu",
-            f"profile {profile.name} needs an NVIDIA GPU, and none was found",
-            "without one: qwen3emb up --profile demo, or --profile cpu; else: qwen3emb doctor",
-        )
-    meant = [c for c in cards if profile.gpu and profile.gpu.matches(c.name, c.total_bytes / 2**30)]
-    return max(meant or cards, key=lambda c: c.free_bytes)
 
 
 def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> LaunchPlan:

@@ -9,7 +9,7 @@ serialise LaunchPlan <-> plain data           known_bad combinations refused, wi
 from __future__ import annotations
 
 from qwen3emb_launch.planning.again import again
-from qwen3emb_launch.planning.match import Match, generic_profile, match_profile, nominal_gpu
+from qwen3emb_launch.planning.match import Match, card_for, generic_profile, match_profile, nominal_gpu
 from qwen3emb_launch.planning.planner import catalog_facts, plan
 from qwen3emb_launch.planning.request import PlanRequest, read_overrides
 from qwen3emb_launch.planning.serialise import plan_from_dict, plan_text, plan_to_dict
@@ -18,6 +18,7 @@ __all__ = [
     "Match",
     "PlanRequest",
     "again",
+    "card_for",
     "catalog_facts",
     "generic_profile",
     "match_profile",

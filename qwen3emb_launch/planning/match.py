@@ -71,6 +71,23 @@ def generic_profile(gpu: GpuFacts) -> Profile:
     )
 
 
+def card_for(profile: Profile, gpus: Sequence[GpuFacts]) -> GpuFacts | None:
+    """The GPU to use: of those the profile is for, else of all, the one with the most free memory. None: it needs none.
+
+    Raises UnfitError `no_gpu` where it needs one and there is none.
+    """
+    if profile.engine.flavour == "cpu":
+        return None
+    if not gpus:
+        raise UnfitError(
+            "no_gpu",
+            f"profile {profile.name} needs an NVIDIA GPU, and none was found",
+            "without one: qwen3emb up --profile demo, or --profile cpu; else: qwen3emb doctor",
+        )
+    meant = [g for g in gpus if profile.gpu and profile.gpu.matches(g.name, g.total_bytes / 2**30)]
+    return max(meant or gpus, key=lambda g: g.free_bytes)
+
+
 def nominal_gpu(profile: Profile) -> GpuFacts | None:
     """The card a profile is written for, empty: to explain it on a machine without one. None for CPU profiles."""
     if profile.gpu is None:
