@@ -265,7 +265,7 @@ def test_validate_tells_good_from_bad(capsys: pytest.CaptureFixture[str], tmp_pa
     assert envelope(capsys, "validate", str(good))[0] == 0
     status, body = envelope(capsys, "validate", str(good), *map(str, files), str(tmp_path / "missing.yaml"))
     assert (status, body["error"]["code"]) == (2, "bad_profile")
-    found = {Path(r["file"]).stem: r["problems"] for r in body["result"]}
+    found = {Path(r["profile"]).stem: r["problems"] for r in body["result"]}
     assert found.pop("h100") == []
     for name, word in {
         "flag": "--trust-remote-code", "combination": "float16", "memory": "does not fit", "key": "settings.tpp",
@@ -274,11 +274,36 @@ def test_validate_tells_good_from_bad(capsys: pytest.CaptureFixture[str], tmp_pa
         assert word in " ".join(found[name]), name
 
 
+def test_validate_takes_names_and_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Shipped profiles, one's own, variants and files in one call; a name is a profile's before it is a file's."""
+    monkeypatch.chdir(tmp_path)
+    profile_files.create("office", source="rtx4090")
+    text = (shipped_profiles() / "h100.yaml").read_text()
+    for file in ("plain", "a:b.yaml", "two.yaml"):
+        (tmp_path / file).write_text(text)
+    (tmp_path / "l4").write_text("nonsense: 1")
+    words = ["h100", "rtx4090:lean", "office", "l4", "plain", "./plain", "a:b.yaml", "./a:b.yaml", "two.yaml:fp8"]
+    assert run(["profiles", "validate", *words]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{word}: ok" for word in words]
+    status, body = envelope(capsys, "validate", "office", "h10", "rtx4090:leen", "./l4", "./gone:fp8")
+    assert (status, body["error"]["code"]) == (2, "bad_profile")
+    assert body["error"]["message"].startswith("4 of 5 profiles are not valid: h10, rtx4090:leen, ./l4")
+    said = {r["profile"]: " ".join(r["problems"]) for r in body["result"]}
+    assert said.pop("office") == ""
+    for word, name in {
+        "did you mean h100?": "h10", "did you mean rtx4090:lean?": "rtx4090:leen", "nonsense": "./l4",
+        "No such file": "./gone:fp8",
+    }.items():  # fmt: skip
+        assert word in said[name]
+
+
 def test_new_makes_a_profile_that_validates(capsys: pytest.CaptureFixture[str]) -> None:
     """Without --from it copies the one for this machine; its path is the data on stdout."""
     status, body = envelope(capsys, "new", "here")
     assert (status, Path(body["result"]["path"]).name) == (0, "here.yaml")
     assert profile_files.load("here").engine.flavour == "cpu"
-    assert run(["profiles", "validate", body["result"]["path"]]) == 0
+    assert run(["profiles", "validate", "here", body["result"]["path"]]) == 0
     capsys.readouterr()
     assert envelope(capsys, "new", "here")[1]["error"]["code"] == "profile_exists"

@@ -14,6 +14,7 @@ from qwen3emb_launch.cli.shell import JsonOption, shell
 if TYPE_CHECKING:
     from qwen3emb_launch.console import Console
     from qwen3emb_launch.explain import Explanation
+    from qwen3emb_launch.profile import Profile
     from qwen3emb_launch.profile_files import ProfileFile
 
 NameArgument = Annotated[
@@ -38,7 +39,7 @@ def register(app: typer.Typer) -> None:
     group.command(epilog="Example: qwen3emb profiles explain rtx4090:lean --model 8b --set context_length=8192")(
         explain
     )
-    group.command(epilog="Example: qwen3emb profiles validate mine.yaml profiles/*.yaml")(validate)
+    group.command(epilog="Example: qwen3emb profiles validate office rtx4090:lean ./mine.yaml")(validate)
     group.command(epilog="Example: qwen3emb profiles new office-4090 --from rtx4090 --model 0.6b")(new)
     app.add_typer(group, name="profiles")
 
@@ -169,39 +170,67 @@ def _value(value: object) -> str:
 
 
 def validate(
-    files: Annotated[list[Path], typer.Argument(help="Profile files.", show_default=False)], json: JsonOption = False
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            help="Profiles: names (h100), variants (rtx4090:lean) or files.",
+            show_default=False,
+            autocompletion=completion.profiles,
+        ),
+    ],
+    json: JsonOption = False,
 ) -> None:
-    """Check profile files: schema, engine options, combinations known to be bad, and that they fit their own GPU."""
+    """Check profiles: schema, engine options, combinations known to be bad, and that they fit their own GPU."""
     with shell("profiles validate", json) as console:
         from qwen3emb_launch.errors import InvalidInputError
 
-        reports = [_report(path) for path in files]
+        reports = [_report(name) for name in names]
         for report in reports:
             for problem in report["problems"]:
                 console.say(problem)
-        bad = [r["file"] for r in reports if r["problems"]]
+        bad = [r["profile"] for r in reports if r["problems"]]
         if bad:
             error = InvalidInputError(
-                "bad_profile", f"{len(bad)} of {len(reports)} profiles are not valid: {', '.join(map(str, bad))}",
+                "bad_profile", f"{len(bad)} of {len(reports)} profiles are not valid: {', '.join(bad)}",
                 "docs/profiles.md explains the keys",
             )  # fmt: skip
             error.result = reports
             raise error
-        console.result(reports, lambda c: c.text("\n".join(f"{r['file']}: ok" for r in reports)))
+        console.result(reports, lambda c: c.text("\n".join(f"{r['profile']}: ok" for r in reports)))
 
 
-def _report(path: Path) -> dict[str, Any]:
-    from qwen3emb_launch import profile_files
+def _report(name: str) -> dict[str, Any]:
     from qwen3emb_launch.errors import InvalidInputError
     from qwen3emb_launch.explain import problems_with
+    from qwen3emb_launch.profile_text import VALIDATE_HINT
+
+    try:
+        profile = _named(name)
+    except InvalidInputError as error:
+        problems = error.message.splitlines()
+        if error.hint != VALIDATE_HINT:
+            problems[-1] += f" -> {error.hint}"
+        return {"profile": name, "problems": problems}
+    said = [f"{name}: {e.message}" + (f" -> {e.hint}" if e.hint else "") for e in problems_with(profile)]
+    return {"profile": name, "problems": said}
+
+
+def _named(name: str) -> Profile:
+    """What `--profile` would take, and any other file: no name hides a file that nothing else is meant by."""
+    from qwen3emb_launch import profile_files
+    from qwen3emb_launch.errors import InvalidInputError
     from qwen3emb_launch.profile_text import parse_profile
 
     try:
-        profile = parse_profile(profile_files.read(path), str(path))
+        return profile_files.load(name)
     except InvalidInputError as error:
-        return {"file": path, "problems": error.message.splitlines()}
-    said = [f"{path}: {e.message}" + (f" -> {e.hint}" if e.hint else "") for e in problems_with(profile)]
-    return {"file": path, "problems": said}
+        if error.code not in ("unknown_profile", "profile_unreadable"):
+            raise
+        try:
+            text = profile_files.read(Path(name))
+        except InvalidInputError:
+            raise error from None
+    return parse_profile(text, name)
 
 
 def new(
@@ -221,7 +250,7 @@ def new(
 
         path = profile_files.create(name, source=source or _for_this_machine(), model=model)
         console.result({"name": name, "path": path}, lambda c: c.text(str(path)))
-        console.say(f"edit it, then: qwen3emb profiles validate {path}; qwen3emb up --profile {name}")
+        console.say(f"edit it, then: qwen3emb profiles validate {name}; qwen3emb up --profile {name}")
 
 
 def _for_this_machine() -> str:
