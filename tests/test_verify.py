@@ -22,7 +22,7 @@ from qwen3emb_launch.verify.diff import compare_sets, spearman
 from qwen3emb_launch.verify.fingerprint import differences, with_id
 from qwen3emb_launch.verify.identity import catalog_of, from_plan
 from qwen3emb_launch.verify.probes_reference import CAUSES, diagnose
-from qwen3emb_launch.verify.reference import ReferenceSet, load, save
+from qwen3emb_launch.verify.reference import DEMO_SET, ReferenceSet, load, save
 from qwen3emb_launch.verify.report import Check, Report, Verdict, markdown
 from qwen3emb_launch.verify.runner import Request, open_session, verify
 from qwen3emb_launch.verify.session import Options
@@ -74,6 +74,31 @@ def golden_vectors(scores: tuple[tuple[float, float], tuple[float, float]], widt
         one: padded(a, c, math.sqrt(1 - a * a - c * c)),
         two: padded(b, d, 0.0, math.sqrt(1 - b * b - d * d)),
     }
+
+
+def test_the_demo_is_known_by_its_vectors_and_by_nothing_less(
+    endpoint: SmallEndpoint, url: str, tmp_path: Path
+) -> None:
+    """Random weights rank at random, which is not judged; a model that only shares the name and the width is."""
+    demo = load(DEMO_SET)
+    endpoint.model["id"], endpoint.width = "demo", demo.width
+
+    def ranked(vectors: dict[str, list[float]]) -> Verdict:
+        endpoint.vectors = vectors
+        (check,) = [c for c in report_of(url, tmp_path, "ranking").checks if c.id == "ranking"]
+        return check.verdict
+
+    right = {text: list(demo.vectors[text]) for text in texts.BASE}
+    assert ranked(right) is Verdict.SKIP
+    turned = {t: [-v[1], v[0], *v[2:]] for t, v in right.items()}  # which `demo_reference` sees
+    assert ranked(turned) is Verdict.SKIP
+    exchanged = {**right, texts.EMOJI: right[texts.MIXED], texts.MIXED: right[texts.EMOJI]}
+    assert ranked(exchanged) is Verdict.WARN
+    golden = golden_vectors(texts.GOLDEN["4b"], demo.width)
+    (one, two), (first, second) = texts.DOCUMENTS, (golden[t] for t in texts.DOCUMENTS)
+    assert ranked({**golden, one: second, two: first}) is Verdict.WARN
+    endpoint.model["id"] = CATALOG["4b"].hub_id
+    assert ranked(right) is Verdict.FAIL
 
 
 @pytest.mark.parametrize("key", list(CATALOG))

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
 from statistics import fmean
 from typing import Any
 
-from qwen3emb_launch.demo_model import DemoShape
 from qwen3emb_launch.vectors import distance, has_direction, normalised
 from qwen3emb_launch.verify.probes_vectors import NEARBY, SAME
+from qwen3emb_launch.verify.recognition import demo_precision, same_angles, serves_demo
 from qwen3emb_launch.verify.reference import DEMO_SET, ReferenceSet, Transformers, load
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import Probe, Session, Vector
-from qwen3emb_launch.verify.texts import BASE
 from qwen3emb_launch.verify.yardstick import QUANTISED, Yardstick, yardstick
 
 DIAGNOSED = 6  # so many texts are computed the wrong ways, to name a fault
@@ -142,22 +140,11 @@ def _moved(seen: Mapping[str, Vector], reference: ReferenceSet, allowed: float) 
     right = {t: reference.vectors[t] for t in seen}
     if all(distance(v, [abs(x) for x in right[t]]) <= allowed for t, v in seen.items()):
         return "the signs of the components are lost: unsigned storage, or absolute values"
-    if not _same_angles(seen, right, allowed, reference.width):
+    if not same_angles(seen, right, allowed, reference.width):
         return ""
     if all(distance(sorted(v), sorted(right[t])) <= allowed for t, v in seen.items()):
         return "the right vectors with their components in another order: searches agree, an index of both does not"
     return "the right vectors in another basis: signs flipped or rotated; searches agree, an index of both does not"
-
-
-def _same_angles(seen: Mapping[str, Vector], right: Mapping[str, Vector], allowed: float, width: int) -> bool:
-    """Whether the texts lie to each other as they should, whatever the basis; three pairs at least."""
-    texts = list(seen)
-    pairs = [(a, b) for i, a in enumerate(texts) for b in texts[:i]]
-    # Errors of size e in random directions change a cosine by about e / sqrt(dims).
-    slack = 4 * sqrt(2 * allowed / width)
-    return len(pairs) >= 3 and all(
-        abs(distance(seen[a], seen[b]) - distance(right[a], right[b])) <= slack for a, b in pairs
-    )
 
 
 def sample(wrong: Sequence[str]) -> list[str]:
@@ -218,18 +205,12 @@ def shipped_probe(reference: ReferenceSet, compute: Compute | None) -> Probe:
 
 
 def recognised_probe() -> Probe:
-    """The same for an endpoint that does not say what it serves: its vectors' angles to each other tell the demo's.
-
-    Signs, order and rotation of the components change no angle, so an endpoint that changes them is recognised too.
-    """
+    """The same for an endpoint that does not say what it serves, where its vectors tell that they are the demo's."""
 
     def run(session: Session) -> Outcome:
-        reference = load(DEMO_SET)
-        precision = replace(session.precision, layers=DemoShape.layers)
-        alike = session.width == reference.width and _same_angles(
-            dict(zip(BASE, session.base, strict=True)), reference.vectors, precision.distance, reference.width
-        )
-        return compare(session, reference, precision.distance) if alike else skipped("not the demo checkpoint")
+        if not serves_demo(session):
+            return skipped("not the demo checkpoint")
+        return compare(session, load(DEMO_SET), demo_precision(session).distance)
 
     return Probe("demo_reference", "demo checkpoint's vectors", run, quiet=True)
 

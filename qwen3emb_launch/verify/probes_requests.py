@@ -8,6 +8,7 @@ import time
 import uuid
 from itertools import pairwise
 
+from qwen3emb_launch.demo_model import EOS_ID
 from qwen3emb_launch.errors import NetworkError
 from qwen3emb_launch.vectors import distance, finite, has_direction, sliced
 from qwen3emb_launch.verify.contact import Misanswer
@@ -19,6 +20,7 @@ from qwen3emb_launch.verify.probes_vectors import (
     one_for_all,
     quoted,
 )
+from qwen3emb_launch.verify.recognition import serves_demo
 from qwen3emb_launch.verify.report import Outcome, broken, held, skipped
 from qwen3emb_launch.verify.session import DEFAULT_MAX_LATENCY, Probe, Session
 from qwen3emb_launch.verify.texts import BASE, DOCUMENTS, EMOJI, MIXED, ONE_TOKEN, QUERIES, long_text
@@ -236,7 +238,7 @@ def _ids_of(session: Session) -> tuple[tuple[int, ...], str]:
         return (), ""
     tokens = reply.data.get("tokens") if reply.status == 200 and isinstance(reply.data, dict) else None
     catalog = session.identity.catalog
-    eos = catalog.eos_token_id if catalog else (256 if session.identity.demo else None)
+    eos = catalog.eos_token_id if catalog else (EOS_ID if serves_demo(session) else None)
     if isinstance(tokens, list) and len(tokens) > 1 and all(isinstance(t, int) for t in tokens):
         if eos is not None and tokens[-1] != eos:
             tokens = [*tokens, eos]
