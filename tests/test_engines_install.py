@@ -434,7 +434,7 @@ def test_a_killed_launcher_takes_pip_with_it(bare: Path, tmp_path: Path, monkeyp
 
 
 def test_adopting_leaves_the_environment_as_it_is(quick: Path, tmp_path: Path) -> None:
-    """An adopted environment is inspected and recorded; nothing is written into it, and remove forgets it only."""
+    """An adopted environment is inspected and recorded, never written into; remove forgets it, not while it is used."""
     own = engines.install("cpu").facts.python.parents[1]
     theirs = tmp_path / "theirs"
     copy_environment(own, theirs)
@@ -447,7 +447,15 @@ def test_adopting_leaves_the_environment_as_it_is(quick: Path, tmp_path: Path) -
     assert _plugin(theirs / "bin" / "python") == done.facts.plugin  # theirs is a copy of one that has it
     assert Path(done.facts.environment["PYTHONPATH"]).joinpath("qwen3emb_engine_plugin", "__init__.py").is_file()
     assert engines.check("mine").ok
-    assert engines.remove("mine").adopted
+    launched = {**os.environ, **done.facts.environment}
+    with subprocess.Popen([done.facts.python, "-c", "input()"], stdin=subprocess.PIPE, env=launched) as busy:
+        with pytest.raises(UnfitError) as refused:
+            engines.remove("mine")
+        assert (refused.value.code, refused.value.details["pids"]) == ("engine_in_use", [busy.pid])
+        assert engines.find("cpu", name="mine").python == done.facts.python
+    watcher = Watcher()
+    assert engines.remove("mine", watcher).adopted
+    assert watcher.steps == ["forgetting it; its own files stay"]
     assert [p for p in sorted(theirs.rglob("*")) if "__pycache__" not in p.parts] == [
         p for p in before if "__pycache__" not in p.parts
     ]
@@ -496,7 +504,9 @@ def test_an_adopted_engine_that_is_gated_is_refused(quick: Path, tmp_path: Path,
 def test_remove_leaves_nothing(quick: Path) -> None:
     """A removed environment is gone from the list and from the disk."""
     engines.install("cpu")
-    assert engines.remove("cpu").state == "complete"
+    watcher = Watcher()
+    assert engines.remove("cpu", watcher).state == "complete"
+    assert watcher.steps == ["deleting its files"]
     assert engines.environments() == []
     assert [p.name for p in (quick / "engines").iterdir()] == [".cpu.lock"]
     with pytest.raises(InvalidInputError):

@@ -222,16 +222,26 @@ def _pip_environment(scratch: Path) -> dict[str, str]:
 
 
 def users(folder: Path) -> list[int]:
-    """The processes that run from this folder or have a library of it loaded (Linux; those of other users unseen)."""
+    """The processes that run from this folder, have a library of it loaded or look for modules in it.
+
+    An adopted environment's engine has nothing but the plugin of it, by PYTHONPATH. Linux; those of other users unseen.
+    """
     wanted = os.fsencode(folder) + b"/"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if wanted in (process / "cmdline").read_bytes() or wanted in (process / "maps").read_bytes():
+            used = wanted in (process / "cmdline").read_bytes() or wanted in (process / "maps").read_bytes()
+            if used or any(wanted in place + b"/" for place in _module_path((process / "environ").read_bytes())):
                 found.append(int(process.name))
         except OSError:
             continue
     return sorted(set(found) - {os.getpid()})
+
+
+def _module_path(environ: bytes) -> list[bytes]:
+    """The entries of PYTHONPATH in a process's environment, as the kernel keeps it."""
+    name = b"PYTHONPATH="
+    return next((line.removeprefix(name).split(b":") for line in environ.split(b"\0") if line.startswith(name)), [])
 
 
 def remove_others(keep: Path) -> None:

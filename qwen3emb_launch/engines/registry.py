@@ -172,7 +172,8 @@ def remove(name: str, progress: Progress | None = None) -> EnvironmentStatus:
         with record.translated(folder):
             going = folder.with_name(f"{record.going(name)}{os.getpid()}")
             folder.rename(going)
-            (progress or SilentProgress()).step("deleting its files")
+            what = "forgetting it; its own files stay" if before.adopted else "deleting its files"
+            (progress or SilentProgress()).step(what)
             shutil.rmtree(going)
     return before
 
