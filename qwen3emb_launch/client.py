@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 from urllib.parse import urlsplit
 
+from qwen3emb_launch.addresses import unknown_host
 from qwen3emb_launch.errors import InvalidInputError, NetworkError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
 
@@ -90,7 +91,9 @@ def _translate(exc: Exception, url: str) -> Exception:
                 str(body.get("code") or "refused"), message, "qwen3emb embed --help says what is accepted"
             )
         return NetworkError(str(body.get("code") or "endpoint_failed"), message, "try again; `qwen3emb status`")
-    return NetworkError("endpoint_silent", f"{url} does not answer: {exc}", "is it running? `qwen3emb status`")
+    return unknown_host(exc, url, proxies=not _loopback(url)) or NetworkError(
+        "endpoint_silent", f"{url} does not answer: {exc.__cause__ or exc}", "is it running? `qwen3emb status`"
+    )
 
 
 class Client:

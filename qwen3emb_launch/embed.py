@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from qwen3emb_launch.addresses import web_address
+from qwen3emb_launch.addresses import unknown_host, web_address
 from qwen3emb_launch.catalog import MIN_DIMS
 from qwen3emb_launch.errors import EngineFailedError, InvalidInputError, LaunchError, NetworkError, UnfitError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
@@ -85,6 +85,7 @@ class Embedder:
                 "bad_proxy", f"the proxy variables cannot be used: {error}", "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY"
             ) from error
         self.url = url
+        self._proxies = not loopback
         self._client: OpenAI = OpenAI(base_url=url, api_key=key or "none", http_client=http, timeout=TIMEOUT)
         self._model = model
 
@@ -97,7 +98,7 @@ class Embedder:
             try:
                 models = self._client.models.list().data
             except OpenAIError as error:
-                raise translate(error, self.url) from error
+                raise translate(error, self.url, proxies=self._proxies) from error
             if not models:
                 raise NetworkError("no_model", f"{self.url} lists no model", "name it with --model")
             self._model = models[0].id
@@ -127,7 +128,7 @@ class Embedder:
                 model=self.model, input=texts, dimensions=omit if dims is None else dims, encoding_format="float"
             )
         except OpenAIError as error:
-            raise translate(error, self.url) from error
+            raise translate(error, self.url, proxies=self._proxies) from error
         items = list(answer.data)
         if len(items) != len(texts):
             raise EngineFailedError(
@@ -156,15 +157,17 @@ def _is_vector(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and {*map(type, value)} <= {float, int} and finite(value)
 
 
-def translate(error: OpenAIError, url: str) -> LaunchError:
-    """An error of the OpenAI client in our words."""
+def translate(error: OpenAIError, url: str, *, proxies: bool = True) -> LaunchError:
+    """An error of the OpenAI client in our words. `proxies`: it asks those of the environment."""
     import openai
 
     if isinstance(error, openai.APITimeoutError):
         return NetworkError("endpoint_slow", f"{url} did not answer within {TIMEOUT:g} s", "qwen3emb status")
     if isinstance(error, openai.APIConnectionError):
         cause = f": {error.__cause__}" if error.__cause__ else ""
-        return NetworkError("endpoint_down", f"{url} cannot be reached{cause}", "qwen3emb status, or qwen3emb up")
+        return unknown_host(error, url, proxies=proxies) or NetworkError(
+            "endpoint_down", f"{url} cannot be reached{cause}", "qwen3emb status, or qwen3emb up"
+        )
     if isinstance(error, openai.APIStatusError):
         said = _message(error)
         if error.status_code in (401, 403):

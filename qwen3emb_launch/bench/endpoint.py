@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 from urllib.parse import SplitResult
 
-from qwen3emb_launch.addresses import web_address
+from qwen3emb_launch.addresses import unknown_host, web_address
 from qwen3emb_launch.bench.answers import AnswerChecker
 from qwen3emb_launch.bench.spec import LoadSpec
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, LaunchError, NetworkError
@@ -54,7 +54,7 @@ def ask(spec: LoadSpec, path: str, body: dict[str, Any] | None = None) -> tuple[
         raise InvalidInputError("bad_url", f"{spec.url!r}: {exc}", "give it as http://HOST:PORT/v1") from exc
     except OSError as exc:
         reason = getattr(exc, "reason", exc)
-        raise NetworkError(
+        raise unknown_host(exc, url, proxies=False) or NetworkError(
             "endpoint_down", f"nothing answers at {url}: {reason}", "is it up? `qwen3emb status` lists local instances"
         ) from exc
 

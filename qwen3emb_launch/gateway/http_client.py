@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -308,6 +309,9 @@ class HttpClient:
             raise EngineGoneError(
                 f"no connection to {self.address.url} within {CONNECT_TIMEOUT:g} s", sent=False
             ) from None
+        except socket.gaierror as exc:
+            says = f"the host name {self.address.host} does not resolve: {exc.strerror}"
+            raise EngineGoneError(says, sent=False) from exc
         except (OSError, ssl.SSLError) as exc:
             raise EngineGoneError(f"no connection to {self.address.url}: {exc}", sent=False) from exc
         return link

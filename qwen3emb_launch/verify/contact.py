@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from qwen3emb_launch.addresses import web_address
+from qwen3emb_launch.addresses import unknown_host, web_address
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
 from qwen3emb_launch.vectors import from_base64
 from qwen3emb_launch.verify.tally import LONG, Shape, Tally
@@ -182,8 +182,8 @@ class Contact:
                 f"{url} did not answer within {waited:.1f} s ({type(exc).__name__})",
                 "is the engine loaded and idle? `qwen3emb status`; --timeout gives it longer",
             ) from exc
-        except (httpx.HTTPError, httpx.InvalidURL) as exc:
-            raise NetworkError(
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as exc:  # UnicodeError: a name that IDNA refuses
+            raise unknown_host(exc, url, proxies=not is_loopback(url)) or NetworkError(
                 "endpoint_unreachable",
                 f"{url} does not answer: {exc}",
                 "is the address right and the engine up? `qwen3emb status`, `qwen3emb up`",
