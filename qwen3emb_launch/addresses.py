@@ -35,11 +35,11 @@ def unknown_host(error: BaseException, url: str, *, proxies: bool = True) -> Net
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, socket.gaierror):
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
+    parts = web_address(url)
+    if cause is None or parts is None:
         return None
-    parts = urlsplit(url)
     proxy = _proxy(parts) if proxies else None
-    host = proxy or parts.hostname or url
+    host = proxy or parts.hostname
     said = f"the {'proxy' if proxy else 'host'} name {host} does not resolve: {cause.strerror}"
     if proxy:
         return NetworkError("unknown_host", said, PROXY_VARIABLES)

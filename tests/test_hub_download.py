@@ -352,15 +352,31 @@ def test_auto_goes_to_modelscope_when_hugging_face_does_not_answer(
     """A silent first hub is given up after its three seconds (here: a shorter probe of the same code)."""
     silent = threading.Event()
     server.faults = [Fault("/", wait=silent)]
-    probe = huggingface.answers
-    monkeypatch.setattr(huggingface, "answers", lambda: probe(0.2))
+    probe = huggingface.silence
+    monkeypatch.setattr(huggingface, "silence", lambda: probe(0.2))
     shown = Shown()
     try:
         result = downloading.download(parse("0.6b"), shown)
     finally:
         silent.set()
     assert result.source == "modelscope"
-    assert "did not answer within 3 s; asking ModelScope" in shown.steps[1]
+    assert "did not answer within 0.2 s; asking ModelScope" in shown.steps[1]
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [("http://nosuchhost.invalid", "nosuchhost.invalid does not resolve"), ("http://127.0.0.1:9", "refused")],
+)
+def test_auto_says_why_it_goes_to_modelscope(
+    server: LoopbackHub, monkeypatch: pytest.MonkeyPatch, address: str, why: str
+) -> None:
+    """A mirror's name with a slip in it, or a port where nobody listens, is no silence of three seconds."""
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    shown = Shown()
+    assert downloading.download(parse("0.6b"), shown).source == "modelscope"
+    assert "did not answer" not in shown.steps[1]
+    assert why in shown.steps[1]
+    assert shown.steps[1].endswith("; asking ModelScope")
 
 
 def test_auto_never_crosses_over_for_names_outside_the_catalog(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from urllib.parse import urlsplit
 
+from qwen3emb_launch.addresses import unknown_host
 from qwen3emb_launch.doctor.report import Check, ok, unknown, warn
 from qwen3emb_launch.hub import huggingface
 
@@ -105,7 +106,8 @@ def reach(url: str) -> Answer:
     try:
         answer = httpx.head(url, timeout=TIMEOUT)
     except httpx.HTTPError as error:
-        return Answer(False, f"{type(error).__name__}: {error}".rstrip(": "))
+        unknown = unknown_host(error, url)
+        return Answer(False, unknown.message if unknown else f"{type(error).__name__}: {error}".rstrip(": "))
     except (ValueError, OSError, httpx.InvalidURL) as error:
         return Answer(False, f"{type(error).__name__}: {error}")
     try:

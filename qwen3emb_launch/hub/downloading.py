@@ -122,7 +122,8 @@ def _listing(name: ModelName, revision: str | None, source: Source, progress: Pr
         return _described("modelscope", name.repo, revision, retries)
     if source == "huggingface" or name.model is None or revision is not None:
         return _described("huggingface", name.repo, revision, retries)
-    if huggingface.answers():
+    silent = huggingface.silence()
+    if not silent:
         try:
             return _described("huggingface", name.repo, None, retries)
         except NetworkError as error:
@@ -130,9 +131,7 @@ def _listing(name: ModelName, revision: str | None, source: Source, progress: Pr
                 raise
             first: LaunchError = error
     else:
-        first = NetworkError(
-            "hub_unreachable", f"{huggingface.host()} did not answer within 3 s", "--source modelscope"
-        )
+        first = NetworkError("hub_unreachable", f"{huggingface.host()} {silent}", "--source modelscope")
     progress.step(f"{first.message}; asking ModelScope")
     try:
         return _described("modelscope", name.repo, None, retries)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from qwen3emb_launch.addresses import web_address
+from qwen3emb_launch.addresses import unknown_host, web_address
 from qwen3emb_launch.disk import disk_error
 from qwen3emb_launch.errors import InvalidInputError, LaunchError, NetworkError
 from qwen3emb_launch.hub.listing import Listing, RemoteFile
@@ -80,21 +80,34 @@ def offline() -> bool:
     return said.upper() in ("1", "ON", "YES", "TRUE")
 
 
-def answers(seconds: float = 3.0) -> bool:
-    """Whether anything at the endpoint answers within `seconds`, name resolution included; what, does not matter."""
+def silence(seconds: float = 3.0) -> str:
+    """Why nothing at the endpoint answers within `seconds`, name resolution included; empty where something does."""
+    import httpx2
     from huggingface_hub import get_session
 
-    answered = threading.Event()
+    silent = f"did not answer within {seconds:g} s"
+    found: list[str] = []
 
     def ask() -> None:
-        with contextlib.suppress(Exception):
+        try:
             get_session().head(endpoint(), timeout=seconds, follow_redirects=False)
-            answered.set()
+        except httpx2.TimeoutException:
+            found.append(silent)
+        except Exception as error:  # noqa: BLE001 - whatever it is, there is no answer
+            found.append(_unreached(error))
+        else:
+            found.append("")
 
     probe = threading.Thread(target=ask, daemon=True)
     probe.start()
     probe.join(seconds)
-    return answered.is_set()
+    return found[0] if found else silent
+
+
+def _unreached(error: Exception) -> str:
+    """What kept a request from the endpoint, as the end of a sentence that begins with its address."""
+    unknown = unknown_host(error, endpoint())
+    return f"cannot be reached: {unknown.message if unknown else f'{type(error).__name__} {error}'.strip()}"
 
 
 def describe(repo: str, revision: str | None) -> Listing:
@@ -248,7 +261,7 @@ def translate(error: Exception, repo: str, revision: str) -> LaunchError:
     if isinstance(error, (httpx2.HTTPError, httpx2.InvalidURL, ConnectionError)):
         return NetworkError(
             "hub_unreachable",
-            f"{host()} cannot be reached: {type(error).__name__} {error}".strip(),
+            f"{host()} {_unreached(error)}",
             f"check the network and proxy, set HF_ENDPOINT to a mirror, or: {_elsewhere(repo)}",
         )
     if isinstance(error, OSError):
