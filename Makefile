@@ -13,19 +13,8 @@ PARALLEL ?= -n 4 --dist loadgroup --no-loadscope-reorder --durations 15
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Ctrl-C is how `up` ends: its 130 is no error of the target, every other status is. Python and not the shell, which would
-# end at a signal while the launcher still stops its parts. What a terminal sends the launcher hears itself.
-UNTIL_CTRL_C = exec $(BIN)/python -c 'import signal, subprocess, sys; \
-	heard = [n for n in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]; \
-	[signal.signal(n, lambda *_: None) for n in heard]; \
-	child = subprocess.Popen(sys.argv[1:]); \
-	signal.signal(signal.SIGTERM, lambda *_: child.terminate()); \
-	status = child.wait(); \
-	sys.exit(0 if status in (130, -signal.SIGINT) else status if status >= 0 else 128 - status)'
-
 up: $(VENV)/.launcher  ## from nothing to a served demo endpoint on the real SGLang, until Ctrl-C
-	@echo $(BIN)/qwen3emb up --profile demo
-	@$(UNTIL_CTRL_C) $(BIN)/qwen3emb up --profile demo
+	$(BIN)/qwen3emb up --profile demo
 
 test: venv  ## everything: lint, types, unit tests, real-engine tests
 	$(BIN)/ruff check .
