@@ -18,6 +18,7 @@ import yaml
 from qwen3emb_launch import planning
 from qwen3emb_launch.cost import Costs
 from qwen3emb_launch.errors import CheckFailedError, EngineFailedError, InvalidInputError, UnfitError
+from qwen3emb_launch.facts import LaunchPlan
 from qwen3emb_launch.profile_text import parse_profile
 from qwen3emb_launch.statistics import parse_slo
 from qwen3emb_launch.tune import contest, levels, report, strategy, winner
@@ -750,14 +751,15 @@ def test_what_is_left_of_the_time_refines_the_best() -> None:
 # ---- the space ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("cores", [2, 4])
 @pytest.mark.parametrize("name", cases.SHIPPED)
 @pytest.mark.parametrize("goal", list(Goal))
-def test_every_value_of_the_space_is_planned_or_refused_by_the_planner(name: str, goal: Goal) -> None:
-    """No value is a mistake of ours: unknown settings and malformed values would be."""
+def test_every_value_of_the_space_is_planned_or_refused_by_the_planner(name: str, goal: Goal, cores: int) -> None:
+    """No value is a mistake of ours: unknown settings, malformed values and what the profile has already would be."""
     release = None if name in ("cpu", "demo") else "0.5.16"
     request = cases.request(name, "demo" if name == "demo" else "0.6b" if name == "cpu" else "4b", release)
     base = planning.plan(request)
-    space = derive(View(base, 1, 256, 4), goal, vectors_may_change=True)
+    space = derive(View(base, 1, 256, cores), goal, vectors_may_change=True)
     assert all(f.reason for f in space.factors)
     refused: dict[str, str] = {}
     for factor in space.factors:
@@ -767,8 +769,13 @@ def test_every_value_of_the_space_is_planned_or_refused_by_the_planner(name: str
             except (InvalidInputError, UnfitError) as error:
                 refused[factor.key] = error.code
             else:
-                assert changed.settings != base.settings, factor
+                assert _launch(changed) != _launch(base), (factor, value)
     assert not {"bad_setting", "unknown_setting", "unknown_flag", "bad_flag_value"} & set(refused.values()), refused
+
+
+def _launch(made: LaunchPlan) -> object:
+    """What starts: a value that a profile says already is another setting by its origin alone."""
+    return made.argv, made.env, made.replicas, made.gateway
 
 
 def test_the_space_of_an_h100_starts_with_what_is_expected_most() -> None:

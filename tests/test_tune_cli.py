@@ -264,6 +264,21 @@ def test_a_dry_run_starts_nothing_and_says_what_is_refused(trials: Trials, capsy
     assert not Path("mine.tune.jsonl").exists()
 
 
+def test_a_dry_run_says_which_values_come_to_a_command_that_is_known(trials: Trials, capsys) -> None:
+    """What the profile has already, said by the user's own space, and a value that the planner turns into it."""
+    Path("space.yaml").write_text("env.OMP_NUM_THREADS: [1, 2]\noverlap_schedule: [false, null]\n")
+    status, envelope = tune(capsys, "--dry-run")
+    assert status == 0
+    same = dict.fromkeys(
+        ("env.OMP_NUM_THREADS=1", "overlap_schedule=false", "overlap_schedule=null"), "the same command as baseline"
+    )
+    assert envelope["result"]["same"] == same
+    assert run(["tune", *QUICK, "--space", "space.yaml", "--dry-run"]) == 0
+    by = {tuple(line.split("\t")[:2]): line.split("\t")[3] for line in capsys.readouterr().out.splitlines()[1:]}
+    assert by["env.OMP_NUM_THREADS", "1"] == "same: the same command as baseline"
+    assert by["env.OMP_NUM_THREADS", "2"] == ""
+
+
 def test_what_was_tuned_is_in_the_journals_first_line(trials: Trials, capsys) -> None:
     """Another load is another run: --resume refuses and names what differs."""
     tune(capsys, "--goal", "latency", "--rounds", "0")

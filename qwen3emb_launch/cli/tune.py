@@ -217,20 +217,29 @@ def _space(
 
 
 def _dry_run(console: Console, space: Space, engines: Engines) -> None:
-    """The space, with what the planner would refuse."""
+    """The space, with what a run would not start: what the planner refuses, and commands that are known by then."""
     from qwen3emb_launch.cli.tune_view import show_space
     from qwen3emb_launch.errors import LaunchError
-    from qwen3emb_launch.tune.trials import moves
+    from qwen3emb_launch.tune.space import in_order
+    from qwen3emb_launch.tune.trials import Status, label, moves
 
     refused: dict[str, str] = {}
-    for factor in space.factors:
-        for value in factor.values:
-            try:
-                engines.plan(moves({factor.key: value}))
-            except LaunchError as error:
-                refused[f"{factor.key}={value}"] = error.message
-    result = {"space": [vars(f) for f in space.factors], "left_out": space.left_out, "refused": refused}
-    console.result(result, lambda c: show_space(c, space, refused))
+    same: dict[str, str] = {}
+    known = {engines.plan(()): label(())}
+    for factor, value in in_order(space.factors):
+        name = label(move := moves({factor.key: value}))
+        try:
+            command = engines.plan(move)
+        except LaunchError as error:
+            refused[name] = error.message
+            continue
+        if command in known:
+            same[name] = f"the same command as {known[command]}"
+        known.setdefault(command, name)
+    result = {"space": [vars(f) for f in space.factors], "left_out": space.left_out, "refused": refused, "same": same}
+    aside = {name: f"{Status.REFUSED}: {why}" for name, why in refused.items()}
+    aside |= {name: f"{Status.SAME}: {why}" for name, why in same.items()}
+    console.result(result, lambda c: show_space(c, space, aside))
 
 
 def _finish(console: Console, outcome: Outcome, objective: Objective) -> None:

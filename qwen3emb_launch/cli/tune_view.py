@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qwen3emb_launch.tune.machine import Listener
 from qwen3emb_launch.tune.report import columns, final_columns, final_rows, rows, set_aside
 from qwen3emb_launch.tune.space import in_order
+from qwen3emb_launch.tune.trials import label
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,11 +81,11 @@ def profile_word(path: Path) -> str:
     return path.stem if path.parent == paths().profiles else f"./{path.name}"
 
 
-def show_space(console: Console, space: Space, refused: dict[str, str]) -> None:
-    """What would be tried, in order, and what not."""
+def show_space(console: Console, space: Space, aside: dict[str, str]) -> None:
+    """What would be tried, in order, and what not; `aside` says by its name why a value would not be started."""
     console.table(
-        ("setting", "value", "why it is tried", "refused"),
-        [(f.key, v, f.reason, refused.get(f"{f.key}={v}", "")) for f, v in in_order(space.factors)],
+        ("setting", "value", "why it is tried", "not started"),
+        [(f.key, v, f.reason, aside.get(label(((f.key, v),)), "")) for f, v in in_order(space.factors)],
     )
     for key, why in space.left_out.items():
         console.say(f"left out: {key}: {why}")

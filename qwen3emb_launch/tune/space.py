@@ -159,7 +159,7 @@ def _backends(view: View) -> tuple[str, ...]:
 
 
 def _threads(view: View) -> tuple[str, ...]:
-    return () if view.cuda or view.cores < 2 else (str(view.cores // 2),)
+    return () if view.cuda or view.cores < 2 else view.others("env.OMP_NUM_THREADS", view.cores // 2)
 
 
 def _fraction(view: View) -> tuple[str, ...]:
