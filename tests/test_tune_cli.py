@@ -316,9 +316,9 @@ def served_on(engines: tune_trials.Engines, moves: Moves = (), before: int | Non
 def test_up_gets_every_word_that_decides(tmp_path: Path) -> None:
     """Profile, model, fixed settings and the trial's own; on loopback, on the card that was planned for."""
     engines = engines_for(tmp_path)
-    words = engines._words((("kv_pool", "full"),), "tune-1", 30200)
+    words = engines._words((("kv_pool", "full"),), 30200)
     assert words == [
-        "--name", "tune-1", "--host", "127.0.0.1", "--port", "30200", "--no-verify", "--profile", "h100",
+        "--host", "127.0.0.1", "--port", "30200", "--no-verify", "--profile", "h100",
         "--model", "4b", "--offline", "--set", "restart.limit=0", "--set", "tp=1", "--set", "kv_pool=full",
     ]  # fmt: skip
     assert tune_trials._pinned(engines.chosen) == {"CUDA_VISIBLE_DEVICES": "0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

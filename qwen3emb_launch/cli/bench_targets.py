@@ -91,8 +91,8 @@ def profile(name: str, model: str | None, console: Console) -> Iterator[Target]:
 
     chosen = re.sub(r"[^a-z0-9._-]+", "-", f"bench-{Path(name).stem}".lower())[:63]
     console.say(f"bench: starting profile {name} as {chosen}")
-    words = ["--profile", name, "--name", chosen, "--port", str(free_port("127.0.0.1", FIRST_PORT))]
-    with serving([*words, *(["--model", model] if model else [])], START_WITHIN):
+    words = ["--profile", name, "--port", str(free_port("127.0.0.1", FIRST_PORT))]
+    with serving(chosen, [*words, *(["--model", model] if model else [])], START_WITHIN, say=console.say):
         yield instance(chosen, None)
 
 

@@ -84,7 +84,8 @@ def status(
     with shell("status", json) as console:
         from qwen3emb_launch import state
 
-        found = [state.find(name)] if name is not None else state.instances()
+        listed = (one for one in state.instances() if one.running or not one.temporary)
+        found = [state.find(name)] if name is not None else list(listed)
         for instance in found:
             if instance.warning:
                 console.warn(instance.warning)

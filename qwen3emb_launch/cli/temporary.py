@@ -2,6 +2,8 @@
 
 It is `qwen3emb up` as a child, in a session of its own, so that Ctrl-C reaches this command alone, which then ends the
 child. Should this command be killed, the kernel sends the child SIGTERM, and its engine goes with it.
+
+Its folder goes as well, unless something failed: then its logs stay, for `qwen3emb logs NAME`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from qwen3emb_launch.engine_process.guard import following
-from qwen3emb_launch.errors import EngineFailedError, Exit, InvalidInputError, LaunchError, NetworkError, UnfitError
+from qwen3emb_launch.errors import (
+    EngineFailedError,
+    Exit,
+    InterruptedByUser,
+    InvalidInputError,
+    LaunchError,
+    NetworkError,
+    UnfitError,
+)
+from qwen3emb_launch.state import passing
 
 END_WITHIN = 60.0  # seconds; the supervisor's own deadlines are shorter
 COMMAND = (sys.executable, "-m", "qwen3emb_launch", "up")
@@ -31,20 +43,61 @@ KINDS: Mapping[int, type[LaunchError]] = {
 }
 
 
+@dataclass
+class Temporary:
+    """What runs: its `answer` is that of `up`. `failed`: its logs are worth keeping, though no error says so."""
+
+    answer: Mapping[str, Any]
+    failed: bool = False
+
+
 @contextmanager
 def serving(
-    words: Sequence[str], within: float, *, environ: Mapping[str, str] | None = None, drain: bool = True
-) -> Iterator[dict[str, Any]]:
-    """What `qwen3emb up WORDS` answers once it serves; it is ended with the block. Without `drain`, at once.
+    name: str,
+    words: Sequence[str],
+    within: float,
+    *,
+    environ: Mapping[str, str] | None = None,
+    drain: bool = True,
+    say: Callable[[str], None],
+) -> Iterator[Temporary]:
+    """`qwen3emb up --name NAME WORDS` once it serves; it is ended with the block. Without `drain`, at once.
 
-    Raises the error that `up` reports, EngineFailedError `out_of_time` when it does not serve within so many seconds.
+    Where logs are kept, that is said, and an error that left the block has the engine's in its details. Raises the
+    error that `up` reports, EngineFailedError `out_of_time` when it does not serve within so many seconds.
     """
+    run = passing.begin(name)
+    made: Temporary | None = None
+    error: LaunchError | None = None
+    try:
+        with _child(["--name", name, *words], within, environ or {}, drain) as answer:
+            made = Temporary(answer)
+            yield made
+    except LaunchError as raised:
+        error = raised
+        raise
+    finally:
+        log = run.end(failed=bool(made and made.failed) or _tells_of_the_engine(error))
+        if log:
+            say(f"{name}: its logs are kept: qwen3emb logs {name}")
+        if log and error:
+            error.details.setdefault("log", str(log))
+
+
+def _tells_of_the_engine(error: LaunchError | None) -> bool:
+    """Ctrl-C does not, nor what the user asked for wrongly, nor right answers that came too slowly."""
+    others = isinstance(error, InterruptedByUser | InvalidInputError)
+    return error is not None and not others and error.code != "slo_missed"
+
+
+@contextmanager
+def _child(words: Sequence[str], within: float, environ: Mapping[str, str], drain: bool) -> Iterator[dict[str, Any]]:
     process = subprocess.Popen(
         [*COMMAND, *words, "--json"],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={**os.environ, **(environ or {})},
+        env={**os.environ, **environ},
         preexec_fn=following(signal.SIGTERM),
     )
     try:

@@ -130,6 +130,7 @@ def tune(
             ram_bytes=plan.memory.available_bytes if plan.memory and not chosen.gpu else None,
             changing=frozenset(f.key for f in tried.factors if f.changes_vectors or vectors_may_change),
             warn=console.warn,
+            say=console.say,
             texts=seed << 20,
         )
         if dry_run:

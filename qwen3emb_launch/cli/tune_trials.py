@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qwen3emb_launch.bench.spec import Vocabulary
     from qwen3emb_launch.bench.target import Ready, Work
     from qwen3emb_launch.cli.launching import Chosen, LaunchOptions
+    from qwen3emb_launch.cli.temporary import Temporary
     from qwen3emb_launch.facts import LaunchPlan
     from qwen3emb_launch.planning import PlanRequest
     from qwen3emb_launch.state import InstanceRecord
@@ -59,6 +60,7 @@ class Engines:
     ram_bytes: int | None = None  # free when the run began, for engines without a GPU; None is not known
     changing: frozenset[str] = frozenset()
     warn: Callable[[str], None] = print
+    say: Callable[[str], None] = print
     baseline: ReferenceSet | None = None
     texts: int = 0  # where the next load's texts begin: none is sent twice
     warned: set[str] = field(default_factory=set)
@@ -119,20 +121,20 @@ class Engines:
         name = f"tune-{slot + 1}"
         card = self.chosen.gpu
         before = self._memory()
-        words = self._words(moves, name, free_port(LOOPBACK, FIRST_PORT + 20 * slot))
+        words = self._words(moves, free_port(LOOPBACK, FIRST_PORT + 20 * slot))
         began = time.monotonic()
         try:
-            with serving(words, within, environ=_pinned(self.chosen), drain=False):
+            with serving(name, words, within, environ=_pinned(self.chosen), drain=False, say=self.say) as run:
                 ready = time.monotonic() - began
                 _, record = state.running(name)
                 index = None if card is None else card.index
-                yield Served(self, moves, record, ready, began + within, before, index)
+                yield Served(self, moves, record, ready, began + within, before, index, run)
         finally:
             self._memory_back(before)
 
-    def _words(self, moves: Moves, name: str, port: int) -> list[str]:
+    def _words(self, moves: Moves, port: int) -> list[str]:
         options = self.options
-        words = ["--name", name, "--host", LOOPBACK, "--port", str(port), "--no-verify"]
+        words = ["--host", LOOPBACK, "--port", str(port), "--no-verify"]
         for option, value in (("--profile", options.profile), ("--model", options.model), ("--engine", options.engine)):
             words += [option, value] if value is not None else []
         words += ["--offline"] if options.offline else []
@@ -172,10 +174,17 @@ class Served:
     deadline: float
     memory_before: int | None
     gpu: int | None
+    run: Temporary | None = None
     _ready: Ready | None = None
 
     def prove(self) -> Proof:
         """The quick level; vectors are held to the baseline's, unless a setting may change them."""
+        proof = self._proof()
+        if self.run:
+            self.run.failed |= not proof.passed
+        return proof
+
+    def _proof(self) -> Proof:
         from qwen3emb_launch import state
         from qwen3emb_launch.cli.verify import read_plan
         from qwen3emb_launch.paths import paths
@@ -318,7 +327,9 @@ class Served:
             if record is None or not lives or record.restarts > self.record.restarts:
                 said = record.reason if record else "its record is gone"
                 raise EngineFailedError(
-                    "engine_died", f"the engine died under {measured.level:g}: {said}", "qwen3emb logs tune-1"
+                    "engine_died",
+                    f"the engine died under {measured.level:g}: {said}",
+                    f"qwen3emb logs {self.record.name}",
                 )
             if time.monotonic() >= end:
                 return

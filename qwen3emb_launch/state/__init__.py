@@ -6,6 +6,7 @@
         instance.json            what is the case now (InstanceRecord)
         events.jsonl             every transition, oldest first
         engine.yaml              the engine's keys, 0600; there only while an engine runs
+        temporary                there where it lives for one run of another command (passing.py)
         logs/                    one file a start, and the supervisor's own when detached
 
 A record counts only while the process it names lives: pid and start time must both agree, since pids are used again,

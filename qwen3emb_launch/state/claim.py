@@ -108,6 +108,9 @@ def claim(name: str) -> Claim:
             f"qwen3emb down {name}, or give this one another --name and --port",
             {"pid": holder},
         ) from error
+    if not _lies_at(folder / "lock", fd):  # its last holder has removed the folder
+        os.close(fd)
+        return claim(name)
     try:
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
@@ -115,6 +118,13 @@ def claim(name: str) -> Claim:
         os.close(fd)
         raise unusable(folder / "lock", error) from error
     return Claim(name, folder, fd)
+
+
+def _lies_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except OSError:
+        return False
 
 
 def adopt(name: str, lock_fd: int) -> Claim:

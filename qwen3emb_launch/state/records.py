@@ -14,6 +14,7 @@ from qwen3emb_launch.lifecycle import TERMINAL, State
 from qwen3emb_launch.paths import paths
 
 SCHEMA = 1
+MARK = "temporary"  # a file in the folder of an instance that lives for one run of another command
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -154,6 +155,11 @@ class Instance:
     running: bool
     record: InstanceRecord | None
     warning: str | None = None
+
+    @property
+    def temporary(self) -> bool:
+        """Whether it lived for one run of another command; what is left of it then are the logs of a failed run."""
+        return (self.folder / MARK).exists()
 
     @property
     def events(self) -> Path:

@@ -166,13 +166,13 @@ class Tuning:
                 trial = replace(trial, status=Status.TIMEOUT, code="out_of_time")
         except LaunchError as error:
             out = error.code == "out_of_time"
-            lines = error.details.get("last_lines")
+            lines, log = error.details.get("last_lines"), error.details.get("log")
             trial = replace(
                 trial,
                 status=Status.TIMEOUT if out else Status.FAILED,
                 code=error.code,
                 reason=error.message,
-                details={"last_lines": lines[-5:]} if lines else {},
+                details={**({"last_lines": lines[-5:]} if lines else {}), **({"log": log} if log else {})},
             )
         except KeyboardInterrupt:
             self.journal.add(replace(trial, status=Status.INTERRUPTED, seconds=self.clock() - began))

@@ -100,4 +100,4 @@ def test_a_profile_is_started_for_the_run_and_stopped_after_it(engine_python, tm
     assert target["fingerprint"]["complete"]
     assert target["fingerprint"]["parts"]["dims"] == 256
     assert envelope["result"]["runs"][0]["rss"] > 100 << 20
-    assert not [i for i in state.instances() if i.running]
+    assert not [i for i in state.instances() if i.running or i.temporary]

@@ -47,4 +47,4 @@ def test_a_tiny_space_is_tried_on_the_real_engine(engine_python: Path, tmp_path:
     assert profile.evidence != "none"
     assert profile.evidence[0].unit == "texts/s"
     assert profile.evidence[0].command.startswith("qwen3emb bench --profile ./mine.yaml --concurrency 1")
-    assert not [i for i in state.instances() if i.running]
+    assert not [i for i in state.instances() if i.running or i.temporary]
