@@ -51,6 +51,7 @@ class NullEndpoint:
         self.answered = 0
         self.texts: list[str] | None = None  # set to a list to record what was asked
         self.bodies: list[bytes] | None = None
+        self.open: set[asyncio.Transport] = set()
         self.free_at = 0.0
         self._vectors: dict[tuple[int, bool], bytes] = {}
 
@@ -124,6 +125,10 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
+        self.endpoint.open.add(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.endpoint.open.discard(self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
@@ -183,10 +188,21 @@ def null_server(behaviour: Behaviour | None = None) -> Iterator[tuple[str, NullE
     try:
         yield f"http://127.0.0.1:{port}/v1", endpoint
     finally:
+        asyncio.run_coroutine_threadsafe(_end(server, endpoint), loop).result()
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(5)
-        server.close()
+        thread.join()
         loop.close()
+
+
+async def _end(server: asyncio.Server, endpoint: NullEndpoint) -> None:
+    """No connection is left half accepted, whose coroutine would never run, and none is left open."""
+    while accepting := asyncio.all_tasks() - {asyncio.current_task()}:  # asyncio has a task for each
+        await asyncio.gather(*accepting, return_exceptions=True)
+    server.close()
+    while endpoint.open:
+        for transport in endpoint.open:
+            transport.abort()
+        await asyncio.sleep(0)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
@@ -12,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -387,6 +390,21 @@ def in_flight(result: load.LoadResult, phase: load.PhaseTimes) -> float:
     """Requests on their way at a time, by Little's law: the same on a fast and on a busy machine."""
     overlap = (min(done, phase.ended) - max(sent, phase.began) for _, sent, done, _, _ in result.batch.rows())
     return sum(seconds for seconds in overlap if seconds > 0) / (phase.ended - phase.began)
+
+
+def test_a_server_of_the_tests_ends_in_order_while_it_accepts() -> None:
+    """Connections came at the last moment: no coroutine is left that was never awaited, no socket to the collector."""
+    words = ["_accept_connection"]  # in the collector's warnings may be other tests' sockets, too
+    with warnings.catch_warnings(record=True) as seen, ExitStack() as clients:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            with null_server() as (url, _):
+                port = int(url.rpartition(":")[2].partition("/")[0])
+                words.append(f"laddr=('127.0.0.1', {port})")
+                for _ in range(3):
+                    clients.enter_context(socket.create_connection(("127.0.0.1", port)))
+        gc.collect()
+    assert not [told for one in seen if any(word in (told := str(one.message)) for word in words)]
 
 
 def test_a_closed_loop_keeps_its_clients_busy() -> None:
