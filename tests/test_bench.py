@@ -638,7 +638,7 @@ def test_a_sweep_that_still_rises_claims_no_knee() -> None:
     runs = tuple(one(level=n, rate=n * 10.0) for n in (1, 2, 4))
     common = {"mode": "sweep", "load": {"shape": "closed"}, "targets": (), "runs": runs, "created": "now", "seed": 1}
     record = Record(**common, knee=modes.knee(runs, "closed", None))
-    assert report.knee_lines(record) == ["a: no knee up to 4 clients, 40 requests/s"]
+    assert report.knee_lines(record) == ["a: no knee up to 4 clients, 40 requests/s; more clients: --sweep 8,16"]
     flat = tuple(one(level=n, rate=20.0) for n in (1, 2, 4))
     record = Record(**{**common, "runs": flat}, knee=modes.knee(flat, "closed", None))
     assert report.knee_lines(record) == ["a: the knee is at 1 client, 20 requests/s"]
@@ -651,7 +651,35 @@ def test_an_open_loops_knee_is_judged_by_what_arrived() -> None:
         one(level=100, rate=86, requests=86),
         one(level=200, rate=150, requests=150, failed={"timeout": 45}),
     ]
-    assert modes.knee(runs, "open", None)["a"] == {"level": 100, "requests_per_s": 86}
+    found = modes.knee(runs, "open", None)
+    assert found["a"] == {"level": 100, "requests_per_s": 86, "kept": True, "passed": True}
+    assert report.knee_lines(swept_by_rate(runs)) == ["a: the knee is at 100/s, 86 requests/s"]
+
+
+def swept_by_rate(runs: list[Run]) -> Record:
+    return Record(
+        mode="sweep", load={"shape": "open"}, targets=(), runs=tuple(runs), created="now", seed=1,
+        knee=modes.knee(runs, "open", None),
+    )  # fmt: skip
+
+
+def test_a_sweep_of_rates_claims_no_knee_that_it_has_not_passed() -> None:
+    """The last rate served as the others were: the knee is beyond it. None kept up with: it is below the first."""
+    served = [one(level=n, rate=n, requests=n) for n in (50, 100, 200)]
+    assert report.knee_lines(swept_by_rate(served)) == [
+        "a: no knee up to 200/s, 200 requests/s; the highest rate tried was still served; "
+        "higher ones: --sweep rate:300,400"
+    ]
+    late = {"failed": {"timeout": 100}}
+    over = [one(level=n, rate=40, requests=40, **late) for n in (200, 400)]
+    assert report.knee_lines(swept_by_rate(over)) == [
+        "a: no rate tried was kept up with: at 200/s, 40 requests/s; lower ones: --sweep rate:50,100"
+    ]
+    broken = [*served[:2], one(level=200, rate=0, requests=0, **late)]
+    assert report.knee_lines(swept_by_rate(broken)) == ["a: the knee is at 100/s, 100 requests/s"]
+    old = swept_by_rate(served)
+    bare = {"a": {"level": 200, "requests_per_s": 200.0}}  # a record of before
+    assert "no knee up to 200/s" in report.knee_lines(replace(old, knee=bare))[0]
 
 
 def test_an_objective_that_nothing_meets_says_the_nearest() -> None:

@@ -253,22 +253,30 @@ def knee(runs: Sequence[Run], shape: Shape, slo: Slo | None) -> dict[str, Any]:
     """By target: the level from which more brings no more, and the highest that meets the objective.
 
     Closed loop: the fewest clients within 5% of the best rate. Open loop: the highest rate that is 95% answered, of the
-    requests that really came: in a few seconds Poisson arrivals are off the rate asked for by more.
+    requests that really came: in a few seconds Poisson arrivals are off the rate asked for by more; the lowest one,
+    not `kept`, where none was. `passed`: a level above it was tried, else the knee lies somewhere beyond.
     `nearest` is the level that came closest when none met the objective.
     """
     out: dict[str, Any] = {}
     for name in dict.fromkeys(r.target for r in runs):
-        mine = [r for r in runs if r.target == name and r.figures.requests]
+        tried = [r for r in runs if r.target == name]
+        mine = [r for r in tried if r.figures.requests]
         if not mine:
             out[name] = None
             continue
         best = max(r.figures.requests_per_s for r in mine)
         if shape == "closed":
-            at = min((r for r in mine if r.figures.requests_per_s >= best * (1 - KNEE_GAIN)), key=lambda r: r.level)
+            kept = [r for r in mine if r.figures.requests_per_s >= best * (1 - KNEE_GAIN)]
+            at = min(kept, key=lambda r: r.level)
         else:
             kept = [r for r in mine if r.figures.requests_per_s >= SUSTAINED * r.figures.arrived_per_s]
-            at = max(kept or mine[:1], key=lambda r: r.level)
-        found: dict[str, Any] = {"level": at.level, "requests_per_s": at.figures.requests_per_s}
+            at = max(kept, key=lambda r: r.level) if kept else min(mine, key=lambda r: r.level)
+        found: dict[str, Any] = {
+            "level": at.level,
+            "requests_per_s": at.figures.requests_per_s,
+            "kept": bool(kept),
+            "passed": any(r.level > at.level for r in tried),
+        }
         if slo:
             meeting = [r for r in mine if not r.figures.slo_misses]
             top = max(meeting, key=lambda r: r.level, default=None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen3emb_launch.bench.compare import Compared
@@ -166,10 +166,7 @@ def knee_lines(record: Record) -> list[str]:
         if not found:
             lines.append(f"{name}: no level had a right answer")
             continue
-        level = level_name(record, found["level"])
-        rate = f"{number(found['requests_per_s'])} requests/s"
-        rising = record.load.get("shape") != "open" and len(record.levels) > 1 and found["level"] == max(record.levels)
-        lines.append(f"{name}: no knee up to {level}, {rate}" if rising else f"{name}: the knee is at {level}, {rate}")
+        lines.append(f"{name}: {_knee(record, found)}")
         if "slo_level" in found and found["slo_level"] is not None:
             top = level_name(record, found["slo_level"])
             lines.append(f"{name}: {record.slo} holds up to {top}, {number(found['slo_requests_per_s'])} requests/s")
@@ -180,6 +177,25 @@ def knee_lines(record: Record) -> list[str]:
                 f"{', '.join(near['misses'])}"
             )
     return lines
+
+
+def _knee(record: Record, found: Mapping[str, Any]) -> str:
+    """Where more brings no more; what to try where the sweep ended on one side of it."""
+    at, shape = found["level"], record.load.get("shape")
+    what = f"{level_name(record, at)}, {number(found['requests_per_s'])} requests/s"
+    if not found.get("kept", True):
+        return f"no rate tried was kept up with: at {what}; lower ones: --sweep rate:{_round(at / 4)},{_round(at / 2)}"
+    if found.get("passed", at < max(record.levels)):
+        return f"the knee is at {what}"
+    if shape == "open":
+        more = f"the highest rate tried was still served; higher ones: --sweep rate:{_round(at * 1.5)},{_round(at * 2)}"
+    else:
+        more = f"more clients: --sweep {at * 2:.0f},{at * 4:.0f}"
+    return f"no knee up to {what}; {more}"
+
+
+def _round(rate: float) -> str:
+    return f"{float(f'{rate:.2g}'):g}"
 
 
 def slo_lines(record: Record) -> list[str]:
