@@ -17,7 +17,7 @@ import pytest
 from conftest import free_port
 from supervised import fake_plan, gateway_plan, gone, until
 
-from qwen3emb_launch import gpu, planning, state
+from qwen3emb_launch import gpu, planning, recorded_flags, state
 from qwen3emb_launch.cli import launching
 from qwen3emb_launch.cli.app import run
 from qwen3emb_launch.console import Console
@@ -25,6 +25,7 @@ from qwen3emb_launch.engine_process.ports import check_free
 from qwen3emb_launch.errors import InvalidInputError, UnfitError
 from qwen3emb_launch.facts import GpuFacts, LaunchPlan
 from qwen3emb_launch.lifecycle import State
+from qwen3emb_launch.paths import paths
 from qwen3emb_launch.planning import plan_text
 from qwen3emb_launch.up.detached import command
 
@@ -227,6 +228,39 @@ def test_dry_run_prints_the_command_and_starts_nothing(capsys: OUTER, planned: A
     status, body = envelope(capsys, "up", "--profile", "demo", "--dry-run")
     assert (status, body["result"]["argv"]) == (0, list(plan.argv))
     assert state.instances() == []
+
+
+@pytest.mark.parametrize("dry", [["--dry-run"], []])
+@pytest.mark.parametrize("command", ["up", "tune"])
+def test_without_a_gpu_the_hint_is_the_same_command_on_a_cpu(capsys: OUTER, command: str, dry: list[str]) -> None:
+    """And for a profile that was asked for, how to see what it launches; not how to start another one."""
+    again = " ".join(["qwen3emb", command, *dry, "--profile demo"])
+    _, body = envelope(capsys, command, *dry, "--profile", "h100:fp8")
+    look = "what it launches: qwen3emb profiles explain h100:fp8"
+    assert body["error"]["hint"] == f"{look}; without a GPU: {again}, or --profile cpu; else: qwen3emb doctor"
+    assert run(["profiles", "explain", "h100:fp8"]) == 0
+    capsys.readouterr()
+    _, body = envelope(capsys, command, *dry)
+    assert body["error"]["hint"] == f"without a GPU: {again}, or --profile cpu; else: qwen3emb doctor"
+
+
+@pytest.mark.parametrize("command", ["up", "tune"])
+def test_a_dry_run_fetches_nothing(capsys: OUTER, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """A model or an engine that is missing is named with the command that gets it: these are gigabytes."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a dry run fetches")
+
+    monkeypatch.setattr("qwen3emb_launch.hub.downloading.download", never)
+    monkeypatch.setattr("qwen3emb_launch.engines.install", never)
+    monkeypatch.setenv("QWEN3EMB_DATA_DIR", str(paths().state / "nothing"))
+    status, body = envelope(capsys, command, "--dry-run", "--profile", "cpu")
+    assert (status, body["error"]["hint"]) == (3, "qwen3emb engine install cpu")
+    engine = recorded_flags.engine("0.5.15.post1", "cpu")
+    monkeypatch.setattr("qwen3emb_launch.engines.find", lambda *_: engine)
+    monkeypatch.setenv("HF_HOME", str(paths().state / "nothing"))
+    status, body = envelope(capsys, command, "--dry-run", "--profile", "cpu")
+    assert (status, body["error"]["hint"]) == (3, "qwen3emb download 0.6b")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What a launching command was given. None means: not said. `settings` are `--set` words, unread."""
+    """What a launching command was given. None means: not said. `settings` are `--set` words, unread.
+
+    `dry`: nothing is to be started, so nothing is installed or downloaded either.
+    """
 
     model: str | None = None
     profile: str | None = None
@@ -28,6 +31,7 @@ class LaunchOptions:
     engine: str | None = None
     settings: tuple[str, ...] = ()
     offline: bool = False
+    dry: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,6 @@ class Chosen:
 
 def choose(options: LaunchOptions, console: Console) -> Chosen:
     """The named profile, or the one that matches the GPU found. Raises UnfitError `no_gpu`, InvalidInputError."""
-    from qwen3emb_launch import gpu, planning, profile_files
     from qwen3emb_launch.engine_process.ports import check_host, check_range
     from qwen3emb_launch.hub.names import parse
     from qwen3emb_launch.state import check_name
@@ -91,18 +94,34 @@ def choose(options: LaunchOptions, console: Console) -> Chosen:
         check_range(options.port)
     if options.host is not None:
         check_host(options.host)
-    wanted = "demo" if options.profile is None and options.model == "demo" else options.profile
-    if wanted is None:
-        match = planning.match_profile(gpu.inventory(), profile_files.profiles())
-        if match.warning:
-            console.warn(match.warning)
-        console.say(f"profile {match.profile.name}, for {match.gpu.name}")
-        profile: Profile = match.profile
-        card: GpuFacts | None = match.gpu
-    else:
-        profile = profile_files.load(wanted)
-        card = None if profile.engine.flavour == "cpu" else planning.card_for(profile, gpu.inventory())
+    try:
+        profile, card = _profile_and_card(options, console)
+    except UnfitError as error:
+        if error.code == "no_gpu":
+            error.hint = _without_gpu(options, console)
+        raise
     return Chosen(profile, card, check_name(profile.name.replace(":", "-") if options.name is None else options.name))
+
+
+def _profile_and_card(options: LaunchOptions, console: Console) -> tuple[Profile, GpuFacts | None]:
+    from qwen3emb_launch import gpu, planning, profile_files
+
+    wanted = "demo" if options.profile is None and options.model == "demo" else options.profile
+    if wanted is not None:
+        profile = profile_files.load(wanted)
+        return profile, None if profile.engine.flavour == "cpu" else planning.card_for(profile, gpu.inventory())
+    match = planning.match_profile(gpu.inventory(), profile_files.profiles())
+    if match.warning:
+        console.warn(match.warning)
+    console.say(f"profile {match.profile.name}, for {match.gpu.name}")
+    return match.profile, match.gpu
+
+
+def _without_gpu(options: LaunchOptions, console: Console) -> str:
+    """The next step is the same command with another profile; a named one's launch can be looked at anywhere."""
+    look = f"what it launches: qwen3emb profiles explain {options.profile}; " if options.profile else ""
+    again = f"qwen3emb {console.command}{' --dry-run' if options.dry else ''} --profile"
+    return f"{look}without a GPU: {again} demo, or --profile cpu; else: qwen3emb doctor"
 
 
 def make_plan(options: LaunchOptions, chosen: Chosen, console: Console) -> LaunchPlan:

@@ -108,7 +108,8 @@ def tune(
             work, notes = with_corpus(work, corpus, column, stack)
             for note in notes:
                 console.warn(note)
-        options = LaunchOptions(model, profile, None, None, None, engine, tuple(settings or ()), offline)
+        words = tuple(settings or ())
+        options = LaunchOptions(model, profile, None, None, None, engine, words, offline or dry_run, dry_run)
         chosen = choose(options, console)
         target = _target(out, chosen.profile.name, resume) if not dry_run else Path("tuned.yaml")
         plan = make_plan(options, chosen, console)

@@ -81,7 +81,7 @@ def up(
         "gateway.insecure": "true" if insecure else None,
     }
     words = (*(settings or ()), *(f"{key}={value}" for key, value in short.items() if value is not None))
-    options = LaunchOptions(model, profile, name, host, port, engine, words, offline or dry_run)
+    options = LaunchOptions(model, profile, name, host, port, engine, words, offline or dry_run, dry_run)
     with shell("up", json) as console:
         if dry_run:
             plan = make_plan(options, choose(options, console), console)
