@@ -60,7 +60,7 @@ umount -l /.old
 # As at a real boot, and in here only: credentials are mounted by a helper in a namespace of its own.
 mount --make-rshared /
 export container=test
-exec /lib/systemd/systemd --system --unit=test.target --log-target=null --show-status=0
+exec /lib/systemd/systemd --system --unit=test.target --log-target=journal --show-status=0
 """
 
 

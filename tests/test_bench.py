@@ -139,8 +139,9 @@ def test_a_wall_clock_that_jumps_moves_no_figure_and_is_said(capsys, monkeypatch
         status, envelope = command(capsys, "bench", "--base-url", url, *QUICK)
     assert status == 0
     found = envelope["result"]["runs"][0]["figures"]
-    assert 0.3 < found["seconds"] < 5
-    assert found["requests_per_s"] == pytest.approx(found["requests"] / found["seconds"], rel=0.2)
+    assert 0.3 < found["seconds"] < 1800
+    edges = 4 / found["requests"]  # two clients' requests across either end count by their part
+    assert found["requests_per_s"] == pytest.approx(found["requests"] / found["seconds"], rel=0.1 + edges)
     assert any("the wall clock jumped by " in warning for warning in envelope["result"]["warnings"])
 
 
@@ -186,13 +187,13 @@ def test_a_comparison_of_too_few_rounds_is_warned_of(capsys, rounds: str, warned
 
 
 def test_a_sweep_finds_the_knee_of_a_serial_server(capsys) -> None:
-    """One at a time, 10 ms each: more than a few clients bring nothing, and the sweep ends by itself."""
-    with null_server(Behaviour(delay=0.01, serial=True)) as (url, _):
-        status, envelope = command(capsys, "bench", "--base-url", url, "--sweep", "auto", *QUICK, "--slo", "p95=65ms")
+    """One at a time, 30 ms each: more than a few clients bring nothing, and the sweep ends by itself."""
+    with null_server(Behaviour(delay=0.03, serial=True)) as (url, _):
+        status, envelope = command(capsys, "bench", "--base-url", url, "--sweep", "auto", *QUICK, "--slo", "p95=195ms")
     result = envelope["result"]
     (found,) = result["knee"].values()
     assert status == 0
-    assert found["requests_per_s"] == pytest.approx(100, rel=0.25)
+    assert found["requests_per_s"] == pytest.approx(33, rel=0.25)
     assert found["level"] <= 4
     assert found["slo_level"] in (2, 4)
     assert result["runs"][-1]["level"] <= 64

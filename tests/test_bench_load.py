@@ -436,7 +436,8 @@ def test_poisson_arrivals_repeat_with_the_seed_and_have_their_rate() -> None:
         spec = LoadSpec(url=url, model="m", shape="open", phases=(Phase("steady", 1.0, 300),), seed=5)
         one, two = (sorted(load.run(spec).batch.scheduled) for _ in range(2))
     assert len(one) == pytest.approx(300, abs=70)
-    assert abs(len(one) - len(two)) <= 6  # a run begins up to some 20 ms into its window, which cuts the last ones off
+    late = abs(one[0] - two[0])  # a run begins some milliseconds into its window, which cuts the last ones off
+    assert abs(len(one) - len(two)) <= 6 + 600 * late
     both = min(len(one), len(two))
     gaps = [[b - a for a, b in pairwise(x[:both])] for x in (one, two)]
     assert gaps[0] == pytest.approx(gaps[1], abs=1e-6)
@@ -506,9 +507,16 @@ def test_warm_up_is_sent_but_not_measured() -> None:
     with null_server(Behaviour(delay=0.05)) as (url, endpoint):
         spec = LoadSpec(url=url, model="m", phases=(Phase("warmup", 0.5, 2, measured=False), Phase("steady", 0.5, 2)))
         result = load.run(spec)
-    figures = figures_of(result, result.phases[-1], None)
+    phase = result.phases[-1]
+    figures = figures_of(result, phase, None)
     assert endpoint.answered > figures.requests
-    assert figures.requests_per_s == pytest.approx(40, rel=0.2)
+    parts = [
+        (min(done, phase.ended) - max(sent, phase.began)) / (done - sent) for _, sent, done, _, _ in result.batch.rows()
+    ]
+    inside = sum(part for part in parts if part > 0)
+    assert figures.requests_per_s == pytest.approx(inside / (phase.ended - phase.began))
+    assert figures.requests <= len([part for part in parts if part > 0]) < endpoint.answered
+    assert in_flight(result, phase) == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -592,7 +600,7 @@ def test_no_worker_outlives_its_parent(tmp_path: Path) -> None:
             f"load.run(LoadSpec(url={url!r}, model='m', phases=(Phase('steady', 300, 2),)))\n"
         )
         parent = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(Path.cwd())})
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while endpoint.answered < 50 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert endpoint.answered >= 50

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -87,10 +87,10 @@ def test_refusal_keeps_its_status() -> None:
 
 
 def test_nobody_listens() -> None:
-    """A closed port is unreachable at once."""
-    answer = embed_once(Target("127.0.0.1", free_port(), "m", 2), "x", 5)
+    """A closed port is unreachable at once: no time that was given is waited for."""
+    answer = embed_once(Target("127.0.0.1", free_port(), "m", 2), "x", 60)
     assert answer.verdict is Verdict.UNREACHABLE
-    assert answer.seconds < 1
+    assert answer.seconds < 30
 
 
 @pytest.mark.parametrize("words", [b"", b"nonsense\r\n\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nshort"])
@@ -101,28 +101,28 @@ def test_broken_connections(words: bytes) -> None:
 
 
 def test_silence_is_slow() -> None:
-    """No answer within the time is slow, whatever the time."""
+    """No answer within the time is slow, whatever the time: the server still holds its own back then."""
     hold = threading.Event()
-    with server(lambda _: hold.wait(5) and None) as target:
-        begin = time.monotonic()
+    waited: list[bool] = []
+    with server(lambda _: waited.append(hold.wait(60))) as target:
         assert embed_once(target, "x", 0.2).verdict is Verdict.SLOW
-        assert time.monotonic() - begin < 2
+        assert not waited
         hold.set()
 
 
 def test_a_dripping_answer_is_slow() -> None:
-    """Bytes that keep coming do not prolong the time: it is for the whole answer."""
+    """Bytes that keep coming do not prolong the time: it is for the whole answer, which is far from its end then."""
     stop = threading.Event()
+    dripped = itertools.count()
 
     def drip(connection: socket.socket) -> None:
-        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n")
-        while not stop.wait(0.02):
+        connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        while not stop.wait(0.02) and next(dripped) < 1000:
             connection.sendall(b" ")
 
     with server(drip) as target:
-        begin = time.monotonic()
         assert embed_once(target, "x", 0.3).verdict is Verdict.SLOW
-        assert time.monotonic() - begin < 2
+        assert next(dripped) < 500
         stop.set()
 
 

@@ -75,9 +75,11 @@ def test_a_right_endpoint_may_speak_as_it_likes(how: Answer | None, version: str
 def test_an_answer_that_drips_ends_with_the_time_limit(tmp_path: Path) -> None:
     """A byte now and then is no answer: the limit is for the whole of it."""
     rest = Event()
+    lengths: list[int] = []
 
     def drip(handler: _Handler, data: bytes) -> None:
         head(handler, len(data))
+        lengths.append(len(data))
         for i in range(len(data)):
             if rest.wait(0.1):
                 return
@@ -86,7 +88,7 @@ def test_an_answer_that_drips_ends_with_the_time_limit(tmp_path: Path) -> None:
     with answering(drip) as url:
         report = quick(url, tmp_path, timeout=0.5)
         rest.set()
-    assert report.seconds < 10
+    assert report.seconds < 0.1 * min(lengths)  # what one whole answer takes: minutes
     assert report.failures[0].id == "answers"
     assert "did not answer within 0." in report.failures[0].seen
 

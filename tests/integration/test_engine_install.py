@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import time
+import subprocess
+from typing import Any
 
 import pytest
 
@@ -25,15 +26,24 @@ def test_the_cpu_environment_knows_what_a_launch_needs() -> None:
     assert facts.packages["transformers"] == "5.12.1"
 
 
-def test_find_does_not_start_python() -> None:
-    """Finding the environment costs milliseconds: under 50, best of five."""
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is started meanwhile: a Python takes a tenth of a second, one that imports the engine six."""
+    seen: list[object] = []
 
-    def once() -> float:
-        started = time.perf_counter()
-        engines.find("cpu")
-        return time.perf_counter() - started
+    class Popen(subprocess.Popen):
+        def __init__(self, words: Any, *more: Any, **options: Any) -> None:
+            seen.append(words)
+            super().__init__(words, *more, **options)
 
-    assert min(once() for _ in range(5)) < 0.05
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    return seen
+
+
+def test_find_does_not_start_python(started: list[object]) -> None:
+    """Finding the environment reads a few files: 3 ms here."""
+    assert engines.find("cpu").version == releases.CPU_VERSION
+    assert not started
 
 
 def test_check_starts_it_and_finds_it_whole() -> None:
@@ -45,12 +55,12 @@ def test_check_starts_it_and_finds_it_whole() -> None:
     assert report.device["cuda_available"] is False or report.device["gpus"]
 
 
-def test_installing_again_returns_at_once() -> None:
-    """`make test` calls it each time: a complete environment takes under a second, best of three."""
-
-    def once() -> float:
-        started = time.perf_counter()
+def test_installing_again_returns_at_once(started: list[object]) -> None:
+    """`make test` calls it each time: a complete environment is looked at, in 6 ms here, and nothing is started. But
+    for the plugin, where another tree has put its own there; not three times in a row."""
+    counts = []
+    for _ in range(3):
         assert engines.install("cpu").did == "nothing"
-        return time.perf_counter() - started
-
-    assert min(once() for _ in range(3)) < 1.0
+        counts.append(len(started))
+        started.clear()
+    assert min(counts) == 0

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -113,9 +112,7 @@ def test_no_request_is_lost_whatever_is_killed(engine: None) -> None:
             clients.goes_on(20)
             for pid in first:
                 os.kill(pid, signal.SIGKILL)
-            begin = time.monotonic()
             until(lambda: state.running()[1].state is State.RESTARTING, "notice of the crash")
-            assert time.monotonic() - begin < 5  # a tenth of that on a quiet machine
             until(lambda: state.running()[1].state is State.READY, "the engines' return", 240)
             clients.goes_on(20)
             done = cli("restart")
@@ -129,11 +126,13 @@ def test_no_request_is_lost_whatever_is_killed(engine: None) -> None:
         gateway = next(u for u in state.running()[1].units if u.kind == "gateway")
         assert gateway.process
         os.kill(gateway.process.pid, signal.SIGKILL)
-        begin = time.monotonic()
         until(lambda: state.running()[1].state is State.RESTARTING, "notice of the gateway's end")
         until(lambda: state.running()[1].state is State.READY, "the gateway's return")
         assert clients.ask("text 1")
-        assert time.monotonic() - begin < 5  # about one on a quiet machine
+        events = [json.loads(line) for line in state.running()[0].events.read_text().splitlines()]
+        reasons = {event["reason"] for event in events if event["after"] == "restarting"}
+        # Noticed by the ends of processes; a probe would say that nothing answers.
+        assert {reason.rpartition(": ")[2].split(" was ")[-1] for reason in reasons} == {"killed by SIGKILL"}, reasons
 
         tree = descendants(process.pid)
         assert len(tree) >= 10  # three guards, the gateway, twice server, scheduler, detokenizer
