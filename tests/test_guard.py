@@ -162,6 +162,18 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
             name.unlink(missing_ok=True)
 
 
+def test_an_order_of_an_older_supervisor_is_understood(tmp_path: Path) -> None:
+    """The package may be replaced under a running instance: its supervisor starts this guard, and knows no scratch."""
+
+    class Older(EngineCommand):
+        def order(self) -> dict[str, object]:
+            return {key: value for key, value in super().order().items() if key != "scratch"}
+
+    events: queue.Queue[ProcessEvent] = queue.Queue()
+    EngineProcess(Older(("/bin/true",), dict(os.environ), tmp_path / "engine.log"), events.put)
+    assert [type(events.get(timeout=15)) for _ in range(3)] == [Spawned, Exited, Gone]
+
+
 def test_a_stopped_guard_obeys_all_the_same(tmp_path: Path) -> None:
     """SIGSTOP to the guard: the next order wakes it."""
     engine, pids = family(tmp_path)

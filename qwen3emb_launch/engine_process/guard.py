@@ -277,7 +277,8 @@ class Guard:
             os.kill(self.engine, signal.SIGTERM)
 
     def _start(self, order: Order) -> None:
-        self.sign, self.scratch = order["sign"].encode(), order["scratch"]
+        self.sign = order["sign"].encode()
+        self.scratch = order.get("scratch", "")  # a supervisor older than this file, replaced under it, sends none
         self.log = Log(order["log"], order["rotate_bytes"], order["rotate_keep"], order["secrets"])
         output, engine_end = os.pipe()
         failed, failing = os.pipe()
