@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import queue
 import signal
@@ -160,6 +162,23 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
     finally:
         for name in names:
             name.unlink(missing_ok=True)
+
+
+def test_names_of_others_with_the_same_inode_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inodes are a file system's own: those of another, as of a sandbox with its own /dev/shm, tell nothing."""
+    file = tmp_path / "dev" / "shm" / "psm_ours"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(4096))
+
+    class Other:
+        name, path = "psm_other", "/dev/shm/psm_other"
+
+        def inode(self) -> int:
+            return file.stat().st_ino
+
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext([Other()]))
+    with file.open("rb+") as opened, mmap.mmap(opened.fileno(), 0):
+        assert guard_module.shared_memory([os.getpid()]) == []
 
 
 def test_an_order_of_an_older_supervisor_is_understood(tmp_path: Path) -> None:

@@ -80,20 +80,24 @@ def descendants(root: int) -> list[int]:
 def shared_memory(pids: list[int]) -> list[str]:
     """The files in /dev/shm with drawn names that these processes have mapped.
 
-    Told by their inodes: a semaphore is mapped under another name, before it gets its own.
+    Told by their inodes: a semaphore is mapped under another name, before it gets its own. Inodes count from one in
+    each file system, and a sandboxed process may have another /dev/shm: those of this one's device alone are meant.
     """
     mapped = set()
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps", "rb") as file:  # noqa: PTH123
-                mapped |= {int(line.split(None, 5)[4]) for line in file if SHARED.encode() in line}
+                fields = [line.split(None, 5) for line in file if SHARED.encode() in line]
         except OSError:
             continue
+        mapped |= {(device, int(inode)) for _, _, _, device, inode, _ in fields}
     if not mapped:
         return []
     try:
+        device = os.stat(SHARED).st_dev  # noqa: PTH116
+        here = b"%02x:%02x" % (os.major(device), os.minor(device))
         with os.scandir(SHARED) as entries:
-            return [one.path for one in entries if one.name.startswith(DRAWN) and one.inode() in mapped]
+            return [one.path for one in entries if one.name.startswith(DRAWN) and (here, one.inode()) in mapped]
     except OSError:
         return []
 
