@@ -122,10 +122,11 @@ LITTER = """
 import multiprocessing, os, sys, tempfile, time
 from multiprocessing.shared_memory import SharedMemory
 memory = SharedMemory(create=True, size=4096)
+ring = SharedMemory(f"sgl_shm_mq_{os.getpid()}_{os.urandom(4).hex()}", create=True, size=4096)
 lock = multiprocessing.get_context("spawn").Lock()
 os.makedirs(os.path.join(tempfile.mkdtemp(), "below"))
 os.symlink(sys.argv[1], os.path.join(tempfile.gettempdir(), "link"))
-print(memory.name, lock._semlock.name, flush=True)
+print(memory.name, lock._semlock.name, ring.name, flush=True)
 while True: time.sleep(60)
 """
 
@@ -143,7 +144,7 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
     monkeypatch.setenv("TMPDIR", str(scratch))
     engine = Engine(tmp_path, sys.executable, "-c", LITTER, str(kept), scratch=scratch)
     said = until(lambda: engine.log.exists() and engine.log.read_text().split(), "the names")
-    names = [Path("/dev/shm", said[0]), Path("/dev/shm", f"sem.{said[1].strip('/')}")]
+    names = [Path("/dev/shm", name) for name in (said[0], f"sem.{said[1].strip('/')}", said[2])]
     try:
         assert all(name.exists() for name in names)
         assert len(list(scratch.iterdir())) == 2

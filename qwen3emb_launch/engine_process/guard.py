@@ -45,7 +45,8 @@ SIGN_WITHIN = 64  # bytes of a line, its time stamp included
 KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
 STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
 SHARED = "/dev/shm/"  # noqa: S108 - looked into, not written to
-DRAWN = ("sem.mp-", "psm_", "sglang_")  # how Python and SGLang begin names that are drawn, and so nobody else's
+# How Python and SGLang begin names that are drawn, and so nobody else's; `sgl_shm_`: with several workers.
+DRAWN = ("sem.mp-", "psm_", "sglang_", "sgl_shm_")
 
 Order = dict[str, Any]
 
