@@ -26,6 +26,7 @@ from qwen3emb_launch.engine_process import (
     SpawnFailed,
 )
 from qwen3emb_launch.engine_process import guard as guard_module
+from qwen3emb_launch.engine_process import process as process_module
 from qwen3emb_launch.engine_process.guard import Log, become_subreaper, descendants
 from qwen3emb_launch.engine_process.process import sweep
 
@@ -180,6 +181,21 @@ def test_names_of_others_with_the_same_inode_stay(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext([Other()]))
     with file.open("rb+") as opened, mmap.mmap(opened.fileno(), 0):
         assert guard_module.shared_memory([os.getpid()]) == []
+
+
+def test_a_look_that_hangs_keeps_nobody_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel holds in mmap lets nobody read its maps until it is killed; the killing does not wait for it."""
+    script = tmp_path / "guard.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(guard_module.__file__).rpartition('/')[0]!r})\n"
+        "import guard; guard.shared_memory = lambda pids: time.sleep(600); guard.Guard().run()\n"
+    )
+    monkeypatch.setattr(process_module, "GUARD", script)
+    engine, pids = family(tmp_path)
+    engine.process.terminate()  # which looks too
+    engine.process.kill()
+    assert isinstance(engine.end()[-1], Gone)
+    assert all(map(gone, pids))
 
 
 def test_an_order_of_an_older_supervisor_is_understood(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ and whatever else was descended from it falls to the supervisor, a subreaper too
 
 from __future__ import annotations
 
+import _thread  # for a thread that nobody waits for at the end
 import ctypes
 import json
 import os
@@ -43,6 +44,7 @@ LINE_LIMIT = 1 << 16  # a longer line is written in pieces
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
 SIGN_WITHIN = 64  # bytes of a line, its time stamp included
 KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
+LOOK_FOR = 1.0  # seconds for what the processes have mapped, which takes milliseconds
 STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
 SHARED = "/dev/shm/"  # noqa: S108 - looked into, not written to
 # How Python and SGLang begin names that are drawn, and so nobody else's; `sgl_shm_`: with several workers.
@@ -368,9 +370,30 @@ class Guard:
         return True
 
     def _look_at_memory(self) -> None:
-        """While the processes live: SGLang kills its own before it ends."""
-        if self.shared is None:
-            self.shared = shared_memory(descendants(os.getpid()))
+        """While the processes live: SGLang kills its own before it ends.
+
+        In a thread that is not waited for longer than LOOK_FOR: /proc/PID/maps waits for a process that is held in
+        mmap, as by a network file system that hangs, and the killing that would free it comes after this.
+        """
+        if self.shared is not None:
+            return
+        self.shared = []
+        found: list[list[str]] = []
+        over = _thread.allocate_lock()
+        over.acquire()
+
+        def look() -> None:
+            try:
+                found.append(shared_memory(descendants(os.getpid())))
+            finally:
+                over.release()
+
+        try:
+            _thread.start_new_thread(look, ())
+        except RuntimeError:  # no thread to be had: the names stay
+            return
+        if over.acquire(timeout=LOOK_FOR) and found:
+            self.shared = found[0]
 
 
 def _become_engine(order: Order, guard: int, output: int, failing: int) -> None:
