@@ -34,8 +34,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own costs every guard most of a megabyte
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    Order: TypeAlias = dict[str, Any]
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -49,8 +54,6 @@ STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are repor
 SHARED = "/dev/shm/"  # noqa: S108 - looked into, not written to
 # How Python and SGLang begin names that are drawn, and so nobody else's; `sgl_shm_`: with several workers.
 DRAWN = ("sem.mp-", "psm_", "sglang_", "sgl_shm_")
-
-Order = dict[str, Any]
 
 
 def parents() -> dict[int, int]:
