@@ -198,6 +198,21 @@ def test_a_look_that_hangs_keeps_nobody_alive(tmp_path: Path, monkeypatch: pytes
     assert all(map(gone, pids))
 
 
+def test_a_folder_of_others_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name may have become free, and be another user's by the end; they could put a link in the place of a part."""
+    ours, (open_to_all, theirs) = tmp_path / "ours", [tmp_path / name for name in ("open", "theirs")]
+    for folder in (ours, open_to_all, theirs):
+        folder.mkdir(mode=0o700)
+        (folder / "file").touch()
+    open_to_all.chmod(0o777)
+    for folder in (ours, open_to_all):
+        guard_module.remove_tree(str(folder))
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    guard_module.remove_tree(str(theirs))
+    assert [folder.exists() for folder in (ours, open_to_all, theirs)] == [False, True, True]
+    guard_module.remove_tree(str(ours))
+
+
 def test_an_order_of_an_older_supervisor_is_understood(tmp_path: Path) -> None:
     """The package may be replaced under a running instance: its supervisor starts this guard, and knows no scratch."""
 

@@ -109,7 +109,17 @@ def shared_memory(pids: list[int]) -> list[str]:
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder and all in it, links as links. What cannot be removed stays."""
+    """Remove a folder and all in it, links as links. What cannot be removed stays.
+
+    So does a folder that is not this user's alone: what clears /tmp by age may have removed it, and another user made
+    one of the same name, who could exchange a part of it for a link while it is being removed.
+    """
+    try:
+        about = os.lstat(folder)
+    except OSError:
+        return
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        return
     for parent, folders, files in os.walk(folder, topdown=False):
         for name in files + folders:
             path = os.path.join(parent, name)  # noqa: PTH118
