@@ -8,6 +8,8 @@ import json
 import os
 import shlex
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -357,6 +359,21 @@ def test_temporary_files_have_a_folder_of_one_start(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert weighed.command(tmp_path / "e.log").scratch is None
     assert not list(tmp_path.glob("qwen3emb-*"))
+
+
+def test_pythons_own_sockets_fit_into_the_longest_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin's template listens in multiprocessing's folder, which lies a level deeper than SGLang's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as below:
+        room = scratch.LONGEST - len("/qwen3emb-12345678")
+        place = Path(below, "x" * (room - len(below) - 1))
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        one = scratch.Scratch(place)
+        told = one.fresh()
+        assert len(told["TMPDIR"]) == scratch.LONGEST
+        listen = "from multiprocessing.connection import Listener; Listener(family='AF_UNIX')"
+        subprocess.run([sys.executable, "-c", listen], check=True, env={**os.environ, **told})
+        one.close()
 
 
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 KEPT = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "CUTE_DSL_CACHE_DIR": "cute_dsl"}
-# A socket's path has 107 bytes at most, and SGLang's end in /tmp and eight letters.
-LONGEST = 80
+# A socket's path has 107 bytes at most, and Python's own end in /pymp-12345678/listener-12345678.
+LONGEST = 107 - 32
 
 
 class Scratch:
