@@ -376,6 +376,19 @@ def test_pythons_own_sockets_fit_into_the_longest_folder(monkeypatch: pytest.Mon
         one.close()
 
 
+def test_a_cache_that_cannot_be_written_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root's of an earlier start, or on a read-only disk: torch would end there, and knows a place itself."""
+    for name in scratch.KEPT:
+        monkeypatch.delenv(name, raising=False)
+    one = scratch.Scratch(tmp_path)
+    assert one.fresh()["TORCHINDUCTOR_CACHE_DIR"]
+    (tmp_path / "inductor").chmod(0o500)
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "inductor")
+    assert {"TMPDIR", "CUTE_DSL_CACHE_DIR"} == set(one.fresh())
+    one.close()
+
+
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:
     """Another checkpoint in the place of the first is refused before it is loaded, and so is one that cannot be read;
     the same one written anew is not."""

@@ -41,10 +41,12 @@ class Scratch:
         """Folders outside it that outlive it, but for those that the user has chosen."""
         found = {}
         for name, below in KEPT.items():
+            folder = self._cache / below
             if name not in os.environ:
                 with contextlib.suppress(OSError):
-                    (self._cache / below).mkdir(mode=0o700, parents=True, exist_ok=True)
-                    found[name] = str(self._cache / below)
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    if os.access(folder, os.W_OK | os.X_OK):  # else root's, of an earlier start, or on a read-only disk
+                        found[name] = str(folder)
         return found
 
     def close(self) -> None:
