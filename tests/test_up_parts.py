@@ -331,6 +331,31 @@ def test_every_start_meets_at_a_place_of_its_own_and_at_no_port(
     assert place() == "env://"
 
 
+@pytest.mark.parametrize("caps", [0, 1 << 10], ids=["undumpable", "CAP_NET_BIND_SERVICE"])
+def test_where_an_engine_cannot_open_the_place_it_is_not_named(caps: int) -> None:
+    """A supervisor opens its own descriptors even where another process of its user does not, as with capabilities of
+    Python's file: such an engine meets at a port."""
+    if caps and os.geteuid():
+        pytest.skip("only root gives away capabilities")
+    script = f"""
+import ctypes, os
+from qwen3emb_launch.engine_process.rendezvous import PLACE, Rendezvous
+assert PLACE in Rendezvous().fresh(())
+libc = ctypes.CDLL(None)
+libc.prctl(8, 1)  # PR_SET_KEEPCAPS
+if os.geteuid() == 0:
+    os.setuid(65534)
+if {caps}:
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)({caps}, {caps}))
+libc.prctl(4, {int(bool(caps))})  # PR_SET_DUMPABLE
+assert PLACE not in Rendezvous().fresh(())
+if {caps}:
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    assert PLACE in Rendezvous().fresh(())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_temporary_files_have_a_folder_of_one_start(
     tmp_path: Path, weighed: EngineRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
