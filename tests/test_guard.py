@@ -183,6 +183,14 @@ def test_names_of_others_with_the_same_inode_stay(tmp_path: Path, monkeypatch: p
         assert guard_module.shared_memory([os.getpid()]) == []
 
 
+def test_an_order_after_the_end_is_no_error(tmp_path: Path) -> None:
+    """Whoever orders may not have heard of it yet: the report waits behind what is being decided."""
+    engine = Engine(tmp_path, "/bin/true")
+    engine.end()
+    engine.process.terminate()
+    engine.process.kill()
+
+
 def test_a_look_that_hangs_keeps_nobody_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel holds in mmap lets nobody read its maps until it is killed; the killing does not wait for it."""
     script = tmp_path / "guard.py"

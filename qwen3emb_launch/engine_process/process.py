@@ -72,7 +72,8 @@ class EngineProcess:
         pipe = self._guard.stdin
         assert pipe is not None  # noqa: S101 - Popen was given PIPE
         self._guard.send_signal(signal.SIGCONT)  # a guard that somebody stopped would never read it
-        with contextlib.suppress(BrokenPipeError):  # its death is reported by the listener
+        # Its death is reported by the listener, which may have closed the pipe while that report still waits.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             pipe.write(json.dumps(order).encode() + b"\n")
             pipe.flush()
 
