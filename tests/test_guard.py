@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import mmap
 import os
 import queue
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,16 @@ while True: time.sleep(60)
     assert engine.log.read_text() == "up\nmain drained\n"
 
 
+def idle(process: EngineProcess) -> bool:
+    """Whether the guard has read every order and waits for the next, its look's thread over."""
+    pipe = process._guard.stdin
+    assert pipe is not None
+    unread = array.array("i", [0])
+    fcntl.ioctl(pipe.fileno(), termios.FIONREAD, unread)
+    threads = list(Path(f"/proc/{process.guard_pid}/task").iterdir())
+    return not unread[0] and [(t / "stat").read_text().rpartition(")")[2].split()[0] for t in threads] == ["S"]
+
+
 # An engine with what Python removes only where it may end by itself: shared memory, a semaphore, temporary files.
 LITTER = """
 import multiprocessing, os, sys, tempfile, time
@@ -132,12 +145,12 @@ while True: time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("ends", ["killed", "terminated", "dead"])
+@pytest.mark.parametrize("ends", ["killed", "terminated", "dead", "dead early"])
 def test_temporary_files_and_shared_memory_go_with_the_engine(
     tmp_path: Path, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scratch folder and its names in /dev/shm are removed, what a link there leads to is not. Only memory of one
-    that is dead before anybody could look stays."""
+    that is dead before anybody has looked stays."""
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
     kept.mkdir()
     (kept / "file").touch()
@@ -152,6 +165,9 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
         spawned = engine.next()
         assert isinstance(spawned, Spawned)
         if ends == "dead":
+            engine.process.look()
+            until(lambda: idle(engine.process), "the end of the look")
+        if ends.startswith("dead"):
             os.kill(spawned.pid, signal.SIGKILL)
         elif ends == "killed":
             engine.process.kill()
@@ -160,7 +176,7 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
         assert engine.end()[-1] == Gone()
         assert not scratch.exists()
         assert (kept / "file").exists()
-        assert ends == "dead" or not any(name.exists() for name in names)
+        assert ends == "dead early" or not any(name.exists() for name in names)
     finally:
         for name in names:
             name.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ file with secrets blanked, and obeys its standard input:
     first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, sign (what the engine
                        says when it is lost), fds (open here, the engine gets them), scratch (its folder for temporary
                        files, or "")
+    {"do": "look"}     see what shared memory the engine has: it serves now, and when it has died nothing shows that
     {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
@@ -17,8 +18,8 @@ supervisor wakes it with every order.
 It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), doomed (the sign was in the
 output), exited (status: exit code, or minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is
 left; the guard ends). When the engine's main process ends, for whatever reason, everything it left behind is killed
-before `gone`, its temporary files with it, and what is seen of its shared memory when the killing begins: killed
-processes remove nothing, and each start would leave a dozen files in /tmp and /dev/shm.
+before `gone`, its temporary files with it, and what was seen of its shared memory, since it serves and when the killing
+begins: killed processes remove nothing, and each start would leave a dozen files in /tmp and /dev/shm.
 
 When the guard itself is killed, the kernel kills the engine (PR_SET_PDEATHSIG), SGLang's workers follow their parent,
 and whatever else was descended from it falls to the supervisor, a subreaper too.
@@ -242,7 +243,8 @@ class Guard:
         self.output = -1
         self.log: Log | None = None
         self.scratch = ""
-        self.shared: list[str] | None = None  # once looked for
+        self.shared: set[str] = set()  # names in /dev/shm that are the engine's
+        self.looked = False  # for them, since its end began
 
     def run(self) -> None:
         """Take the order, start the engine, serve until nothing is left."""
@@ -292,8 +294,10 @@ class Guard:
     def _obey(self, what: str) -> None:
         if what == "kill":
             self._kill()
-        elif what == "term" and self.engine:
+        elif what == "look":
             self._look_at_memory()
+        elif what == "term" and self.engine:
+            self._look_once_more()
             os.kill(self.engine, signal.SIGTERM)
 
     def _start(self, order: Order) -> None:
@@ -334,7 +338,7 @@ class Guard:
         if any(self.sign in line[:SIGN_WITHIN] for line in lines):
             tell(event="doomed")
             self.sign = b""
-            self._look_at_memory()
+            self._look_once_more()
         self.line = lines[-1][:SIGN_WITHIN]
 
     def _reap(self) -> None:
@@ -357,7 +361,7 @@ class Guard:
 
     def _finish_killing(self) -> bool:
         """One round of killing all descendants. True when none was left and the last output is written."""
-        self._look_at_memory()
+        self._look_once_more()
         left = descendants(os.getpid())
         for pid in left:
             try:
@@ -375,29 +379,32 @@ class Guard:
             pass
         if self.log:
             self.log.close()
-        for name in self.shared or ():
+        for name in self.shared:
             _try(os.unlink, name)
         if self.scratch:
             remove_tree(self.scratch)
         tell(event="gone")
         return True
 
-    def _look_at_memory(self) -> None:
-        """While the processes live: SGLang kills its own before it ends.
+    def _look_once_more(self) -> None:
+        """While the processes live: SGLang kills its own before it ends."""
+        if not self.looked:
+            self.looked = True
+            self._look_at_memory()
 
-        In a thread that is not waited for longer than LOOK_FOR: /proc/PID/maps waits for a process that is held in
-        mmap, as by a network file system that hangs, and the killing that would free it comes after this.
+    def _look_at_memory(self) -> None:
+        """In a thread that is not waited for longer than LOOK_FOR.
+
+        /proc/PID/maps waits for a process that is held in mmap, as by a network file system that hangs, and the killing
+        that would free it comes after this.
         """
-        if self.shared is not None:
-            return
-        self.shared = []
-        found: list[list[str]] = []
+        found: list[str] = []
         over = _thread.allocate_lock()
         over.acquire()
 
         def look() -> None:
             try:
-                found.append(shared_memory(descendants(os.getpid())))
+                found.extend(shared_memory(descendants(os.getpid())))
             finally:
                 over.release()
 
@@ -405,8 +412,8 @@ class Guard:
             _thread.start_new_thread(look, ())
         except RuntimeError:  # no thread to be had: the names stay
             return
-        if over.acquire(timeout=LOOK_FOR) and found:
-            self.shared = found[0]
+        if over.acquire(timeout=LOOK_FOR):
+            self.shared.update(found)
 
 
 def _become_engine(order: Order, guard: int, output: int, failing: int) -> None:

@@ -60,6 +60,10 @@ class EngineProcess:
         """The guard's pid."""
         return self._guard.pid
 
+    def look(self) -> None:
+        """It serves: what it has in shared memory is seen now, and goes with it even if it dies by itself."""
+        self._send({"do": "look"})
+
     def terminate(self) -> None:
         """SIGTERM to the engine's main process alone: SGLang answers what it has, then ends."""
         self._send({"do": "term"})
