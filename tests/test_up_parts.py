@@ -401,6 +401,16 @@ def test_pythons_own_sockets_fit_into_the_longest_folder(monkeypatch: pytest.Mon
         one.close()
 
 
+def test_a_folder_here_is_told_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR=. is where the supervisor is, not the engine or the guard, which removes it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    monkeypatch.setattr(scratch, "LONGEST", 1000)
+    one = scratch.Scratch(tmp_path)
+    assert Path(one.fresh()["TMPDIR"]).parent == tmp_path
+    one.close()
+
+
 def test_a_cache_that_cannot_be_written_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root's of an earlier start, or on a read-only disk: torch would end there, and knows a place itself."""
     for name in scratch.KEPT:

@@ -28,7 +28,7 @@ class Scratch:
         """What the environment of the next start says; nothing where no such folder can be made."""
         self.close()
         try:
-            folder = Path(tempfile.mkdtemp(prefix="qwen3emb-"))
+            folder = Path(tempfile.mkdtemp(prefix="qwen3emb-")).absolute()  # engine and guard are in folders of theirs
         except OSError:  # the disk is full, or there is no such place: the engine does as it always did
             return {}
         if len(os.fsencode(folder)) > LONGEST:
