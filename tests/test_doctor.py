@@ -567,6 +567,20 @@ def test_a_profile_without_its_machine_fails(capsys: pytest.CaptureFixture[str],
     assert "--profile cpu" in line["mend"]
 
 
+def test_a_model_that_cannot_be_read_fails_the_launch(
+    capsys: pytest.CaptureFixture[str], bare: None, tmp_path: Path
+) -> None:
+    """As `up` refuses it: unknown is what was not looked at."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    (tmp_path / "mine.yaml").write_text(PROFILE.replace("model: demo", f"model: {folder}") % "")
+    status, answer = envelope(capsys, "doctor", "--offline", "--profile", str(tmp_path / "mine.yaml"))
+    (line,) = [c for c in answer["result"]["checks"] if c["name"] == "launch"]
+    assert (status, line["status"]) == (1, "fail")
+    assert "config.json" in line["says"]
+
+
 def test_a_profile_of_the_cpu_needs_no_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bare: None
 ) -> None:
