@@ -229,6 +229,17 @@ def test_a_profile_and_its_machine(profile: str, cards: list[GpuFacts], status: 
     assert all(bool(check.mend) == (check.status is not OK) for check in found)
 
 
+@pytest.mark.parametrize(("profile", "status"), [("cpu", FAIL), ("l4", OK)])
+def test_a_profile_of_the_cpu_needs_the_machines_memory(profile: str, status: Status) -> None:
+    """As `up` refuses it; a GPU's has its own."""
+    chosen = profile_files.load(profile)
+    here, model = explain.to_be_installed(chosen.engine.flavour), explain.published(chosen.model)
+    (line,) = launch.checks(chosen, [CARD], here, model, {}, 4 * GIB)
+    assert line.status is status
+    assert ("does not fit" in line.says) is (status is FAIL)
+    assert launch.checks(chosen, [CARD], here, model, {}, 16 * GIB)[0].status is OK
+
+
 def test_a_launch_hears_the_environment_and_knows_its_models() -> None:
     """QWEN3EMB_SET_* decides here as it would in `up`; a model that nobody has seen stays unknown, no GPU does not."""
     chosen = profile_files.load("l4")

@@ -62,7 +62,7 @@ def _parts(
             here, facts = expect(profile)
         except LaunchError as error:  # a model that cannot be served: `up` would say no more
             return [fail(launch.NAME, error.message, error.hint)]
-        return launch.checks(profile, inventory.inventory(), here, facts, os.environ)
+        return launch.checks(profile, inventory.inventory(), here, facts, os.environ, machine.ram_bytes())
 
     def surroundings() -> list[Check]:
         return machine.checks(
