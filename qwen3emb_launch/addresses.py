@@ -33,8 +33,11 @@ def unknown_host(error: BaseException, url: str, *, proxies: bool = True) -> Net
     `proxies`: the environment's were asked, so the name is the proxy's where one is for this address.
     """
     cause: BaseException | None = error
+    seen: set[int] = set()  # a chain can lead back: `raise error from error`
     while cause is not None and not isinstance(cause, socket.gaierror):
+        seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
+        cause = None if id(cause) in seen else cause
     parts = web_address(url)
     if cause is None or parts is None:
         return None

@@ -131,6 +131,9 @@ def test_the_name_is_the_proxys_where_one_is_asked(
 def test_other_failures_are_not_names() -> None:
     """A refused connection is none; a name server that is silent has its own next step."""
     assert unknown_host(ConnectionRefusedError(111, "Connection refused"), URL) is None
+    retried = OSError("as it was raised before")
+    retried.__cause__ = retried
+    assert unknown_host(retried, URL) is None
     silent = unknown_host(resolving_fails(socket.EAI_AGAIN), URL, proxies=False)
     assert silent is not None
     assert "/etc/resolv.conf" in silent.hint

@@ -230,6 +230,17 @@ def test_a_profile_and_its_machine(profile: str, cards: list[GpuFacts], status: 
     assert all(bool(check.mend) == (check.status is not OK) for check in found)
 
 
+@pytest.mark.parametrize(("profile", "status"), [("cpu", FAIL), ("l4", OK)])
+def test_a_profile_of_the_cpu_needs_the_machines_memory(profile: str, status: Status) -> None:
+    """As `up` refuses it; a GPU's has its own."""
+    chosen = profile_files.load(profile)
+    here, model = explain.to_be_installed(chosen.engine.flavour), explain.published(chosen.model)
+    (line,) = launch.checks(chosen, [CARD], here, model, {}, 4 * GIB)
+    assert line.status is status
+    assert ("does not fit" in line.says) is (status is FAIL)
+    assert launch.checks(chosen, [CARD], here, model, {}, 16 * GIB)[0].status is OK
+
+
 def test_a_launch_hears_the_environment_and_knows_its_models() -> None:
     """QWEN3EMB_SET_* decides here as it would in `up`; a model that nobody has seen stays unknown, no GPU does not."""
     chosen = profile_files.load("l4")
@@ -578,6 +589,20 @@ def test_a_profile_without_its_machine_fails(capsys: pytest.CaptureFixture[str],
     (line,) = [c for c in answer["result"]["checks"] if c["name"] == "launch"]
     assert (status, answer["error"]["code"], line["status"]) == (1, "unfit", "fail")
     assert "--profile cpu" in line["mend"]
+
+
+def test_a_model_that_cannot_be_read_fails_the_launch(
+    capsys: pytest.CaptureFixture[str], bare: None, tmp_path: Path
+) -> None:
+    """As `up` refuses it: unknown is what was not looked at."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    (tmp_path / "mine.yaml").write_text(PROFILE.replace("model: demo", f"model: {folder}") % "")
+    status, answer = envelope(capsys, "doctor", "--offline", "--profile", str(tmp_path / "mine.yaml"))
+    (line,) = [c for c in answer["result"]["checks"] if c["name"] == "launch"]
+    assert (status, line["status"]) == (1, "fail")
+    assert "config.json" in line["says"]
 
 
 def test_a_profile_of_the_cpu_needs_no_gpu(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
+import fcntl
+import mmap
 import os
 import queue
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -24,6 +29,7 @@ from qwen3emb_launch.engine_process import (
     SpawnFailed,
 )
 from qwen3emb_launch.engine_process import guard as guard_module
+from qwen3emb_launch.engine_process import process as process_module
 from qwen3emb_launch.engine_process.guard import Log, become_subreaper, descendants
 from qwen3emb_launch.engine_process.process import sweep
 
@@ -115,25 +121,36 @@ while True: time.sleep(60)
     assert engine.log.read_text() == "up\nmain drained\n"
 
 
+def idle(process: EngineProcess) -> bool:
+    """Whether the guard has read every order and waits for the next, its look's thread over."""
+    pipe = process._guard.stdin
+    assert pipe is not None
+    unread = array.array("i", [0])
+    fcntl.ioctl(pipe.fileno(), termios.FIONREAD, unread)
+    threads = list(Path(f"/proc/{process.guard_pid}/task").iterdir())
+    return not unread[0] and [(t / "stat").read_text().rpartition(")")[2].split()[0] for t in threads] == ["S"]
+
+
 # An engine with what Python removes only where it may end by itself: shared memory, a semaphore, temporary files.
 LITTER = """
 import multiprocessing, os, sys, tempfile, time
 from multiprocessing.shared_memory import SharedMemory
 memory = SharedMemory(create=True, size=4096)
+ring = SharedMemory(f"sgl_shm_mq_{os.getpid()}_{os.urandom(4).hex()}", create=True, size=4096)
 lock = multiprocessing.get_context("spawn").Lock()
 os.makedirs(os.path.join(tempfile.mkdtemp(), "below"))
 os.symlink(sys.argv[1], os.path.join(tempfile.gettempdir(), "link"))
-print(memory.name, lock._semlock.name, flush=True)
+print(memory.name, lock._semlock.name, ring.name, flush=True)
 while True: time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("ends", ["killed", "terminated", "dead"])
+@pytest.mark.parametrize("ends", ["killed", "terminated", "dead", "dead early"])
 def test_temporary_files_and_shared_memory_go_with_the_engine(
     tmp_path: Path, ends: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its scratch folder and its names in /dev/shm are removed, what a link there leads to is not. Only memory of one
-    that is dead before anybody could look stays."""
+    that is dead before anybody has looked stays."""
     kept, scratch = tmp_path / "kept", tmp_path / "scratch"
     kept.mkdir()
     (kept / "file").touch()
@@ -141,13 +158,16 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
     monkeypatch.setenv("TMPDIR", str(scratch))
     engine = Engine(tmp_path, sys.executable, "-c", LITTER, str(kept), scratch=scratch)
     said = until(lambda: engine.log.exists() and engine.log.read_text().split(), "the names")
-    names = [Path("/dev/shm", said[0]), Path("/dev/shm", f"sem.{said[1].strip('/')}")]
+    names = [Path("/dev/shm", name) for name in (said[0], f"sem.{said[1].strip('/')}", said[2])]
     try:
         assert all(name.exists() for name in names)
         assert len(list(scratch.iterdir())) == 2
         spawned = engine.next()
         assert isinstance(spawned, Spawned)
         if ends == "dead":
+            engine.process.look()
+            until(lambda: idle(engine.process), "the end of the look")
+        if ends.startswith("dead"):
             os.kill(spawned.pid, signal.SIGKILL)
         elif ends == "killed":
             engine.process.kill()
@@ -156,10 +176,77 @@ def test_temporary_files_and_shared_memory_go_with_the_engine(
         assert engine.end()[-1] == Gone()
         assert not scratch.exists()
         assert (kept / "file").exists()
-        assert ends == "dead" or not any(name.exists() for name in names)
+        assert ends == "dead early" or not any(name.exists() for name in names)
     finally:
         for name in names:
             name.unlink(missing_ok=True)
+
+
+def test_names_of_others_with_the_same_inode_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inodes are a file system's own: those of another, as of a sandbox with its own /dev/shm, tell nothing."""
+    file = tmp_path / "dev" / "shm" / "psm_ours"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(bytes(4096))
+
+    class Other:
+        name, path = "psm_other", "/dev/shm/psm_other"
+
+        def inode(self) -> int:
+            return file.stat().st_ino
+
+    monkeypatch.setattr(os, "scandir", lambda _: contextlib.nullcontext([Other()]))
+    with file.open("rb+") as opened, mmap.mmap(opened.fileno(), 0):
+        assert guard_module.shared_memory([os.getpid()]) == []
+
+
+def test_an_order_after_the_end_is_no_error(tmp_path: Path) -> None:
+    """Whoever orders may not have heard of it yet: the report waits behind what is being decided."""
+    engine = Engine(tmp_path, "/bin/true")
+    engine.end()
+    engine.process.terminate()
+    engine.process.kill()
+
+
+def test_a_look_that_hangs_keeps_nobody_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernel holds in mmap lets nobody read its maps until it is killed; the killing does not wait for it."""
+    script = tmp_path / "guard.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(guard_module.__file__).rpartition('/')[0]!r})\n"
+        "import guard; guard.shared_memory = lambda pids: time.sleep(600); guard.Guard().run()\n"
+    )
+    monkeypatch.setattr(process_module, "GUARD", script)
+    engine, pids = family(tmp_path)
+    engine.process.terminate()  # which looks too
+    engine.process.kill()
+    assert isinstance(engine.end()[-1], Gone)
+    assert all(map(gone, pids))
+
+
+def test_a_folder_of_others_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name may have become free, and be another user's by the end; they could put a link in the place of a part."""
+    ours, (open_to_all, theirs) = tmp_path / "ours", [tmp_path / name for name in ("open", "theirs")]
+    for folder in (ours, open_to_all, theirs):
+        folder.mkdir(mode=0o700)
+        (folder / "file").touch()
+    open_to_all.chmod(0o777)
+    for folder in (ours, open_to_all):
+        guard_module.remove_tree(str(folder))
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    guard_module.remove_tree(str(theirs))
+    assert [folder.exists() for folder in (ours, open_to_all, theirs)] == [False, True, True]
+    guard_module.remove_tree(str(ours))
+
+
+def test_an_order_of_an_older_supervisor_is_understood(tmp_path: Path) -> None:
+    """The package may be replaced under a running instance: its supervisor starts this guard, and knows no scratch."""
+
+    class Older(EngineCommand):
+        def order(self) -> dict[str, object]:
+            return {key: value for key, value in super().order().items() if key != "scratch"}
+
+    events: queue.Queue[ProcessEvent] = queue.Queue()
+    EngineProcess(Older(("/bin/true",), dict(os.environ), tmp_path / "engine.log"), events.put)
+    assert [type(events.get(timeout=15)) for _ in range(3)] == [Spawned, Exited, Gone]
 
 
 def test_a_stopped_guard_obeys_all_the_same(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import json
 import os
 import shlex
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -329,6 +331,31 @@ def test_every_start_meets_at_a_place_of_its_own_and_at_no_port(
     assert place() == "env://"
 
 
+@pytest.mark.parametrize("caps", [0, 1 << 10], ids=["undumpable", "CAP_NET_BIND_SERVICE"])
+def test_where_an_engine_cannot_open_the_place_it_is_not_named(caps: int) -> None:
+    """A supervisor opens its own descriptors even where another process of its user does not, as with capabilities of
+    Python's file: such an engine meets at a port."""
+    if caps and os.geteuid():
+        pytest.skip("only root gives away capabilities")
+    script = f"""
+import ctypes, os
+from qwen3emb_launch.engine_process.rendezvous import PLACE, Rendezvous
+assert PLACE in Rendezvous().fresh(())
+libc = ctypes.CDLL(None)
+libc.prctl(8, 1)  # PR_SET_KEEPCAPS
+if os.geteuid() == 0:
+    os.setuid(65534)
+if {caps}:
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)({caps}, {caps}))
+libc.prctl(4, {int(bool(caps))})  # PR_SET_DUMPABLE
+assert PLACE not in Rendezvous().fresh(())
+if {caps}:
+    libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+    assert PLACE in Rendezvous().fresh(())
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_temporary_files_have_a_folder_of_one_start(
     tmp_path: Path, weighed: EngineRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,6 +384,44 @@ def test_temporary_files_have_a_folder_of_one_start(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert weighed.command(tmp_path / "e.log").scratch is None
     assert not list(tmp_path.glob("qwen3emb-*"))
+
+
+def test_pythons_own_sockets_fit_into_the_longest_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin's template listens in multiprocessing's folder, which lies a level deeper than SGLang's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as below:
+        room = scratch.LONGEST - len("/qwen3emb-12345678")
+        place = Path(below, "x" * (room - len(below) - 1))
+        place.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(place))
+        one = scratch.Scratch(place)
+        told = one.fresh()
+        assert len(told["TMPDIR"]) == scratch.LONGEST
+        listen = "from multiprocessing.connection import Listener; Listener(family='AF_UNIX')"
+        subprocess.run([sys.executable, "-c", listen], check=True, env={**os.environ, **told})
+        one.close()
+
+
+def test_a_folder_here_is_told_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TMPDIR=. is where the supervisor is, not the engine or the guard, which removes it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", ".")
+    monkeypatch.setattr(scratch, "LONGEST", 1000)
+    one = scratch.Scratch(tmp_path)
+    assert Path(one.fresh()["TMPDIR"]).parent == tmp_path
+    one.close()
+
+
+def test_a_cache_that_cannot_be_written_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root's of an earlier start, or on a read-only disk: torch would end there, and knows a place itself."""
+    for name in scratch.KEPT:
+        monkeypatch.delenv(name, raising=False)
+    one = scratch.Scratch(tmp_path)
+    assert one.fresh()["TORCHINDUCTOR_CACHE_DIR"]
+    (tmp_path / "inductor").chmod(0o500)
+    if os.geteuid() == 0:
+        monkeypatch.setattr(os, "access", lambda path, _: path != tmp_path / "inductor")
+    assert {"TMPDIR", "CUTE_DSL_CACHE_DIR"} == set(one.fresh())
+    one.close()
 
 
 def test_an_engine_is_not_started_again_on_other_weights(tmp_path: Path, weighed: EngineRunner) -> None:

@@ -19,6 +19,7 @@ from supervised import EAGER, PATIENT, QUICK, Supervised, fake_plan, gone, until
 
 from qwen3emb_launch import state
 from qwen3emb_launch.cli.supervise import SMOKE
+from qwen3emb_launch.engine_process import EngineProcess
 from qwen3emb_launch.engine_process.guard import descendants
 from qwen3emb_launch.errors import Exit, UnfitError
 from qwen3emb_launch.lifecycle import State
@@ -73,6 +74,17 @@ def test_crash_is_noticed_within_a_second_and_answered() -> None:
         reasons = [t.reason for t in run.watcher.transitions if t.after is State.RESTARTING]
     assert reasons == ["the engine was killed by SIGKILL"] * 3
     assert min(took) < 1
+
+
+def test_each_ready_engine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the names of its shared memory: an engine that dies by itself later shows them to nobody."""
+    seen: list[int] = []
+    monkeypatch.setattr(EngineProcess, "look", lambda process: seen.append(process.guard_pid))
+    with Supervised(fake_plan()) as run:
+        run.reach(State.READY)
+        os.kill(run.engine_pid, signal.SIGKILL)
+        run.reach(State.READY, 2)
+        until(lambda: len(set(seen)) == 2, "a look at each")
 
 
 def test_crashes_end_at_the_limit(tmp_path: Path) -> None:

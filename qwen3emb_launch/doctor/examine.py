@@ -11,7 +11,7 @@ from qwen3emb_launch import engines, hub, state
 from qwen3emb_launch import gpu as inventory
 from qwen3emb_launch.catalog import find_model
 from qwen3emb_launch.doctor import engine, gpu, launch, machine, network, serving
-from qwen3emb_launch.doctor.report import Check, Report, Status, unknown
+from qwen3emb_launch.doctor.report import Check, Report, Status, fail, unknown
 from qwen3emb_launch.engines import releases
 from qwen3emb_launch.errors import LaunchError
 
@@ -56,7 +56,13 @@ def _parts(
         return [unused(check) for check in seen] if profile and flavour == "cpu" else seen
 
     def start() -> list[Check]:
-        return launch.checks(profile, inventory.inventory(), *expect(profile), os.environ) if profile else []
+        if profile is None:
+            return []
+        try:
+            here, facts = expect(profile)
+        except LaunchError as error:  # a model that cannot be served: `up` would say no more
+            return [fail(launch.NAME, error.message, error.hint)]
+        return launch.checks(profile, inventory.inventory(), here, facts, os.environ, machine.ram_bytes())
 
     def surroundings() -> list[Check]:
         return machine.checks(

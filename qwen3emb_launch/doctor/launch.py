@@ -25,10 +25,12 @@ def checks(
     engine: EngineFacts,
     model: ModelFacts | None,
     environ: Mapping[str, str],
+    ram_bytes: int | None = None,
 ) -> list[Check]:
     """What would be refused, and what would be warned of. `model` None: its shape is not known here.
 
-    A card counts as if it were empty: who holds its memory has a line of its own, and may be this very profile.
+    A card counts as if it were empty, and for the CPU the machine's memory, `ram_bytes`: who holds it has a line of its
+    own, and may be this very profile.
     """
     try:
         card = planning.card_for(profile, gpus)
@@ -36,7 +38,8 @@ def checks(
             says = f"{profile.model} is not on this machine, so what it takes is not known"
             return [unknown(NAME, says, f"qwen3emb download {profile.model}")]
         whole = card and replace(card, free_bytes=max(card.free_bytes, int(card.total_bytes * USABLE)))
-        plan = planning.plan(planning.PlanRequest(profile, model, engine, whole, environ=environ))
+        room = None if card else ram_bytes
+        plan = planning.plan(planning.PlanRequest(profile, model, engine, whole, environ=environ, ram_bytes=room))
     except LaunchError as error:
         return [fail(NAME, error.message, WITHOUT_GPU if error.code == "no_gpu" else error.hint)]
     if plan.warnings:

@@ -170,6 +170,13 @@ def checks(
     ]
 
 
+def ram_bytes() -> int:
+    """The machine's memory, all of it."""
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
 def _limit(value: int) -> str:
     return "unlimited" if value < 0 else str(value)
 

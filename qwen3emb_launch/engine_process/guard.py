@@ -7,6 +7,7 @@ file with secrets blanked, and obeys its standard input:
     first line         the order, JSON: argv, env, cwd, log, rotate_bytes, rotate_keep, secrets, sign (what the engine
                        says when it is lost), fds (open here, the engine gets them), scratch (its folder for temporary
                        files, or "")
+    {"do": "look"}     see what shared memory the engine has: it serves now, and when it has died nothing shows that
     {"do": "term"}     SIGTERM to the engine's main process only: to the group it would kill SGLang's workers undrained
     {"do": "kill"}     SIGKILL to the engine and everything descended from it
     end of file        the supervisor is gone, in whatever way: kill everything
@@ -17,8 +18,8 @@ supervisor wakes it with every order.
 It answers on standard output, a JSON line an event: spawned (pid), spawn_failed (error), doomed (the sign was in the
 output), exited (status: exit code, or minus the signal), stuck (pids that SIGKILL did not remove), gone (nothing is
 left; the guard ends). When the engine's main process ends, for whatever reason, everything it left behind is killed
-before `gone`, its temporary files with it, and what is seen of its shared memory when the killing begins: killed
-processes remove nothing, and each start would leave a dozen files in /tmp and /dev/shm.
+before `gone`, its temporary files with it, and what was seen of its shared memory, since it serves and when the killing
+begins: killed processes remove nothing, and each start would leave a dozen files in /tmp and /dev/shm.
 
 When the guard itself is killed, the kernel kills the engine (PR_SET_PDEATHSIG), SGLang's workers follow their parent,
 and whatever else was descended from it falls to the supervisor, a subreaper too.
@@ -26,6 +27,7 @@ and whatever else was descended from it falls to the supervisor, a subreaper too
 
 from __future__ import annotations
 
+import _thread  # for a thread that nobody waits for at the end
 import ctypes
 import json
 import os
@@ -33,8 +35,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # typing's own costs every guard most of a megabyte
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeAlias
+
+    Order: TypeAlias = dict[str, Any]
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -43,11 +50,11 @@ LINE_LIMIT = 1 << 16  # a longer line is written in pieces
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
 SIGN_WITHIN = 64  # bytes of a line, its time stamp included
 KILL_EVERY = 0.05  # seconds between two rounds of killing what is left
+LOOK_FOR = 1.0  # seconds for what the processes have mapped, which takes milliseconds
 STUCK_AFTER = 4.0  # seconds of killing after which the remaining pids are reported
 SHARED = "/dev/shm/"  # noqa: S108 - looked into, not written to
-DRAWN = ("sem.mp-", "psm_", "sglang_")  # how Python and SGLang begin names that are drawn, and so nobody else's
-
-Order = dict[str, Any]
+# How Python and SGLang begin names that are drawn, and so nobody else's; `sgl_shm_`: with several workers.
+DRAWN = ("sem.mp-", "psm_", "sglang_", "sgl_shm_")
 
 
 def parents() -> dict[int, int]:
@@ -80,26 +87,40 @@ def descendants(root: int) -> list[int]:
 def shared_memory(pids: list[int]) -> list[str]:
     """The files in /dev/shm with drawn names that these processes have mapped.
 
-    Told by their inodes: a semaphore is mapped under another name, before it gets its own.
+    Told by their inodes: a semaphore is mapped under another name, before it gets its own. Inodes count from one in
+    each file system, and a sandboxed process may have another /dev/shm: those of this one's device alone are meant.
     """
     mapped = set()
     for pid in pids:
         try:
             with open(f"/proc/{pid}/maps", "rb") as file:  # noqa: PTH123
-                mapped |= {int(line.split(None, 5)[4]) for line in file if SHARED.encode() in line}
+                fields = [line.split(None, 5) for line in file if SHARED.encode() in line]
         except OSError:
             continue
+        mapped |= {(device, int(inode)) for _, _, _, device, inode, _ in fields}
     if not mapped:
         return []
     try:
+        device = os.stat(SHARED).st_dev  # noqa: PTH116
+        here = b"%02x:%02x" % (os.major(device), os.minor(device))
         with os.scandir(SHARED) as entries:
-            return [one.path for one in entries if one.name.startswith(DRAWN) and one.inode() in mapped]
+            return [one.path for one in entries if one.name.startswith(DRAWN) and (here, one.inode()) in mapped]
     except OSError:
         return []
 
 
 def remove_tree(folder: str) -> None:
-    """Remove a folder and all in it, links as links. What cannot be removed stays."""
+    """Remove a folder and all in it, links as links. What cannot be removed stays.
+
+    So does a folder that is not this user's alone: what clears /tmp by age may have removed it, and another user made
+    one of the same name, who could exchange a part of it for a link while it is being removed.
+    """
+    try:
+        about = os.lstat(folder)
+    except OSError:
+        return
+    if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+        return
     for parent, folders, files in os.walk(folder, topdown=False):
         for name in files + folders:
             path = os.path.join(parent, name)  # noqa: PTH118
@@ -222,7 +243,8 @@ class Guard:
         self.output = -1
         self.log: Log | None = None
         self.scratch = ""
-        self.shared: list[str] | None = None  # once looked for
+        self.shared: set[str] = set()  # names in /dev/shm that are the engine's
+        self.looked = False  # for them, since its end began
 
     def run(self) -> None:
         """Take the order, start the engine, serve until nothing is left."""
@@ -272,12 +294,15 @@ class Guard:
     def _obey(self, what: str) -> None:
         if what == "kill":
             self._kill()
-        elif what == "term" and self.engine:
+        elif what == "look":
             self._look_at_memory()
+        elif what == "term" and self.engine:
+            self._look_once_more()
             os.kill(self.engine, signal.SIGTERM)
 
     def _start(self, order: Order) -> None:
-        self.sign, self.scratch = order["sign"].encode(), order["scratch"]
+        self.sign = order["sign"].encode()
+        self.scratch = order.get("scratch", "")  # a supervisor older than this file, replaced under it, sends none
         self.log = Log(order["log"], order["rotate_bytes"], order["rotate_keep"], order["secrets"])
         output, engine_end = os.pipe()
         failed, failing = os.pipe()
@@ -313,7 +338,7 @@ class Guard:
         if any(self.sign in line[:SIGN_WITHIN] for line in lines):
             tell(event="doomed")
             self.sign = b""
-            self._look_at_memory()
+            self._look_once_more()
         self.line = lines[-1][:SIGN_WITHIN]
 
     def _reap(self) -> None:
@@ -336,7 +361,7 @@ class Guard:
 
     def _finish_killing(self) -> bool:
         """One round of killing all descendants. True when none was left and the last output is written."""
-        self._look_at_memory()
+        self._look_once_more()
         left = descendants(os.getpid())
         for pid in left:
             try:
@@ -354,17 +379,41 @@ class Guard:
             pass
         if self.log:
             self.log.close()
-        for name in self.shared or ():
+        for name in self.shared:
             _try(os.unlink, name)
         if self.scratch:
             remove_tree(self.scratch)
         tell(event="gone")
         return True
 
-    def _look_at_memory(self) -> None:
+    def _look_once_more(self) -> None:
         """While the processes live: SGLang kills its own before it ends."""
-        if self.shared is None:
-            self.shared = shared_memory(descendants(os.getpid()))
+        if not self.looked:
+            self.looked = True
+            self._look_at_memory()
+
+    def _look_at_memory(self) -> None:
+        """In a thread that is not waited for longer than LOOK_FOR.
+
+        /proc/PID/maps waits for a process that is held in mmap, as by a network file system that hangs, and the killing
+        that would free it comes after this.
+        """
+        found: list[str] = []
+        over = _thread.allocate_lock()
+        over.acquire()
+
+        def look() -> None:
+            try:
+                found.extend(shared_memory(descendants(os.getpid())))
+            finally:
+                over.release()
+
+        try:
+            _thread.start_new_thread(look, ())
+        except RuntimeError:  # no thread to be had: the names stay
+            return
+        if over.acquire(timeout=LOOK_FOR):
+            self.shared.update(found)
 
 
 def _become_engine(order: Order, guard: int, output: int, failing: int) -> None:

@@ -60,6 +60,10 @@ class EngineProcess:
         """The guard's pid."""
         return self._guard.pid
 
+    def look(self) -> None:
+        """It serves: what it has in shared memory is seen now, and goes with it even if it dies by itself."""
+        self._send({"do": "look"})
+
     def terminate(self) -> None:
         """SIGTERM to the engine's main process alone: SGLang answers what it has, then ends."""
         self._send({"do": "term"})
@@ -72,7 +76,8 @@ class EngineProcess:
         pipe = self._guard.stdin
         assert pipe is not None  # noqa: S101 - Popen was given PIPE
         self._guard.send_signal(signal.SIGCONT)  # a guard that somebody stopped would never read it
-        with contextlib.suppress(BrokenPipeError):  # its death is reported by the listener
+        # Its death is reported by the listener, which may have closed the pipe while that report still waits.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             pipe.write(json.dumps(order).encode() + b"\n")
             pipe.flush()
 

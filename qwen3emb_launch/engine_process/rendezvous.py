@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 PLACE = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 INTERFACE = "GLOO_SOCKET_IFNAME"
@@ -39,7 +40,8 @@ class Rendezvous:
             self._file = os.memfd_create("qwen3emb-rendezvous")
             path = f"/proc/{os.getpid()}/fd/{self._file}"
             os.close(os.open(path, os.O_RDWR))
-            found[PLACE] = f"file://{path}"
+            if _reached(Path(path).parent):
+                found[PLACE] = f"file://{path}"
         return found
 
     def close(self) -> None:
@@ -47,6 +49,19 @@ class Rendezvous:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _reached(folder: Path) -> bool:
+    """Whether an engine of this user may open this process's descriptors.
+
+    The kernel keeps them from it where they are root's (PR_SET_DUMPABLE), and where this process has capabilities that
+    its children do not get, as those of a Python that may listen at ports below 1024 (setcap).
+    """
+    if os.geteuid() == 0:
+        return True
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    held, handed = (int(fields.get(name, "0"), 16) for name in ("CapPrm", "CapAmb"))
+    return folder.stat().st_uid == os.geteuid() and held & ~handed == 0
 
 
 def _alone(argv: Sequence[str]) -> bool:

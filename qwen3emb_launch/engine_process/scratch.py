@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 KEPT = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "CUTE_DSL_CACHE_DIR": "cute_dsl"}
-# A socket's path has 107 bytes at most, and SGLang's end in /tmp and eight letters.
-LONGEST = 80
+# A socket's path has 107 bytes at most, and Python's own end in /pymp-12345678/listener-12345678.
+LONGEST = 107 - 32
 
 
 class Scratch:
@@ -28,7 +28,7 @@ class Scratch:
         """What the environment of the next start says; nothing where no such folder can be made."""
         self.close()
         try:
-            folder = Path(tempfile.mkdtemp(prefix="qwen3emb-"))
+            folder = Path(tempfile.mkdtemp(prefix="qwen3emb-")).absolute()  # engine and guard are in folders of theirs
         except OSError:  # the disk is full, or there is no such place: the engine does as it always did
             return {}
         if len(os.fsencode(folder)) > LONGEST:
@@ -41,10 +41,12 @@ class Scratch:
         """Folders outside it that outlive it, but for those that the user has chosen."""
         found = {}
         for name, below in KEPT.items():
+            folder = self._cache / below
             if name not in os.environ:
                 with contextlib.suppress(OSError):
-                    (self._cache / below).mkdir(mode=0o700, parents=True, exist_ok=True)
-                    found[name] = str(self._cache / below)
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    if os.access(folder, os.W_OK | os.X_OK):  # else root's, of an earlier start, or on a read-only disk
+                        found[name] = str(folder)
         return found
 
     def close(self) -> None:

@@ -114,6 +114,11 @@ class ProcessRunner:
         elif self._process:
             self._process.kill()
 
+    def serves(self) -> None:
+        """It has become ready."""
+        if self._process:
+            self._process.look()
+
     def new_lines(self) -> list[str]:
         """What it wrote since the last call."""
         return self._tail.poll() if self._tail else []

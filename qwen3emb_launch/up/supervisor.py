@@ -271,6 +271,8 @@ class Supervisor:
 
     def _moved(self, member: Member, move: Move) -> None:
         member.reason = move.reason
+        if move.after is State.READY:
+            member.runner.serves()
         if move.after is State.FAILED and member.unit.fault:
             member.error = member.runner.own_words() or failure(member.unit.fault, member.runner, member.stage)
         if member is self.gateway and self.link:
