@@ -14,12 +14,18 @@ PROXY_VARIABLES = "HTTPS_PROXY, HTTP_PROXY and ALL_PROXY name it; NO_PROXY lists
 def web_address(text: str) -> SplitResult | None:
     """The parts of an http(s) address; None for what is none, such as `http://[::1`, `http://host:port`, `http://a..b`.
 
-    The host's name is tried as the system's resolver would write it, which raises for parts that are empty or too long.
+    The host's name is tried as the system's resolver would write it, which raises for parts that are empty or too long,
+    and one of other letters as the HTTP clients would, which know fewer of them.
     """
     try:
         parts = urlsplit(text.strip())
         _ = parts.port  # raises as well
-        (parts.hostname or "").encode("idna")
+        host = parts.hostname or ""
+        host.encode("idna")
+        if not host.isascii():
+            import idna
+
+            idna.encode(host)
     except ValueError:
         return None
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s\x00-\x1f\x7f]", text.strip()):

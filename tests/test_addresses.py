@@ -39,6 +39,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch) -> None:
         ("http://under_score/v1", "under_score"),
         ("http://bücher.example/v1", "bücher.example"),
         ("http://a..b/v1", None),
+        ("http://🫠.example/v1", None),  # no letters of the later IDNA, by which httpx goes
         ("http://.a/v1", None),
         (f"http://{64 * 'a'}.com/v1", None),
         ("http://ä..b/v1", None),
