@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 from urllib.parse import SplitResult, urlsplit
@@ -31,6 +32,21 @@ def web_address(text: str) -> SplitResult | None:
     if parts.scheme not in ("http", "https") or not parts.hostname or re.search(r"[\s\x00-\x1f\x7f]", text.strip()):
         return None
     return parts
+
+
+def is_loopback(url: str) -> bool:
+    """Whether the URL names this machine, which proxies must never be asked for."""
+    return is_loopback_host(urlsplit(url).hostname or "")
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host, an IPv6 address with or without brackets, can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def unknown_host(error: BaseException, url: str, *, proxies: bool = True) -> NetworkError | None:

@@ -15,9 +15,8 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
-from urllib.parse import urlsplit
 
-from qwen3emb_launch.addresses import unknown_host
+from qwen3emb_launch.addresses import is_loopback, unknown_host
 from qwen3emb_launch.errors import InvalidInputError, NetworkError, nearest
 from qwen3emb_launch.instructions import TASKS, instruct
 
@@ -74,11 +73,6 @@ def _settings(base_url: str | None, api_key: str | None, timeout: float) -> dict
     return {"base_url": url, "api_key": key, "timeout": timeout}
 
 
-def _loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def _translate(exc: Exception, url: str) -> Exception:
     """The package's own error for what the OpenAI client raised."""
     import openai
@@ -91,7 +85,7 @@ def _translate(exc: Exception, url: str) -> Exception:
                 str(body.get("code") or "refused"), message, "qwen3emb embed --help says what is accepted"
             )
         return NetworkError(str(body.get("code") or "endpoint_failed"), message, "try again; `qwen3emb status`")
-    return unknown_host(exc, url, proxies=not _loopback(url)) or NetworkError(
+    return unknown_host(exc, url, proxies=not is_loopback(url)) or NetworkError(
         "endpoint_silent", f"{url} does not answer: {exc.__cause__ or exc}", "is it running? `qwen3emb status`"
     )
 
@@ -111,7 +105,7 @@ class Client:
 
         settings = _settings(base_url, api_key, timeout)
         self._url = settings["base_url"]
-        http = DefaultHttpxClient(trust_env=False) if _loopback(self._url) else None
+        http = DefaultHttpxClient(trust_env=False) if is_loopback(self._url) else None
         self.openai: OpenAI = OpenAI(**settings, http_client=http)
         self._model = model
         self._served: list[str] | None = None
@@ -164,7 +158,7 @@ class AsyncClient:
 
         settings = _settings(base_url, api_key, timeout)
         self._url = settings["base_url"]
-        http = DefaultAsyncHttpxClient(trust_env=False) if _loopback(self._url) else None
+        http = DefaultAsyncHttpxClient(trust_env=False) if is_loopback(self._url) else None
         self.openai: AsyncOpenAI = AsyncOpenAI(**settings, http_client=http)
         self._model = model
         self._served: list[str] | None = None

@@ -71,6 +71,7 @@ def _embedder(
     name: str | None, base_url: str | None, model: str | None, dims: int | None, key_file: Path | None
 ) -> Embedder:
     from qwen3emb_launch import state
+    from qwen3emb_launch.addresses import is_loopback
     from qwen3emb_launch.embed import Embedder, check_dims
     from qwen3emb_launch.embed import base_url as checked
     from qwen3emb_launch.errors import InvalidInputError
@@ -81,7 +82,7 @@ def _embedder(
             raise InvalidInputError("usage", "--name and --base-url exclude each other", "qwen3emb embed --help")
         check_dims(dims, None)
         url = checked(base_url)
-        return Embedder(url, model=model, key=key, loopback=_is_loopback(url))
+        return Embedder(url, model=model, key=key, loopback=is_loopback(url))
     _, record = state.running(name)
     check_dims(dims, record.max_dims)
     return Embedder(record.base_url, model=model or record.served_model_name, key=key, loopback=True)
@@ -97,13 +98,6 @@ def _key(path: Path | None) -> str | None:
         return check_key(path.read_text(encoding="utf-8").strip(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidInputError("bad_key_file", f"{path}: {error}", "give a text file with one key") from error
-
-
-def _is_loopback(url: str) -> bool:
-    from urllib.parse import urlsplit
-
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def _argument(text: str) -> str:

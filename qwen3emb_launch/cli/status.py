@@ -84,8 +84,7 @@ def status(
     with shell("status", json) as console:
         from qwen3emb_launch import state
 
-        listed = (one for one in state.instances() if one.running or not one.temporary)
-        found = [state.find(name)] if name is not None else list(listed)
+        found = [state.find(name)] if name is not None else state.kept_instances()
         for instance in found:
             if instance.warning:
                 console.warn(instance.warning)

@@ -153,5 +153,5 @@ def checks(flavour: Flavour, model: str | None) -> list[Check]:
         *environments(engines.environments(), flavour),
         *profiles(profile_files.available(), usable(flavour)),
         *models(model),
-        *instances([one for one in state.instances() if one.running or not one.temporary]),
+        *instances(state.kept_instances()),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from qwen3emb_launch.addresses import is_loopback_host
 from qwen3emb_launch.errors import InvalidInputError, UnfitError, nearest
 from qwen3emb_launch.gateway.http_client import Address
 from qwen3emb_launch.gateway.tokens import Foreign, Overflow
@@ -91,17 +91,7 @@ class GatewayConfig:
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        return is_loopback(self.host)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a listening address is reachable from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+        return is_loopback_host(self.host)
 
 
 def from_dict(data: Mapping[str, Any]) -> GatewayConfig:

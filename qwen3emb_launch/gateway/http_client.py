@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections import deque
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from weakref import WeakSet
 import httptools
 import orjson
 
-from qwen3emb_launch.addresses import web_address
+from qwen3emb_launch.addresses import unknown_host, web_address
 from qwen3emb_launch.errors import InvalidInputError
 from qwen3emb_launch.gateway.vectors_in import BadAnswerError
 
@@ -309,11 +308,10 @@ class HttpClient:
             raise EngineGoneError(
                 f"no connection to {self.address.url} within {CONNECT_TIMEOUT:g} s", sent=False
             ) from None
-        except socket.gaierror as exc:
-            says = f"the host name {self.address.host} does not resolve: {exc.strerror}"
-            raise EngineGoneError(says, sent=False) from exc
         except (OSError, ssl.SSLError) as exc:
-            raise EngineGoneError(f"no connection to {self.address.url}: {exc}", sent=False) from exc
+            unknown = unknown_host(exc, self.address.url, proxies=False)
+            says = unknown.message if unknown else f"no connection to {self.address.url}: {exc}"
+            raise EngineGoneError(says, sent=False) from exc
         return link
 
     async def watch(self, lost: Callable[[], None]) -> Watch:

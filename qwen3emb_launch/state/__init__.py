@@ -25,6 +25,7 @@ from qwen3emb_launch.state.records import (
     find,
     identify,
     instances,
+    kept_instances,
     load,
     running,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "find",
     "identify",
     "instances",
+    "kept_instances",
     "load",
     "lock_holder",
     "running",

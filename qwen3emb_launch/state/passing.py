@@ -1,7 +1,8 @@
 """Instances that live for one run of another command. A run that went well leaves nothing of its own.
 
 What a failed run wrote stays in its instance's folder, where `qwen3emb logs NAME` finds it: of one name the last
-KEEP_LOGS starts, and of all such instances the KEEP last. An instance of the user's own of that name is left as it is.
+KEEP_LOGS starts (claim.py), and of all such instances the KEEP last. An instance of the user's own of that name is left
+as it is.
 """
 
 from __future__ import annotations

@@ -241,6 +241,11 @@ def instances() -> list[Instance]:
     return [i for i in found if i.record or i.warning or i.plan.exists()]
 
 
+def kept_instances() -> list[Instance]:
+    """Those of `instances` that are somebody's: not the logs that a run of another command has left."""
+    return [one for one in instances() if one.running or not one.temporary]
+
+
 def find(name: str | None = None, *, or_last: bool = False) -> Instance:
     """The named instance, or the only running one; with `or_last`, where none runs, the one that was started last.
 

@@ -6,7 +6,6 @@ request is counted with its outcome.
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import ssl
 import time
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from qwen3emb_launch.addresses import unknown_host, web_address
+from qwen3emb_launch.addresses import is_loopback, unknown_host, web_address
 from qwen3emb_launch.errors import CheckFailedError, InvalidInputError, NetworkError
 from qwen3emb_launch.vectors import from_base64
 from qwen3emb_launch.verify.tally import LONG, Shape, Tally
@@ -72,17 +71,6 @@ class Embeddings:
     headers: Mapping[str, str]
     total: int | None = None
     model: Any = None
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the URL names this machine, which proxies must never be asked for."""
-    host = urlsplit(url).hostname or ""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def normalised_url(url: str) -> str:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3emb_launch.addresses import is_loopback
 from qwen3emb_launch.catalog import CatalogModel, find_model
 from qwen3emb_launch.errors import NetworkError
-from qwen3emb_launch.verify.contact import Contact, Reply, is_loopback
+from qwen3emb_launch.verify.contact import Contact, Reply
 from qwen3emb_launch.verify.tolerance import ASSUMED_LAYERS, Precision, canonical_dtype
 
 
