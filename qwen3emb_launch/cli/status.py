@@ -84,7 +84,7 @@ def status(
     with shell("status", json) as console:
         from qwen3emb_launch import state
 
-        found = [state.find(name)] if name is not None else state.kept_instances()
+        found = [state.find(name)] if name is not None else state.lasting(state.instances())
         for instance in found:
             if instance.warning:
                 console.warn(instance.warning)

@@ -153,5 +153,5 @@ def checks(flavour: Flavour, model: str | None) -> list[Check]:
         *environments(engines.environments(), flavour),
         *profiles(profile_files.available(), usable(flavour)),
         *models(model),
-        *instances(state.kept_instances()),
+        *instances(state.lasting(state.instances())),
     ]

@@ -25,7 +25,7 @@ from qwen3emb_launch.state.records import (
     find,
     identify,
     instances,
-    kept_instances,
+    lasting,
     load,
     running,
 )
@@ -42,7 +42,7 @@ __all__ = [
     "find",
     "identify",
     "instances",
-    "kept_instances",
+    "lasting",
     "load",
     "lock_holder",
     "running",

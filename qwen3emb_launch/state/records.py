@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -241,9 +241,9 @@ def instances() -> list[Instance]:
     return [i for i in found if i.record or i.warning or i.plan.exists()]
 
 
-def kept_instances() -> list[Instance]:
-    """Those of `instances` that are somebody's: not the logs that a run of another command has left."""
-    return [one for one in instances() if one.running or not one.temporary]
+def lasting(found: Iterable[Instance]) -> list[Instance]:
+    """Those that are somebody's: not the logs that a run of another command has left."""
+    return [one for one in found if one.running or not one.temporary]
 
 
 def find(name: str | None = None, *, or_last: bool = False) -> Instance:
