@@ -7,7 +7,6 @@ Run by the engine environment's python (see test_plugin.py).
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import unittest
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from qwen3emb_engine_plugin import fp8_kernels, gated, last_layer, layer
+from card_instructions import at_hand
+from qwen3emb_engine_plugin import gated, last_layer, layer
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 INNER, WIDTH = 48, 32
@@ -237,15 +237,11 @@ class Gated(unittest.TestCase):
 
 
 class Float8(unittest.TestCase):
-    """A float8 layer with the kernels that are asked for, interpreted; its products are plain ones here."""
+    """A float8 layer with the plugin's kernels, interpreted; its products are plain ones here."""
 
-    def setUp(self) -> None:
+    def test_the_kernels_give_a_layer_s_output(self) -> None:
+        """What the same layer gives without quantisation, but for that; of 3 rows left, the same as of all."""
         torch.manual_seed(4)
-        layer._float8_kernels.cache_clear()
-        self.addCleanup(layer._float8_kernels.cache_clear)
-
-    def test_both_sets_of_kernels_give_a_layer_s_output(self) -> None:
-        """QWEN3EMB_PLUGIN_FP8_KERNELS=1, and unasked, with SGLang's quantisation; 3 rows left too."""
         head, width, inner, tokens = 64, 96, 160, 5
 
         def weight(out: int, into: int) -> torch.Tensor:
@@ -264,27 +260,31 @@ class Float8(unittest.TestCase):
             self_attn=attention, mlp=mlp, input_layernorm=norm(width), post_attention_layernorm=norm(width)
         )
         hidden, residual = torch.randn(tokens, width).bfloat16(), torch.randn(tokens, width).bfloat16()
-        stock = SimpleNamespace(sglang_per_token_quant_fp8=lambda x: fp8_kernels.quantise(x))
-        product = lambda rows, scales, weight: (rows.float() * scales @ weight.float().t()).bfloat16()  # noqa: E731
-        names = ["sglang.kernels", "sglang.kernels.ops", "sglang.kernels.ops.quantization"]
-        modules = {name: SimpleNamespace() for name in names} | {f"{names[-1]}.fp8_kernel": stock}
-        for left in (None, torch.tensor([0, 2, 4])):
-            found = []
-            for asked in ("0", "1"):
-                layer._float8_kernels.cache_clear()
-                with (
-                    mock.patch.dict(os.environ, QWEN3EMB_PLUGIN_FP8_KERNELS=asked),
-                    mock.patch.dict(sys.modules, modules),
-                    mock.patch.object(layer, "_product", product),
-                ):
-                    self.assertEqual(fp8_kernels.gate_quantise in layer._float8_kernels(), asked == "1")
-                    found.append(
-                        layer._fp8_forward(whole, torch.arange(tokens), hidden, None, residual.clone(), rows_left=left)
-                    )
-            for present, asked_for in zip(*found, strict=True):
-                self.assertEqual(len(present), 3 if left is not None else tokens)
-                alike = torch.nn.functional.cosine_similarity(present.float(), asked_for.float()).min().item()
-                self.assertGreater(alike, 0.9999)
+        positions = torch.arange(tokens)
+
+        def scaled(rows: torch.Tensor, scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return (rows.float() * scales @ weight.float().t()).bfloat16()
+
+        def root_mean_square(x: torch.Tensor, one: Any) -> torch.Tensor:
+            x = x.float()
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + one.variance_epsilon) * one.weight.float()
+
+        with mock.patch.object(layer, "_product", scaled), at_hand():
+            found = layer._fp8_forward(whole, positions, hidden, None, residual.clone())
+            left = torch.tensor([0, 2, 4])
+            some = layer._fp8_forward(whole, positions, hidden, None, residual.clone(), rows_left=left)
+            summed = hidden.float() + residual.float()
+            qkv = root_mean_square(summed, whole.input_layernorm) @ attention.qkv_proj.float().t()
+            q, k, v = layer._q_k_v(attention, qkv.bfloat16(), positions)
+        summed = summed + attention.attn(q, k, v, None, True).float() @ attention.o_proj.float().t()
+        gate_up = root_mean_square(summed, whole.post_attention_layernorm) @ mlp.gate_up_proj.float().t()
+        gate, up = gate_up.chunk(2, -1)
+        expected = (torch.nn.functional.silu(gate) * up) @ mlp.down_proj.float().t()
+        cosine = torch.nn.functional.cosine_similarity
+        for one, of_some, plain in zip(found, some, (expected, summed), strict=True):
+            self.assertEqual(len(of_some), 3)
+            self.assertGreater(cosine(of_some.float(), one[left].float()).min().item(), 0.9999)
+            self.assertGreater(cosine(one.float(), plain).min().item(), 0.95)  # 96 numbers average little of it out
 
 
 if __name__ == "__main__":

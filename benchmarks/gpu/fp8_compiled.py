@@ -2,11 +2,12 @@
 
     PYTHONPATH=engine_plugin PYTHON benchmarks/gpu/fp8_compiled.py
 
-Compiles the present kernels and those of `fp8_kernels.py` for sm_90 with Triton's own ptxas, and counts in what came
-out: registers a thread, bytes spilled, warps that a multiprocessor holds at once (of 64), instructions and among them
-special functions (exponentials, reciprocals) for each value of a row. Microseconds are what 15,903 rows take at least
-by the issue of instructions (four warps a cycle) and by the special functions (16 results), on 132 multiprocessors at
-1.485 GHz, which an H200 had under the bulk load. Needs torch and a Triton with its NVIDIA tools: any x86-64 wheel.
+Compiles them for sm_90 with Triton's own ptxas, those of `fp8_kernels.py` with several numbers of warps a row, and
+counts in what came out: registers a thread, bytes spilled, warps that a multiprocessor holds at once (of 64),
+instructions and among them special functions (exponentials, reciprocals) for each value of a row. Microseconds are what
+15,903 rows take at least by the issue of instructions (four warps a cycle) and by the special functions (16 results),
+on 132 multiprocessors at 1.485 GHz, which an H200 had under the bulk load. Needs torch and a Triton with its NVIDIA
+tools: any x86-64 wheel.
 """
 
 from __future__ import annotations
@@ -20,45 +21,35 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fp8_kernels import SHAPES
+from fp8_kernels import SHAPES, WARPS
 
 ROWS = 15903
 CLOCKS = 132 * 1.485e9  # cycles a second of all multiprocessors together
-TILINGS = {"gate": ((2, 4), (4, 4), (4, 2), (8, 4), (16, 4)), "norm": ((1, 4), (2, 4), (4, 2), (4, 4), (8, 2))}
+HIDDEN = {"0.6b": 1024, "4b": 2560, "8b": 4096}  # of a norm's row
 
 
 def main() -> None:
     import triton
-    from qwen3emb_engine_plugin import fp8_kernels as new
-    from qwen3emb_engine_plugin import kernels as present
+    from qwen3emb_engine_plugin import fp8_kernels, kernels
 
     print(f"Triton {triton.__version__}")
-    gate = {"gate_up": "*bf16", "out": "*fp8e4nv", "scales": "*fp32"}
-    norm = dict.fromkeys(("hidden", "residual", "weight"), "*bf16")
-    norm |= {"out": "*fp8e4nv", "scales": "*fp32", "eps": "fp32"}
-    plain = {"values": "*bf16", "out": "*fp8e4nv", "scales": "*fp32"}
+    out = {"out": "*fp8e4nv", "scales": "*fp32"}
+    norm = dict.fromkeys(("hidden", "residual", "weight"), "*bf16") | out | {"eps": "fp32"}
 
-    def how(width: int, warps: int, words: int, exact: bool = False) -> dict[str, Any]:
-        return {
-            "WORDS": width // 2, "CHUNK": warps * 32 * words, "FP8_LARGEST": 448.0, "EVICT": "", "PLAIN": exact,
-        }  # fmt: skip
+    def chunks(width: int, warps: int) -> dict[str, Any]:
+        chunk = warps * 32 * fp8_kernels.WORDS_A_THREAD
+        return {"WORDS": width // 2, "CHUNK": chunk, "FP8_LARGEST": kernels.FP8_MAX}
 
     for name, shape in SHAPES.items():
-        old = {"WIDTH": shape.inner, "BLOCK": triton.next_power_of_2(shape.inner), "FP8_LARGEST": 448.0}
-        report(name, "gate_quantise", "present", shape.inner, compiled(present._gate_quantise, gate, old, 16))
-        for warps, words in TILINGS["gate"]:
-            found = compiled(new._gate_quantise, gate, how(shape.inner, warps, words), warps)
-            report(name, "gate_quantise", f"{warps} x {words}", shape.inner, found)
-        found = compiled(new._gate_quantise, gate, how(shape.inner, 8, 4, exact=True), 8)
-        report(name, "gate_quantise", "8 x 4, plain", shape.inner, found)
-        old = {"WIDTH": shape.hidden, "BLOCK": triton.next_power_of_2(shape.hidden), "FP8_LARGEST": 448.0, "ADD": True}
-        report(name, "norm_quantise", "present", shape.hidden, compiled(present._norm_quantise, norm, old, 8))
-        for warps, words in TILINGS["norm"]:
-            found = compiled(new._norm_quantise, norm, {**how(shape.hidden, warps, words), "ADD": True}, warps)
-            report(name, "norm_quantise", f"{warps} x {words}", shape.hidden, found)
-        for warps in (1, 2, 4, 8):
-            found = compiled(new._quantise, plain, how(shape.queries, warps, 4), warps)
-            report(name, "quantise", f"{warps} x 4", shape.queries, found)
+        for work, width, kernel, source in (
+            ("gate_quantise", shape.inner, fp8_kernels._gate_quantise, "gate_up"),
+            ("quantise", shape.queries, fp8_kernels._quantise, "values"),
+        ):
+            for warps in WARPS:
+                report(name, work, width, compiled(kernel, {source: "*bf16", **out}, chunks(width, warps), warps))
+        width = HIDDEN[name]
+        lanes = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "FP8_LARGEST": kernels.FP8_MAX, "ADD": True}
+        report(name, "norm_quantise", width, compiled(kernels._norm_quantise, norm, lanes, 8))
 
 
 def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any], warps: int) -> Any:
@@ -77,7 +68,7 @@ def compiled(function: Any, signature: dict[str, str], constants: dict[str, Any]
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
-def report(shape: str, work: str, way: str, width: int, kernel: Any) -> None:
+def report(shape: str, work: str, width: int, kernel: Any) -> None:
     usage = tool("cuobjdump", "-res-usage", kernel.asm["cubin"])
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
@@ -90,7 +81,7 @@ def report(shape: str, work: str, way: str, width: int, kernel: Any) -> None:
     special = found["MUFU"] * each
     issue, functions = (1e6 * ROWS * width * n / CLOCKS / rate for n, rate in ((instructions, 128), (special, 16)))
     print(
-        f"{shape:5} {work:14} {way:13} {registers:4} registers {spilled:3} spilled "
+        f"{shape:5} {work:14} {warps:2} a row {registers:4} registers {spilled:3} spilled "
         f"{resident(registers, warps, kernel.metadata.shared):3} warps {instructions:6.1f} instructions "
         f"{special:5.2f} special a value: {issue:4.0f} and {functions:4.0f} us",
         flush=True,

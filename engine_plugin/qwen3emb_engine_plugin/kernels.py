@@ -1,9 +1,10 @@
 # ruff: noqa: ANN001, ANN202, N803 - Triton compiles these functions: their arguments are pointers and constants
-"""What lies between a layer's matrix products, in one pass over memory each. Triton; rows are tokens.
+"""A layer's norms, each with what follows it, in one pass over memory. Triton; a program does one row, a token's.
 
 A long batch is bound by the products and by the traffic between them. Each kernel here reads and writes once what the
 stock layer moves two to four times. Values are rounded to bfloat16 where the stock kernels write bfloat16, so that only
-the order of sums differs.
+the order of sums differs. A norm's rows in chunks, as `fp8_kernels.py` has its own, were timed on an H200: 3% less time
+for a long batch of the 4B, 12% of the 0.6B, none of the 8B, and up to 1.6x as much for few rows, as a single query is.
 """
 
 from __future__ import annotations
@@ -40,21 +41,6 @@ def _norm_quantise(  # type: ignore[no-untyped-def]
         tl.store(residual + row * WIDTH + columns, values.to(tl.bfloat16), inside)
     inverse = tl.rsqrt(tl.sum(values * values, axis=0) / WIDTH + eps)
     values = values * inverse * tl.load(weight + columns, inside, other=0.0).to(tl.float32)
-    quantised, scale = _quantised(values.to(tl.bfloat16).to(tl.float32), FP8_LARGEST)
-    tl.store(out + row * WIDTH + columns, quantised, inside)
-    tl.store(scales + row, scale)
-
-
-@triton.jit
-def _gate_quantise(  # type: ignore[no-untyped-def]
-    gate_up, out, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr, FP8_LARGEST: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    gate = tl.load(gate_up + row * 2 * WIDTH + columns, inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * WIDTH + WIDTH + columns, inside, other=0.0).to(tl.float32)
-    values = gate / (1.0 + tl.exp(-gate)) * up
     quantised, scale = _quantised(values.to(tl.bfloat16).to(tl.float32), FP8_LARGEST)
     tl.store(out + row * WIDTH + columns, quantised, inside)
     tl.store(scales + row, scale)
@@ -109,17 +95,6 @@ def norm_quantise(hidden: Any, residual: Any | None, weight: Any, eps: float) ->
         hidden, residual if residual is not None else hidden, weight, out, scales, eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), ADD=residual is not None, FP8_LARGEST=FP8_MAX, num_warps=8,
     )  # fmt: skip
-    return out, scales
-
-
-def gate_quantise(gate_up: Any) -> tuple[Any, Any]:
-    """silu(gate) * up of [tokens, 2 * width], as float8 [tokens, width] and scales [tokens, 1]."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((rows, width), dtype=FP8, device=gate_up.device)
-    scales = torch.empty((rows, 1), dtype=torch.float32, device=gate_up.device)
-    _gate_quantise[(rows,)](
-        gate_up, out, scales, WIDTH=width, BLOCK=triton.next_power_of_2(width), FP8_LARGEST=FP8_MAX, num_warps=16
-    )
     return out, scales
 
 

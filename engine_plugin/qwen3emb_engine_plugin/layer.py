@@ -9,12 +9,11 @@ layer once, and leave what they do not know to the stock code. `verify --level f
 from __future__ import annotations
 
 import logging
-from functools import cache
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version, switched_on
+from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit, sglang_version
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
@@ -102,7 +101,9 @@ def _fp8_forward(
     layer: Any, positions: Any, hidden: Any, forward_batch: Any, residual: Any, rows_left: Any = None
 ) -> tuple[Any, Any]:
     """The layer's hidden states and residual; after the attention for `rows_left` alone, where those are given."""
-    norm_quantise, gate_quantise, quantise = _float8_kernels()
+    from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, quantise
+    from qwen3emb_engine_plugin.kernels import norm_quantise
+
     attention, mlp = layer.self_attn, layer.mlp
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     rows, scales = norm_quantise(hidden, residual, first.weight, first.variance_epsilon)
@@ -116,20 +117,6 @@ def _fp8_forward(
     rows, scales = norm_quantise(hidden, residual, second.weight, second.variance_epsilon)
     rows, scales = gate_quantise(_product(rows, scales, mlp.gate_up_proj))
     return _product(rows, scales, mlp.down_proj), residual
-
-
-@cache
-def _float8_kernels() -> tuple[Any, Any, Any]:
-    """Norm, gating and plain quantisation of rows; asked for, those that no GPU has timed yet."""
-    if switched_on("fp8_kernels", default=False):
-        from qwen3emb_engine_plugin import fp8_kernels
-
-        return fp8_kernels.norm_quantise, fp8_kernels.gate_quantise, fp8_kernels.quantise
-    from sglang.kernels.ops.quantization.fp8_kernel import sglang_per_token_quant_fp8
-
-    from qwen3emb_engine_plugin import kernels
-
-    return kernels.norm_quantise, kernels.gate_quantise, sglang_per_token_quant_fp8
 
 
 def _product(rows: Any, scales: Any, linear: Any) -> Any:
