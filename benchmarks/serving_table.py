@@ -4,8 +4,9 @@
     python benchmarks/serving_table.py --weights fp8 --workers 0,2 --calls 3,4 --rules part,hold --spread 20
     python benchmarks/serving_table.py --engine cpu --clients 1,16,64 --workers 0,1 --set client=0.5
 
-Workers 0 is the engine alone. `--measured` sets beside it what one H200 gave (4B shape, 33 tokens, 2,560 floats). The
-shares are of the time that each was busy, of the gateway the busiest worker. Means of three runs that differ by chance.
+Workers 0 is the engine alone. `--measured` sets beside it what one H200 gave (4B shape, 33 tokens, 2,560 floats), with
+the planner's graph sizes of then; other cases have those of now (`--graphs then`, `now`). The shares are of the time
+that each was busy, of the gateway the busiest worker. Means of three runs that differ by chance.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ NULL = {
     "gateway_in": 0.03, "gateway_out": 0.03, "make": 0.05, "back": 0.05, "client": 0.05, "wire": 0.03,
 }  # fmt: skip
 RECORDS = Path(__file__).resolve().parents[1] / "docs/benchmarks"
+# The planner's sizes when those runs were made.
+GRAPHS_THEN = (
+    4, 8, 16, 24, 36, 48, 68, 100, 132, 200, 264, 396, 528, 792, 1056, 1320, 1584, 1848, 2112, 2640, 3168, 3696, 4224,
+)  # fmt: skip
 # Of the run against vLLM: gateway workers (0: the engine alone), and whether the loop looked ahead.
 SERVERS = {"ours": (0, False), "ours-next": (0, True), "stack": (2, False), "stack-next": (2, True)}
 # Of the gateway's runs, before engines that looked ahead: workers, and calls of each.
@@ -88,15 +93,15 @@ def main() -> None:
     parser.add_argument("--rules", default="part")
     parser.add_argument("--stock", action="store_true", help="the scheduler's loop without `ahead`")
     parser.add_argument("--spread", type=int, default=0, help="texts are of 33 tokens, up to so many more or fewer")
-    parser.add_argument("--graphs", help="sizes in tokens; `none`: passes are not padded")
+    parser.add_argument("--graphs", help="sizes in tokens, `now`, `then`, or `none`: passes are not padded")
     parser.add_argument("--set", action="append", default=[], metavar="COST=MS", help="one of `Costs`")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     costs = replace(Costs(), **{"gpu": {}, "cpu": CPU, "null": NULL}[args.engine])
     given = {name: float(value) for name, _, value in (word.partition("=") for word in args.set)}
-    graphs = FULL_GRAPH_SIZES if args.engine == "gpu" else ()
-    if args.graphs:
-        graphs = () if args.graphs == "none" else tuple(_numbers(args.graphs))
+    word = args.graphs or ("none" if args.engine != "gpu" else "then" if args.measured else "now")
+    named = {"none": (), "then": GRAPHS_THEN, "now": FULL_GRAPH_SIZES}
+    graphs = named[word] if word in named else tuple(_numbers(word))
     if args.measured:
         cases = [(*case[:4], "part", *case[4:]) for case in measured()]
     else:
