@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -24,13 +25,23 @@ from unittest import mock
 import numpy as np
 import torch
 from fastapi import HTTPException
-from qwen3emb_engine_plugin import asked, cpu_pass, housekeeping, prefill_graph, serve, switches, template
+from qwen3emb_engine_plugin import (
+    asked,
+    cpu_pass,
+    graph_inputs,
+    housekeeping,
+    prefill_graph,
+    serve,
+    switches,
+    template,
+)
 from qwen3emb_engine_plugin.answer import AnswerWriter
 from qwen3emb_engine_plugin.asked import Asked
 from qwen3emb_engine_plugin.engine_calls import EngineCalls, NotPlainError
 from qwen3emb_engine_plugin.housekeeping import FreedTogether, IdleRounds, Snapshots
 from qwen3emb_engine_plugin.route import PATH, EmbeddingsRoute
 from qwen3emb_engine_plugin.tokens import PROBES, encoder
+from qwen3emb_engine_plugin.unsampled import Unsampled
 from sglang.srt.plugins.hook_registry import HookRegistry
 from starlette.responses import JSONResponse
 from starlette.routing import Match
@@ -647,7 +658,7 @@ class Housekeeping(unittest.TestCase):
         self.addCleanup(HookRegistry.reset)
         self.assertIsNone(housekeeping.freeing())
         ((_, freed, _),) = HookRegistry._hooks[f"{housekeeping.PROCESSOR}.process_batch_result_prefill"]
-        ((_, before_answers, _),) = HookRegistry._hooks[f"{housekeeping.STREAMER}.stream_output"]
+        ((_, after_answers, _),) = HookRegistry._hooks[f"{housekeeping.STREAMER}.stream_output"]
         places = TokenToKVPoolAllocator(40, torch.bfloat16, "cpu", None, need_sort=False)
 
         def process(processor: Any, batch: Any, result: Any) -> list[int]:
@@ -655,7 +666,7 @@ class Housekeeping(unittest.TestCase):
             for text in batch:
                 places.free(text)
                 free.append(places.available_size())
-            self.assertIsNone(before_answers(object(), [], False, None))
+            self.assertIsNone(after_answers(object(), [], False, None))
             return [*free, places.available_size()]
 
         for generation, expected in ((False, [30, 30, 40]), (True, [35, 40, 40])):
@@ -670,6 +681,123 @@ class Housekeeping(unittest.TestCase):
         self.assertEqual([publish(self.round, self.scheduler, True) for _ in range(3)], ["written", None, None])
         self.scheduler.is_fully_idle = lambda: True
         self.assertEqual(publish(self.round, self.scheduler), "written")
+
+
+class Sampling(unittest.TestCase):
+    """Parameters of a batch that samples nothing."""
+
+    def setUp(self) -> None:
+        from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+        self.made = 0
+        self.info = SamplingBatchInfo
+        self.hook = Unsampled()
+
+    def make(self, cls: Any, batch: Any, vocab_size: int) -> Any:
+        self.made += 1
+        count = len(batch.reqs)
+        given = {field.name: False for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
+        given |= {name: torch.ones(count) for name in ("temperatures", "top_ps", "top_ks", "min_ps")}
+        penalties = SimpleNamespace(is_required=False, filter=lambda _: None)
+        return cls(**{**given, "logit_bias": self.bias, "penalizer_orchestrator": penalties})
+
+    bias: Any = None
+
+    def of(self, texts: int, *, generates: bool = False) -> Any:
+        model = SimpleNamespace(is_generation=generates)
+        batch = SimpleNamespace(model_config=model, device="cpu", reqs=[object()] * texts)
+        return self.hook(self.make, self.info, batch, 100)
+
+    def test_they_are_made_once_for_each_number_of_texts(self) -> None:
+        """And for each batch of a model that generates."""
+        for texts in (1, 3, 1, 3, 3):
+            self.assertEqual(len(self.of(texts).temperatures), texts)
+        self.assertEqual(self.made, 2)
+        self.of(1, generates=True)
+        self.of(1, generates=True)
+        self.assertEqual(self.made, 4)
+
+    def test_what_a_batch_does_to_its_own_stays_there(self) -> None:
+        """Filtering and grammars are assignments; the next batch finds all as it was."""
+        first = self.of(3)
+        first.filter_batch([0], torch.tensor([0]))
+        first.grammars = ["of this batch"]
+        self.assertEqual(len(first.temperatures), 1)
+        second = self.of(3)
+        self.assertEqual((len(second.temperatures), second.grammars), (3, None))
+
+    def test_those_of_somebody_s_own_are_not_kept(self) -> None:
+        """A bias on logits is a request's."""
+        self.bias = torch.zeros(2, 100)
+        self.of(2)
+        self.of(2)
+        self.assertEqual(self.made, 2)
+
+
+class GraphInputs(unittest.TestCase):
+    """One kernel in place of a runner's copies, on a runner of plain tensors."""
+
+    def setUp(self) -> None:
+        self.offsets = torch.zeros(5, dtype=torch.int32)
+        self.backend = SimpleNamespace(
+            fa_skip_kv_cache=True, full_cg_prefill_metadata=SimpleNamespace(cu_seqlens_q=self.offsets)
+        )
+        self.runner = SimpleNamespace(
+            _is_full_backend=True, _capture_req_slots=4, capture_num_tokens=[8, 16], static_draft_hidden_states=None,
+            _pad_to_bucket=lambda tokens, sizes: min(s for s in sizes if s >= tokens),
+            buffer_registry=SimpleNamespace(slot_names=lambda: list(graph_inputs.READ)),
+            model_runner=SimpleNamespace(attn_backend=self.backend, is_generation=False),
+        )  # fmt: skip
+        self.slots = {name: torch.full((16,), 7) for name in ("input_ids", "positions")}
+        self.stock = 0
+        self.filled: list[Any] = []
+        put = mock.patch.object(graph_inputs, "_fill", lambda *given: self.filled.append(given))
+        put.start()
+        self.addCleanup(put.stop)
+
+    def load(self, runner: Any, batch: Any, **_: Any) -> Any:
+        self.stock += 1
+        size = runner._pad_to_bucket(len(batch.input_ids), runner.capture_num_tokens)
+        return SimpleNamespace(**{name: slot[:size] for name, slot in self.slots.items()})
+
+    def batch(self, *lengths: int, **more: Any) -> Any:
+        tokens = sum(lengths)
+        given = {"mrope_positions": None, "spec_info": None, "extend_seq_lens": torch.tensor(lengths)}
+        ids = torch.arange(1, tokens + 1)
+        return SimpleNamespace(**{**given, **more}, batch_size=len(lengths), input_ids=ids, positions=ids - 1)
+
+    def test_the_stock_way_is_gone_once_for_each_size(self) -> None:
+        """What the runner keeps of a batch is set each time, and the kernel fills the buffers of that size."""
+        hook = graph_inputs.Filled()
+        for lengths, size in (((3,), 8), ((3, 4), 8), ((9, 2, 1), 16), ((2,), 8)):
+            batch = self.batch(*lengths)
+            made = hook(self.load, self.runner, batch)
+            self.assertEqual(len(made.input_ids), size)
+            kept = (self.runner.raw_num_tokens, self.runner.raw_bs, self.runner._static_num_tokens)
+            self.assertEqual(kept, (sum(lengths), len(lengths), size))
+            self.assertEqual(
+                [x is y for x, y in zip(self.filled[-1], (batch, made, self.offsets), strict=True)], [True] * 3
+            )
+            self.assertIs(self.backend.forward_metadata, self.backend.full_cg_prefill_metadata)
+        self.assertEqual((self.stock, len(self.filled)), (2, 4))
+
+    def test_other_runners_and_batches_are_left_alone(self) -> None:
+        """Another backend, a cache, another slot, logits; and positions or drafts of another kind."""
+        for where, name, value in (
+            (self.runner, "_is_full_backend", False),
+            (self.backend, "fa_skip_kv_cache", False),
+            (self.runner, "static_draft_hidden_states", object()),
+            (self.runner.model_runner, "is_generation", True),
+            (self.runner, "_capture_req_slots", 3),
+            (self.runner.buffer_registry, "slot_names", lambda: [*graph_inputs.READ, "mamba_track_mask"]),
+        ):
+            with mock.patch.object(where, name, value):
+                graph_inputs.Filled()(self.load, self.runner, self.batch(3))
+        hook = graph_inputs.Filled()
+        for more in ({"mrope_positions": 1}, {"spec_info": 1}):
+            hook(self.load, self.runner, self.batch(3, **more))
+        hook(self.load, self.runner, self.batch(3), more=1)
+        self.assertEqual((self.stock, self.filled), (9, []))
 
 
 class FullGraph(unittest.TestCase):

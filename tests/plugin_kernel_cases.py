@@ -158,6 +158,24 @@ class Kernels(unittest.TestCase):
                 self.close(one, turned, BF16_STEP, absolute=4 * BF16_STEP)
             self.assertTrue(torch.equal(qkv, before))
 
+    def test_a_graph_s_inputs(self) -> None:
+        """Ids and positions with zeros to the size; ends of the texts, and the padding as the last segment."""
+        for lengths, size, slots in (([3], 8, 4), ([5, 1, 7], 2112, 129), ([1200, 900], 2112, 129), ([2, 2], 4, 3)):
+            for kind in (torch.int32, torch.int64):
+                tokens = sum(lengths)
+                ids = torch.randint(1, 150_000, (tokens,), device=DEVICE)
+                positions = torch.randint(0, 4096, (tokens,), device=DEVICE)
+                out_ids, out_positions = (torch.full((size,), 9, device=DEVICE) for _ in range(2))
+                offsets = torch.full((slots + 1,), 9, dtype=torch.int32, device=DEVICE)
+                offsets[0] = 0
+                of_texts = torch.tensor(lengths, dtype=kind, device=DEVICE)
+                kernels.fill_inputs(ids, positions, of_texts, out_ids, out_positions, offsets)
+                for found, given in ((out_ids, ids), (out_positions, positions)):
+                    self.assertTrue(torch.equal(found[:tokens], given))
+                    self.assertEqual(found[tokens:].abs().sum().item(), 0)
+                ends = torch.tensor(lengths).cumsum(0).tolist()
+                self.assertEqual(offsets.tolist(), [0, *ends, *[tokens] * (slots - len(ends) - 1), size])
+
 
 if __name__ == "__main__":
     unittest.main(verbosity=2)

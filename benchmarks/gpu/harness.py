@@ -60,6 +60,7 @@ def main() -> None:
         "--together", action="store_true", help="start the servers at once: quick, but ready times mean nothing"
     )
     parser.add_argument("--first-port", type=int, default=21000, help="each server takes the next but nineteen")
+    parser.add_argument("--host", action="store_true", help="trace: the host's calls too, which slows it down")
     parser.add_argument("--weights", action="store_true", help="write random weights instead of --load-format dummy")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -282,7 +283,11 @@ def profile(config: dict[str, Any], args: argparse.Namespace, model: Path, state
 
 
 def trace(config: dict[str, Any], args: argparse.Namespace, model: Path, state: Path) -> None:
-    """SGLang's own torch profiler over a few batches in the middle of a load: DIR/SERVER-LOAD-kernels.json."""
+    """SGLang's own torch profiler over a few batches in the middle of a load: DIR/SERVER-LOAD-kernels.json.
+
+    The trace itself, for chrome://tracing, stays in DIR/trace-SERVER-LOAD.
+    """
+    wanted = {"activities": ["CPU", "GPU"] if args.host else ["GPU"], "with_stack": False, "record_shapes": False}
     seconds = args.seconds or config["seconds"]
     for server in ready(state):
         if server.name not in chosen(config["servers"], args.only):
@@ -293,7 +298,7 @@ def trace(config: dict[str, Any], args: argparse.Namespace, model: Path, state: 
             with ThreadPoolExecutor(1) as pool:
                 under_load = pool.submit(drive, server, model, load, seconds)
                 time.sleep(seconds / 2)  # a load has no event to wait for; its middle is far from both ends
-                running.post(server.port, "/start_profile", {"output_dir": str(folder), "activities": ["GPU"]})
+                running.post(server.port, "/start_profile", {"output_dir": str(folder), **wanted})
                 time.sleep(seconds / 4)
                 running.post(server.port, "/stop_profile", {})
                 print(server.name, name, shown(under_load.result()), flush=True)

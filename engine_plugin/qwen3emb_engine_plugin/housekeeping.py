@@ -57,7 +57,7 @@ class Snapshots:
 
 
 class FreedTogether:
-    """A batch's places in the KV pool, given back at once after its last text, before its answers go out.
+    """A batch's places in the KV pool, given back at once, when its answers are on their way.
 
     Embeddings only. What is held back are views of the request table, and a prefix cache writes there for a text that
     goes on to be decoded: it would be the cache's own places that are given back.
@@ -79,7 +79,7 @@ class FreedTogether:
             self.end()
 
     def end(self, *_: Any, **__: Any) -> None:
-        """Before `SchedulerOutputStreamer.stream_output`; the batch's report, after that, counts what is still held."""
+        """After `SchedulerOutputStreamer.stream_output`; the batch's report, which follows, counts what is held."""
         places, self._open = self._open, None
         if places is not None:
             places.free_group_end()
@@ -133,5 +133,5 @@ def freeing() -> str | None:
     if not problem:
         together = FreedTogether()
         HookRegistry.register(f"{PROCESSOR}.process_batch_result_prefill", together, HookType.AROUND)
-        HookRegistry.register(f"{STREAMER}.stream_output", together.end, HookType.BEFORE)
+        HookRegistry.register(f"{STREAMER}.stream_output", together.end, HookType.AFTER)
     return problem

@@ -113,3 +113,32 @@ def norm_rotate(
         Q_BLOCK=triton.next_power_of_2(q_heads), K_BLOCK=triton.next_power_of_2(k_heads), HALF=head // 2, num_warps=4,
     )  # fmt: skip
     return q, k
+
+
+@triton.jit(do_not_specialize=["tokens", "size", "texts", "slots"])
+def _fill_inputs(  # type: ignore[no-untyped-def]
+    ids, positions, lengths, out_ids, out_positions, offsets, tokens, size, texts, slots, SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(0)
+    row = part * BLOCK + tl.arange(0, BLOCK)
+    real, wanted = row < tokens, row < size
+    tl.store(out_ids + row, tl.load(ids + row, real, other=0), wanted)
+    tl.store(out_positions + row, tl.load(positions + row, real, other=0), wanted)
+    if part == 0:
+        slot = tl.arange(0, SLOTS)
+        ends = tl.cumsum(tl.load(lengths + slot, slot < texts, other=0).to(tl.int32), 0)
+        tl.store(offsets + 1 + slot, tl.where(slot == slots - 1, size, ends), slot < slots)
+
+
+def fill_inputs(ids: Any, positions: Any, lengths: Any, out_ids: Any, out_positions: Any, offsets: Any) -> None:
+    """What a graph of whole passes reads, in one launch: ids, positions, and where each text begins.
+
+    `ids` and `positions` are [tokens], `lengths` [texts]. `out_ids` and `out_positions`, [size], end with zeros;
+    `offsets`, [slots + 1] with more slots than texts, holds each text's end, and the padding as the last segment.
+    """
+    size, slots, block = out_ids.shape[0], offsets.shape[0] - 1, 1024
+    _fill_inputs[(triton.cdiv(size, block),)](
+        ids, positions, lengths, out_ids, out_positions, offsets, ids.shape[0], size, lengths.shape[0], slots,
+        SLOTS=triton.next_power_of_2(slots), BLOCK=block,
+    )  # fmt: skip

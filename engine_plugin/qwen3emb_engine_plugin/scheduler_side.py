@@ -11,12 +11,14 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from qwen3emb_engine_plugin.ahead import ahead
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.gated import gated
+from qwen3emb_engine_plugin.graph_inputs import graph_inputs
 from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
 from qwen3emb_engine_plugin.last_layer import last_layer
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
 from qwen3emb_engine_plugin.prebuild import await_builders
 from qwen3emb_engine_plugin.prefill_graph import full_graph
 from qwen3emb_engine_plugin.switches import misfit
+from qwen3emb_engine_plugin.unsampled import unsampled
 from qwen3emb_engine_plugin.wire import OUR_RIDS
 
 COMPONENTS = "sglang.srt.managers.scheduler_components"
@@ -103,8 +105,10 @@ PARTS = [
     ("idle", True, idle),
     ("snapshots", True, snapshots),
     ("freeing", True, freeing),
+    ("unsampled", False, unsampled),
     ("ahead", True, ahead),
     ("full_graph", True, full_graph),
+    ("graph_inputs", False, graph_inputs),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
     ("last_layer", True, last_layer),
