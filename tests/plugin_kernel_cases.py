@@ -13,7 +13,7 @@ import unittest
 import torch
 from card_instructions import at_hand
 from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, gate_warps, quantise
-from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, norm_quantise, norm_rotate
+from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, fill_inputs, norm_quantise, norm_rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -169,7 +169,7 @@ class Kernels(unittest.TestCase):
                 offsets = torch.full((slots + 1,), 9, dtype=torch.int32, device=DEVICE)
                 offsets[0] = 0
                 of_texts = torch.tensor(lengths, dtype=kind, device=DEVICE)
-                kernels.fill_inputs(ids, positions, of_texts, out_ids, out_positions, offsets)
+                fill_inputs(ids, positions, of_texts, out_ids, out_positions, offsets)
                 for found, given in ((out_ids, ids), (out_positions, positions)):
                     self.assertTrue(torch.equal(found[:tokens], given))
                     self.assertEqual(found[tokens:].abs().sum().item(), 0)
