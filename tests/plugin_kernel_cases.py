@@ -102,11 +102,11 @@ class Kernels(unittest.TestCase):
 
     def test_rows_are_the_same_whatever_the_warps(self) -> None:
         """To the bit: each value is computed by itself, and a row's largest is exact in any order."""
-        for width in (9728, 12288, 3072, 96):
-            gate_up = self.random(3, 2 * width) * 4
-            for warps in (1, 4, 8, 16):
+        for width in (9728, 3072, 96):
+            gate_up, values = self.random(3, 2 * width) * 4, self.random(3, width)
+            for warps in (2, 8, 16):
                 self.same(gate_quantise(gate_up, warps), gate_quantise(gate_up))
-                self.same(quantise(gate_up, warps), quantise(gate_up))
+                self.same(quantise(values, warps), quantise(values))
 
     def test_few_rows_have_twice_the_warps(self) -> None:
         """Up to a row a multiprocessor of Hopper's."""
