@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/stacks.py DIR/SERVER-LOAD-PID.txt [--least 1.2]
 
-py-spy samples threads that run. With native frames, as the harness has it, it stops them for a while at each sample: the
+py-spy samples threads that run. With native frames, as the harness has it, each sample stops them for a while: the
 shares are to be believed, the load's own figures under it are not.
 """
 
