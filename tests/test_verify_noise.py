@@ -131,6 +131,21 @@ def test_the_demo_keeps_its_limit_where_its_vectors_tell_it(tmp_path: Path) -> N
     assert verdicts(asked(endpoint, tmp_path, "batch")) == {"batch": Verdict.FAIL}
 
 
+def test_a_vector_cut_to_fewer_dims_is_no_noise(tmp_path: Path) -> None:
+    """Right in all it has, and too short: where nobody asked for fewer dims that is another fault."""
+
+    class Cutting(Noisy):
+        def embed(self, body: Any) -> tuple[int, Any]:
+            status, answer = super().embed(body)
+            if self.asked[str(body["input"])] > 2:
+                for item in answer["data"]:
+                    item["embedding"] = item["embedding"][:32]
+            return status, answer
+
+    found = verdicts(asked(Cutting(0.0), tmp_path, "batch", "steady"))
+    assert found == {"batch": Verdict.PASS, "steady": Verdict.FAIL}
+
+
 def test_swapped_texts_are_a_fault_however_near_they_lie(tmp_path: Path) -> None:
     """Two texts 0.03 apart change places in a batch: within the bound, and each the other's."""
 

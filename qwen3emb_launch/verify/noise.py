@@ -46,11 +46,17 @@ def explains(precision: Precision, known: bool, apart: Sequence[Again]) -> bool:
     return all(seen.own <= FP8_NOISE and seen.own < seen.other for seen in apart)
 
 
-def let_noise_pass(session: Session, found: Outcome, again: Sequence[tuple[str, Vector]]) -> Outcome:
-    """A check that does not hold, as a warning where noise explains it. `again`: the texts and what they got."""
+def let_noise_pass(
+    session: Session, found: Outcome, again: Sequence[tuple[str, Vector]], *, fewer_dims: bool = False
+) -> Outcome:
+    """A check that does not hold, as a warning where noise explains it. `again`: the texts and what they got.
+
+    `fewer_dims`: some were asked for, and came. Otherwise a vector of another width is a fault.
+    """
     if found.holds is not False or session.precision.quantised != QUANTISED or not again:
         return found
-    apart = [_apart(session, text, vector, {*BASE, *(t for t, _ in again)}) for text, vector in again]
+    texts = {*BASE, *(t for t, _ in again)}
+    apart = [_apart(session, t, v, texts, len(v) if fewer_dims else session.width) for t, v in again]
     if not explains(session.precision, _known(session), apart):
         return found
     worst = max(seen.own for seen in apart)
@@ -73,11 +79,10 @@ def _known(session: Session) -> bool:
     return session.identity.catalog is not None or serves_demo(session)
 
 
-def _apart(session: Session, text: str, vector: Vector, texts: Iterable[str]) -> Again:
+def _apart(session: Session, text: str, vector: Vector, texts: Iterable[str], dims: int) -> Again:
     """Fewer dims average the errors over less: there the distances count by as much less."""
-    part = len(vector) / session.width
 
     def to(other: str) -> float:
-        return distance(vector, session.vector(other)[: len(vector)]) * part
+        return distance(vector, session.vector(other)[:dims]) * dims / session.width
 
     return Again(to(text), min(to(other) for other in texts if other != text))

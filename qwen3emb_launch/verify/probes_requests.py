@@ -162,7 +162,7 @@ def _base64_batch(session: Session, expected: str) -> Outcome | None:
     found = broken(
         expected, f"1 - cosine {max(apart):.2g} in a batch", "base64 in batches is of another text or vector"
     )
-    return let_noise_pass(session, found, list(zip(texts, vectors, strict=True)))
+    return let_noise_pass(session, found, list(zip(texts, vectors, strict=True)), fewer_dims=True)
 
 
 def probe_openai(session: Session) -> Outcome:
@@ -369,7 +369,7 @@ def probe_cross_talk(session: Session) -> Outcome:
     outcome = broken(expected, f"{_rate(len(found), len(jobs), 'wrong')}: {(mixed or found)[0]}", cause)
     if not all(away for _, away in wrong):  # some failed, or have another width
         return outcome
-    return let_noise_pass(session, outcome, [pair for _, away in wrong for pair in away])
+    return let_noise_pass(session, outcome, [pair for _, away in wrong for pair in away], fewer_dims=True)
 
 
 def probe_scripts(session: Session) -> Outcome:
