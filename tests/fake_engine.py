@@ -55,6 +55,7 @@ class Behaviour:
     nan: bool = False
     norm: float = 1.0
     shuffle: bool = False  # a batch's order is lost
+    noise: float = 0.0  # 1 - cosine between a text's vector in a batch and alone
     ignore_dimensions: bool = False
     salt: str = ""  # the vectors are another model's
     stubborn: str = ""  # grandchildren that leave the session and ignore SIGTERM write their pids here
@@ -95,6 +96,16 @@ class Engine:
         return values
 
 
+def moved(vector: list[float], far: float) -> list[float]:
+    """A vector of the same length that lies 1 - cosine `far` away, in a direction of its own."""
+    source = random.Random(vector[0])
+    aside = [source.gauss(0, 1) for _ in vector]
+    along = sum(a * b for a, b in zip(vector, aside, strict=True)) / sum(v * v for v in vector)
+    aside = [a - along * v for a, v in zip(aside, vector, strict=True)]
+    turn = math.sqrt(1 - (1 - far) ** 2) * math.hypot(*vector) / math.hypot(*aside)
+    return [(1 - far) * v + turn * a for v, a in zip(vector, aside, strict=True)]
+
+
 def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
     behaviour = engine.behaviour
 
@@ -129,6 +140,8 @@ def handler(engine: Engine) -> type[BaseHTTPRequestHandler]:
                 return
             texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
             vectors = [engine.vector(text, body.get("dimensions")) for text in texts]
+            if behaviour.noise and len(texts) > 1:
+                vectors = [moved(v, behaviour.noise) for v in vectors]
             if behaviour.shuffle:
                 vectors = vectors[1:] + vectors[:1]
             data = [{"object": "embedding", "index": i, "embedding": v} for i, v in enumerate(vectors)]

@@ -22,6 +22,7 @@ from qwen3emb_launch.up.events import (
     Event,
     Kill,
     Move,
+    Note,
     Probe,
     Probed,
     Refused,
@@ -121,6 +122,18 @@ def test_smoke_test_stands_between_embedding_and_ready() -> None:
     assert any(isinstance(a, Check) for a in play.probed(OK))
     assert play.states == []
     play.feed(Checked(1, ()))
+    assert play.states == [State.READY]
+
+
+def test_what_the_smoke_test_warns_of_is_said_before_ready() -> None:
+    """A warning stops nothing; it is told first, since `up` prints the endpoint at ready."""
+    play = Play(check=True)
+    play.feed(Begin())
+    play.wait(0)
+    play.probed(OK)
+    first, second = play.feed(Checked(1, (), warnings=("it is noisy",)))
+    assert first == Note("warning: it is noisy")
+    assert isinstance(second, Move)
     assert play.states == [State.READY]
 
 

@@ -22,6 +22,7 @@ from qwen3emb_launch.cli.supervise import SMOKE
 from qwen3emb_launch.engine_process import EngineProcess
 from qwen3emb_launch.engine_process.guard import descendants
 from qwen3emb_launch.errors import Exit, UnfitError
+from qwen3emb_launch.facts import Setting
 from qwen3emb_launch.lifecycle import State
 from qwen3emb_launch.planning import plan_to_dict
 from qwen3emb_launch.probe import Target, embed_once
@@ -130,6 +131,32 @@ def test_failed_start_says_why(behaviour: dict[str, object], code: str, word: st
     assert word in error.message
     assert error.details["last_lines"]
     assert run.watcher.states == [State.FAILED]
+
+
+FP8 = (Setting("quantization", "fp8", "flag"),)
+
+
+def test_float8_noise_of_a_checkpoint_that_nobody_knows_starts_with_a_warning() -> None:
+    """What an H200 saw of the 8B's shape with random weights: said before ready, once for all checks that see it."""
+    with Supervised(fake_plan({"noise": 0.037}, settings=FP8, deadlines=PATIENT), SMOKE) as run:
+        run.reach(State.READY)
+    (told,) = [note for note in run.watcher.notes if note.startswith("warning: ")]
+    assert "12 of 12 differ, up to 0.037: float8 noise that this checkpoint amplifies" in told
+    assert "serve bfloat16, or accept it" in told
+
+
+@pytest.mark.parametrize(("noise", "settings", "official"), [(0.2, FP8, None), (0.037, FP8, "0.6b"), (0.037, (), None)])
+def test_what_float8_noise_does_not_explain_never_starts(
+    noise: float, settings: tuple[Setting, ...], official: str | None
+) -> None:
+    """More than it can be, a checkpoint that is known to be steady, or no float8 at all."""
+    plan = fake_plan({"noise": noise}, settings=settings)
+    plan = replace(plan, model=replace(plan.model, catalog_key=official))
+    with Supervised(plan, SMOKE) as run:
+        error = run.wait().error
+    assert error is not None
+    assert error.code == "smoke_test_failed"
+    assert f"batch = single: 12 of 12 differ, up to {noise}" in error.message
 
 
 def test_never_ready_is_given_up_at_the_deadline() -> None:

@@ -1,8 +1,9 @@
 """The smoke test as a child process: the supervisor stays small, and a client library cannot hurt it.
 
 The protocol lets the child load its libraries while the engine still loads its weights: it is started with the engine,
-waits for one JSON line on stdin (CheckOrder), and prints one JSON line, `{"faults": [...], "report": ...}`. No faults
-means that the endpoint may be called ready. A child that reads the end of stdin instead ends.
+waits for one JSON line on stdin (CheckOrder), and prints one, `{"faults": [...], "warnings": [...], "report": ...}`.
+No faults means that the endpoint may be called ready; warnings are told then. A child that reads the end of stdin
+instead ends.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class CheckResult:
 
     faults: tuple[str, ...]
     report: Any = None
+    warnings: tuple[str, ...] = ()
 
 
 class CheckProcess:
@@ -76,7 +78,7 @@ class CheckProcess:
             return
         try:
             answer = json.loads(out.splitlines()[-1])
-            tell(CheckResult(tuple(answer["faults"]), answer.get("report")))
+            tell(CheckResult(tuple(answer["faults"]), answer.get("report"), tuple(answer.get("warnings", ()))))
         except (ValueError, KeyError, IndexError, TypeError):
             words = err.decode(errors="replace").strip().splitlines()
             last = words[-1] if words else "it said nothing"

@@ -74,11 +74,13 @@ class Probed:
 
 @dataclass(frozen=True)
 class Checked:
-    """The smoke test ended. `faults` is empty when all is well; `report` is the check's own result."""
+    """The smoke test ended. `faults` is empty when all is well; `report` is the check's own result; `warnings` is what
+    to know of an engine that serves all the same."""
 
     start: int
     faults: tuple[str, ...]
     report: Any = None
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

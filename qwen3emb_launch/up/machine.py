@@ -206,7 +206,8 @@ class Unit:
             return []
         if event.faults:
             return self._give_up(Fault(Cause.CHECK, "; ".join(event.faults), event.report), now)
-        return self._ready(now, "smoke test passed")
+        told = [Note(f"warning: {text}") for text in event.warnings]
+        return [*told, *self._ready(now, "smoke test passed")]
 
     def _ready(self, now: float, reason: str) -> list[Action]:
         self._was_ready = True

@@ -291,7 +291,7 @@ class EngineRunner(ProcessRunner):
         spec = self.spec
 
         def told(result: CheckResult) -> None:
-            self._tell(Checked(action.start, result.faults, result.report))
+            self._tell(Checked(action.start, result.faults, result.report, result.warnings))
 
         order = CheckOrder(door.url, spec.model, spec.dims, spec.context_length, door.key, str(self.plan_file))
         self._check.begin(order, action.timeout, told)

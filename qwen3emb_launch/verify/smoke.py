@@ -1,9 +1,9 @@
 """The quick level as a child process, started before the engine is ready: `python -m qwen3emb_launch.verify.smoke`.
 
 Reads one JSON line, `{"base_url", "model", "max_dims", "context_length", "key", "plan"}` (all but the first may be
-missing; `plan` is the plan's file), and prints one, `{"faults": [sentence, ...], "report": {...}}`. Libraries are
-loaded while the order is awaited, so that the check itself takes what its requests take. End of input instead of an
-order ends it.
+missing; `plan` is the plan's file), and prints one, `{"faults": [sentence, ...], "warnings": [...], "report": {...}}`.
+Libraries are loaded while the order is awaited, so that the check itself takes what its requests take. End of input
+instead of an order ends it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from qwen3emb_launch.engine_process.guard import die_with_parent
 from qwen3emb_launch.errors import LaunchError
 from qwen3emb_launch.paths import paths
 from qwen3emb_launch.results import plain
+from qwen3emb_launch.verify import noise
 from qwen3emb_launch.verify.contact import Contact, Misanswer
 from qwen3emb_launch.verify.identity import from_plan
 from qwen3emb_launch.verify.runner import Request, verify
@@ -55,7 +56,7 @@ def warm() -> None:
 
 
 def answer(order: dict[str, Any]) -> dict[str, Any]:
-    """What is wrong with the endpoint, a sentence a fault, and the whole report."""
+    """What is wrong with the endpoint, a sentence a fault, what to know of it all the same, and the whole report."""
     plan = json.loads(Path(order["plan"]).read_text(encoding="utf-8")) if order.get("plan") else {}
     known = from_plan(plan)
     request = Request(
@@ -69,12 +70,12 @@ def answer(order: dict[str, Any]) -> dict[str, Any]:
     try:
         report, _ = verify(request)
     except LaunchError as error:
-        return {"faults": [error.message], "report": None}
+        return {"faults": [error.message], "warnings": [], "report": None}
     faults = [f"{c.title}: {c.seen}: {c.cause}" for c in report.failures]
     dims = order.get("max_dims")
     if dims and report.width and report.width != dims:
         faults.append(f"{report.width} numbers a vector, the plan says {dims}")
-    return {"faults": faults, "report": plain(report)}
+    return {"faults": faults, "warnings": noise.warnings(report.checks), "report": plain(report)}
 
 
 if __name__ == "__main__":
