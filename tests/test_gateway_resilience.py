@@ -255,6 +255,34 @@ def test_another_model_on_a_restarted_port_is_refused_and_its_vectors_never_serv
     run(main())
 
 
+@pytest.mark.parametrize(
+    ("quantization", "apart", "state"), [("fp8", 0.05, "up"), ("fp8", 0.2, "refused"), (None, 0.05, "refused")]
+)
+def test_a_probe_in_a_batch_of_float8_is_no_other_model_s(quantization: str | None, apart: float, state: str) -> None:
+    """An engine that is proved again beside traffic rounds its probe otherwise, where it computes in float8."""
+
+    async def main() -> None:
+        engine = NullEngine(64)
+        engine.info = {"dtype": "bfloat16", "quantization": quantization}
+        async with Served(engine) as served, gateway(served) as gw:
+            await checked(gw, engine, "before")
+            pool = gw.service.pool
+            reference = pool.reference
+            assert reference is not None
+            length = np.linalg.norm(reference)
+            aside = np.roll(reference, 1) - reference * (np.dot(np.roll(reference, 1), reference) / length**2)
+            turned = (1 - apart) * reference + (1 - (1 - apart) ** 2) ** 0.5 * aside * length / np.linalg.norm(aside)
+            pool.reference = turned.astype(np.float32)
+            await served.stop()
+            upstream = next(iter(pool.upstreams.values()))
+            await until(lambda: upstream.state != "up")
+            await served.start()
+            await until(lambda: upstream.state in ("up", "refused"))
+            assert upstream.state == state
+
+    run(main())
+
+
 NONSENSE = (
     b"", b"{}", b"[]", b'{"data": []}', b'{"data": [{"embedding": []}]}', b'{"data": [{"embedding": [NaN]}]}',
     b'{"data": [{"embedding": "####"}]}', b'{"data": [{"index": -1, "embedding": [1.0]}]}',
