@@ -102,8 +102,7 @@ def serving(
         "PYTHONPATH": str(site),
         "SGLANG_PLUGINS": "qwen3emb" if name == "plugin" or without else "none",
     }
-    if name != "plugin":
-        environ |= {f"QWEN3EMB_PLUGIN_{part.upper()}": "0" for part in without}
+    environ |= {f"QWEN3EMB_PLUGIN_{part.upper()}": str(int(name == "plugin")) for part in without}
     with log.open("wb") as out:
         process = subprocess.Popen(argv, stdout=out, stderr=out, env=environ, start_new_session=True)
     engine = Engine(name, port, process)

@@ -596,7 +596,7 @@ class Housekeeping(unittest.TestCase):
 
     def test_an_idle_scheduler_checks_itself_after_a_batch_and_then_now_and_then(self) -> None:
         """Turns in between only sleep, where sleeping is on."""
-        on_idle = IdleRounds(lambda: self.now)
+        on_idle = IdleRounds(0.0, lambda: self.now)
         for _ in range(5):
             on_idle(self.round, self.scheduler)
         self.assertEqual((self.rounds, self.sleeps), (1, 4))
@@ -607,9 +607,37 @@ class Housekeeping(unittest.TestCase):
         on_idle(self.round, self.scheduler)
         self.assertEqual(self.rounds, 3)
 
+    def test_it_lingers_after_a_batch(self) -> None:
+        """Neither housekeeping nor sleep at first, then both; what is long owed is done, and does not end in sleep."""
+        on_idle = IdleRounds(0.005, lambda: self.now)
+        sleeper = self.scheduler.idle_sleeper = object()
+        awake = []
+
+        def original(scheduler: Any) -> None:
+            awake.append(scheduler.idle_sleeper is None)
+
+        on_idle(original, self.scheduler)  # none has been yet
+        for batch in range(1, 4):
+            self.scheduler.forward_ct = batch
+            for _ in range(4):
+                self.now += 0.001
+                on_idle(original, self.scheduler)
+        self.assertEqual((awake, self.sleeps), ([True], 0))
+        self.now += 0.005
+        on_idle(original, self.scheduler)
+        on_idle(original, self.scheduler)
+        self.assertEqual((awake, self.sleeps), ([True, False], 1))
+        self.assertIs(self.scheduler.idle_sleeper, sleeper)
+
+        self.scheduler.forward_ct = 9
+        self.now += 0.06
+        with self.assertRaises(ZeroDivisionError):
+            on_idle(lambda _: 1 // 0, self.scheduler)
+        self.assertIs(self.scheduler.idle_sleeper, sleeper)
+
     def test_a_scheduler_that_waits_for_something_does_not_sleep(self) -> None:
         """Not fully idle: the loop turns on."""
-        on_idle = IdleRounds(lambda: self.now)
+        on_idle = IdleRounds(0.0, lambda: self.now)
         on_idle(self.round, self.scheduler)
         self.scheduler.is_fully_idle = lambda: False
         on_idle(self.round, self.scheduler)
