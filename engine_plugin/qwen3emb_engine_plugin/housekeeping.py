@@ -30,8 +30,8 @@ class IdleRounds:
     """A round of idle housekeeping some time after a batch, then every IDLE_EVERY seconds.
 
     Until then the loop turns without sleeping, where sleeping is on: who waited for the batch's answer asks again
-    within milliseconds, and finds a process that neither has to be woken nor is at its housekeeping: on a CPU one client
-    had 1.06 to 1.23x the texts/s (`plugin_cpu.py --clients 1 --without linger --flag=--sleep-on-idle`).
+    within milliseconds, and finds a process that neither has to be woken nor is at its housekeeping. On a CPU one
+    client had 1.15 to 1.26x the texts/s (`plugin_cpu.py --clients 1 --without linger --flag=--sleep-on-idle`).
     """
 
     def __init__(self, linger: float = LINGER, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,7 +116,7 @@ def idle() -> str | None:
         or misfit(Scheduler.maybe_sleep_on_idle, "self", "self.idle_sleeper is not None")
         or misfit(Scheduler.run_batch, None, "self.forward_ct += 1")
     )
-    # On few cores the others need the one that it would turn on: 16 clients on two had 1 to 8% less by it.
+    # On few cores the others need the one that it would turn on: 16 clients on two had 1 to 6% less by it.
     lingers = switched_on("linger", default=cores_to_spare())
     if not problem:
         HookRegistry.register(f"{SCHEDULER}.on_idle", IdleRounds(LINGER if lingers else 0.0), HookType.AROUND)
