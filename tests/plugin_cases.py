@@ -722,19 +722,27 @@ class Sampling(unittest.TestCase):
         self.hook = Unsampled()
 
     def make(self, cls: Any, batch: Any, vocab_size: int) -> Any:
+        from sglang.srt.sampling import penaltylib
+
         self.made += 1
         count = len(batch.reqs)
         given = {field.name: False for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING}
         given |= {name: torch.ones(count) for name in ("temperatures", "top_ps", "top_ks", "min_ps")}
-        penalties = SimpleNamespace(is_required=False, filter=lambda _: None)
-        return cls(**{**given, "logit_bias": self.bias, "penalizer_orchestrator": penalties})
+        kinds = {penaltylib.BatchedRepetitionPenalizer, penaltylib.BatchedFrequencyPenalizer}
+        penalties = penaltylib.BatchedPenalizerOrchestrator(vocab_size, batch, kinds)
+        bias = torch.zeros(count, vocab_size) if self.biased else None
+        return cls(**{**given, "logit_bias": bias, "penalizer_orchestrator": penalties})
 
-    bias: Any = None
+    biased = False
 
-    def of(self, texts: int, *, generates: bool = False) -> Any:
-        model = SimpleNamespace(is_generation=generates)
-        batch = SimpleNamespace(model_config=model, device="cpu", reqs=[object()] * texts)
-        return self.hook(self.make, self.info, batch, 100)
+    def of(self, texts: int, *, generates: bool = False, **parameters: Any) -> Any:
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        class Batch:  # one that can be referred to weakly, as SGLang's
+            model_config, device = SimpleNamespace(is_generation=generates), "cpu"
+            reqs = [SimpleNamespace(sampling_params=SamplingParams(max_new_tokens=0, **parameters))] * texts
+
+        return self.hook(self.make, self.info, Batch(), 100)
 
     def test_they_are_made_once_for_each_number_of_texts(self) -> None:
         """And for each batch of a model that generates."""
@@ -754,12 +762,25 @@ class Sampling(unittest.TestCase):
         second = self.of(3)
         self.assertEqual((len(second.temperatures), second.grammars), (3, None))
 
-    def test_those_of_somebody_s_own_are_not_kept(self) -> None:
-        """A bias on logits is a request's."""
-        self.bias = torch.zeros(2, 100)
-        self.of(2)
-        self.of(2)
-        self.assertEqual(self.made, 2)
+    def test_what_a_request_asked_of_sampling_is_left_out(self) -> None:
+        """A bias and a penalty are a request's; the next batch of as many texts finds neither."""
+        self.biased = True
+        for parameters in ({"repetition_penalty": 1.2}, {}):
+            found = self.of(2, **parameters)
+            self.assertIsNone(found.logit_bias)
+            self.assertFalse(found.penalizer_orchestrator.is_required)
+        self.assertEqual(self.made, 1)
+
+    def test_batches_are_merged_whatever_was_asked_of_them(self) -> None:
+        """Each is, in the overlap loop. The batch for which parameters were made is gone by then."""
+        for first, second in (({}, {"repetition_penalty": 1.2}), ({"frequency_penalty": 1.0}, {})):
+            self.hook = Unsampled()
+            self.of(1, **first)
+            running = self.of(1)
+            running.merge_batch(self.of(2, **second))
+            self.assertEqual(len(running), 3)
+            running.filter_batch([1, 2], torch.tensor([1, 2]))
+            self.assertEqual((len(running), len(self.of(1)), len(self.of(2))), (2, 1, 2))
 
 
 class GraphInputs(unittest.TestCase):
@@ -775,6 +796,7 @@ class GraphInputs(unittest.TestCase):
             _pad_to_bucket=lambda tokens, sizes: min(s for s in sizes if s >= tokens),
             buffer_registry=SimpleNamespace(slot_names=lambda: list(graph_inputs.READ)),
             model_runner=SimpleNamespace(attn_backend=self.backend, is_generation=False),
+            layer_model=type("Qwen3Model", (), {})(),
         )  # fmt: skip
         self.slots = {name: torch.full((16,), 7) for name in ("input_ids", "positions")}
         self.stock = 0
@@ -799,7 +821,7 @@ class GraphInputs(unittest.TestCase):
         hook = graph_inputs.Filled()
         for lengths, size in (((3,), 8), ((3, 4), 8), ((9, 2, 1), 16), ((2,), 8)):
             batch = self.batch(*lengths)
-            made = hook(self.load, self.runner, batch)
+            made = hook(self.load, self.runner, batch, pp_proxy_tensors=None, get_embedding=True)
             self.assertEqual(len(made.input_ids), size)
             kept = (self.runner.raw_num_tokens, self.runner.raw_bs, self.runner._static_num_tokens)
             self.assertEqual(kept, (sum(lengths), len(lengths), size))
@@ -817,6 +839,7 @@ class GraphInputs(unittest.TestCase):
             (self.runner, "static_draft_hidden_states", object()),
             (self.runner.model_runner, "is_generation", True),
             (self.runner, "_capture_req_slots", 3),
+            (self.runner, "layer_model", object()),
             (self.runner.buffer_registry, "slot_names", lambda: [*graph_inputs.READ, "mamba_track_mask"]),
         ):
             with mock.patch.object(where, name, value):
@@ -824,8 +847,30 @@ class GraphInputs(unittest.TestCase):
         hook = graph_inputs.Filled()
         for more in ({"mrope_positions": 1}, {"spec_info": 1}):
             hook(self.load, self.runner, self.batch(3, **more))
-        hook(self.load, self.runner, self.batch(3), more=1)
-        self.assertEqual((self.stock, self.filled), (9, []))
+        for handed_on in ({"input_embeds": 1}, {"get_embedding": True, "pp_proxy_tensors": 1}):
+            hook(self.load, self.runner, self.batch(3), **handed_on)
+        self.assertEqual((self.stock, self.filled), (11, []))
+
+    def test_another_runner_has_buffers_of_its_own(self) -> None:
+        """Graphs captured anew: what was made for the old ones is forgotten."""
+        hook = graph_inputs.Filled()
+        for runner in (self.runner, self.runner, SimpleNamespace(**vars(self.runner))):
+            hook(self.load, runner, self.batch(3), get_embedding=True)
+        self.assertEqual((self.stock, len(self.filled)), (2, 3))
+
+    def test_what_the_engine_hands_on_with_a_batch_is_known(self) -> None:
+        """Were it not, the part would leave every batch to the stock way, and nobody notice."""
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        if not hasattr(ModelRunner, "_extend_forward_kwargs"):
+            self.skipTest("a release that hands it on elsewhere")
+        engine = SimpleNamespace(support_pp=True, is_generation=False)
+        engine._pp_kwargs = lambda proxies: ModelRunner._pp_kwargs(engine, proxies)
+        batch = self.batch(3, input_embeds=None, replace_embeds=None)
+        handed_on = ModelRunner._extend_forward_kwargs(engine, batch, None)
+        self.assertEqual(handed_on.keys(), graph_inputs.HANDED_ON)
+        graph_inputs.Filled()(self.load, self.runner, batch, **handed_on)
+        self.assertEqual(len(self.filled), 1)
 
 
 class FullGraph(unittest.TestCase):

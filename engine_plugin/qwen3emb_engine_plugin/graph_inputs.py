@@ -21,27 +21,33 @@ from qwen3emb_engine_plugin.switches import NOT_NEEDED, misfit
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
 READ = ("input_ids", "positions", "out_cache_loc")  # the last is filled for a cache, which is not there
+# What `ModelRunner` hands on to the model's forward with each batch of embeddings, through `load_batch` too.
+HANDED_ON = {"get_embedding", "pp_proxy_tensors"}
 
 
 class Filled:
     """One runner's graphs; of each size the batch that the stock way made for it, of which nobody reads the texts."""
 
     def __init__(self) -> None:
-        self._fits: bool | None = None
+        self._runner: Any = None
+        self._fits = False
         self._made: dict[int, Any] = {}
 
     def __call__(self, original: Any, runner: Any, batch: Any, **more: Any) -> Any:
         """In place of `PrefillCudaGraphRunner.load_batch`."""
-        if self._fits is None:
-            self._fits = _fits(runner)
-            logger.info("qwen3emb plugin: a graph's inputs are %swritten by one kernel", "" if self._fits else "not ")
-        if not self._fits or more or batch.mrope_positions is not None or batch.spec_info is not None:
+        if runner is not self._runner:  # another one's buffers lie elsewhere
+            self._runner, self._fits, self._made = runner, _fits(runner), {}
+            if not self._fits:
+                logger.info("qwen3emb plugin: a graph's inputs are not written by one kernel")
+        if not self._fits or not _plain(batch, more):
             return original(runner, batch, **more)
         tokens = len(batch.input_ids)
         size = runner._pad_to_bucket(tokens, runner.capture_num_tokens)
         made = self._made.get(size)
         if made is None:
-            made = self._made[size] = original(runner, batch)
+            if not self._made:
+                logger.info("qwen3emb plugin: a graph's inputs are written by one kernel")
+            made = self._made[size] = original(runner, batch, **more)
         runner.raw_num_tokens, runner.raw_bs, runner._static_num_tokens = tokens, batch.batch_size, size
         backend = runner.model_runner.attn_backend
         backend.forward_metadata = backend.full_cg_prefill_metadata
@@ -56,9 +62,19 @@ def _fill(batch: Any, made: Any, offsets: Any) -> None:
     fill_inputs(batch.input_ids, batch.positions, lengths, made.input_ids, made.positions, offsets)
 
 
+def _plain(batch: Any, more: dict[str, Any]) -> bool:
+    return (
+        more.keys() <= HANDED_ON
+        and more.get("pp_proxy_tensors") is None
+        and batch.mrope_positions is None
+        and batch.spec_info is None
+    )
+
+
 def _fits(runner: Any) -> bool:
     return (
         _skips_cache(runner)
+        and type(runner.layer_model).__name__ == "Qwen3Model"  # what another one's graph reads was not looked at
         and not runner.model_runner.is_generation  # the logits have a buffer of their own
         and runner.static_draft_hidden_states is None
         and set(runner.buffer_registry.slot_names()) == set(READ)

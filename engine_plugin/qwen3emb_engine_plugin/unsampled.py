@@ -26,7 +26,9 @@ KEPT = 1024  # numbers of texts; batches of more are rare, and long
 class Unsampled:
     """Sampling parameters by the number of texts, each batch with an object of its own: a batch assigns to its fields.
 
-    The tensors behind are shared, which no batch writes: filtering and merging put new ones in their places.
+    The tensors behind are shared, which no batch writes: filtering and merging put new ones in their places. So are the
+    penalties, which have none: a batch that is merged into another (the overlap loop does that with each) would have
+    them made for both, from a list of requests that is gone.
     """
 
     def __init__(self) -> None:
@@ -39,7 +41,8 @@ class Unsampled:
         key = str(batch.device), vocab_size, len(batch.reqs)
         if key not in self._made:
             made = original(cls, batch, vocab_size)
-            if len(self._made) >= KEPT or not _plain(made):
+            _nobodys(made)
+            if len(self._made) >= KEPT:
                 return made
             if not self._made:
                 logger.info("qwen3emb plugin: batches of as many texts share what sampling would need")
@@ -49,14 +52,13 @@ class Unsampled:
         return own
 
 
-def _plain(made: Any) -> bool:
-    """Whether these parameters hold nothing of the requests themselves."""
-    return (
-        made.logit_bias is None
-        and not made.has_custom_logit_processor
-        and not made.penalizer_orchestrator.is_required
-        and not any(made.__dict__.get("return_sampling_masks") or ())
-    )
+def _nobodys(made: Any) -> None:
+    """Take out what is of the requests themselves: `/encode` takes penalties and biases, which apply to nothing."""
+    made.penalizer_orchestrator.release()
+    made.logit_bias = made.custom_params = made.custom_logit_processor = None
+    made.has_custom_logit_processor = False
+    if "return_sampling_masks" in made.__dict__:
+        made.return_sampling_masks, made.sampling_mask_max_top_k = None, 0
 
 
 def unsampled() -> str | None:
@@ -70,6 +72,8 @@ def unsampled() -> str | None:
         or misfit(SamplingBatchInfo.filter_batch, None, "setattr(self, item, value[keep_indices_device])")
         or misfit(SamplingBatchInfo.copy_for_forward, "self", "dataclasses.replace(")
         or misfit(BatchedPenalizerOrchestrator.filter, None, "if not self.is_required:")
+        or misfit(BatchedPenalizerOrchestrator.merge, None, "if not self.is_required and not their.is_required:")
+        or misfit(BatchedPenalizerOrchestrator.release, "self", "self.is_required = False")
         or misfit(ScheduleBatch.prepare_for_extend, "self", "SamplingBatchInfo.from_schedule_batch(")
     )
     if not problem:
