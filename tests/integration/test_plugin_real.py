@@ -310,6 +310,12 @@ def test_the_last_layer_ends_with_the_pooled_tokens(pair: Pair, engine_python: P
         for body in ({"input": texts[0]}, {"input": texts}, {"input": texts[3:20], "dimensions": 64}):
             found = call(engine.port, "POST", EMBEDDINGS, body, key=None)
             same_but_for_rounding(found, call(pair.stock, "POST", EMBEDDINGS, body))
+        # Batches that are merged while they run, some with what only sampling would apply.
+        asked = {"repetition_penalty": 1.2, "frequency_penalty": 0.5}
+        bodies = [{"text": texts[: 2 + n % 9], **({"sampling_params": asked} if n % 3 else {})} for n in range(60)]
+        with ThreadPoolExecutor(12) as pool:
+            answers = pool.map(lambda body: call(engine.port, "POST", "/encode", body, key=None).status, bodies)
+            assert set(answers) == {200}
     lines = log.read_text()
     assert "the last layer ends with the pooled tokens" in lines
     assert "batches are launched ahead" in lines
