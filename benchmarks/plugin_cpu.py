@@ -86,7 +86,10 @@ class Engine:
 def serving(
     name: str, python: Path, model: Path, site: Path, flags: list[str], log: Path, without: Sequence[str] = ()
 ) -> Iterator[Engine]:
-    """Start an engine and wait for its first embedding; kill its group at the end. `plugin` has all parts."""
+    """Start an engine and wait for its first embedding; kill its group at the end.
+
+    `plugin` has the parts that are on by themselves, and those of `without`, which the other one lacks.
+    """
     port = _free_port()
     argv = [
         str(python), "-m", "sglang.launch_server", "--model-path", str(model), "--device", "cpu", "--is-embedding",

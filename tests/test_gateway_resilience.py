@@ -21,6 +21,7 @@ from qwen3emb_launch.gateway.keys import Allowance, Client
 from qwen3emb_launch.gateway.killers import MOST, REMEMBERED, Killers
 from qwen3emb_launch.gateway.tokens import Prepared
 from qwen3emb_launch.gateway.work import Level, Wait
+from tests.fake_engine import moved
 from tests.gateway_bench import Bench, error, gateway, rows
 from tests.null_engine import Link, NullEngine, Served
 
@@ -269,10 +270,7 @@ def test_a_probe_in_a_batch_of_float8_is_no_other_model_s(quantization: str | No
             pool = gw.service.pool
             reference = pool.reference
             assert reference is not None
-            length = np.linalg.norm(reference)
-            aside = np.roll(reference, 1) - reference * (np.dot(np.roll(reference, 1), reference) / length**2)
-            turned = (1 - apart) * reference + (1 - (1 - apart) ** 2) ** 0.5 * aside * length / np.linalg.norm(aside)
-            pool.reference = turned.astype(np.float32)
+            pool.reference = np.array(moved(reference.tolist(), apart), np.float32)
             await served.stop()
             upstream = next(iter(pool.upstreams.values()))
             await until(lambda: upstream.state != "up")

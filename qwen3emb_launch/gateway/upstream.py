@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 PROBE_TEXT = "Which vectors do you make?"
 SAME_MODEL_COSINE = 0.99
-# Float8 roundings fall otherwise in a batch: 0.037 apart by random weights of the 8B's shape, on an H200.
+# Float8 roundings fall otherwise in a batch: 0.037 apart by random weights of the 8B's shape, on an H200. What
+# `verify` warns of up to (verify/noise.py).
 SAME_MODEL_COSINE_FP8 = 0.92
 SAME_IDS_COSINE = 0.999  # a text and its own ids; bf16 batches of other shapes differ by less
 PROBE_FIRST, PROBE_LONGEST, PROBE_TIMEOUT = 0.1, 1.0, 30.0
