@@ -27,8 +27,9 @@ GRAPH_PADDING = 2
 GRAPH_SIZES = (4, 8, 16, 34, 68, 132, 264, 396, 528, 792, 1056, 1584, 2112, 3168, 4224)
 # A `full` graph is one launch, so that single short texts are no longer bound by Python: finer steps pay. Steps of two
 # texts from 264 to 1,056 tokens and of four to 1,584, where batches of 64 clients lie, took these on one H200 from
-# 1,866 texts/s to 2,030 with the engine alone, and from 1,864 to 1,958 through the gateway (4B, bfloat16). 256
-# clients had 1 to 2% less, within what rounds differed; the ten graphs more took 0.8 s of the start and 0.02 GB.
+# 1,866 texts/s to 2,030 with the engine alone, and from 1,864 to 1,958 through the gateway (4B, bfloat16; by round
+# 1.04 to 1.17x and 0.93 to 1.05x). 256 clients had 1 to 2% less, within what rounds differed; the ten graphs more
+# took 0.8 s of the start and 0.02 GB.
 FULL_GRAPH_SIZES = (
     4, 8, 16, 24, 36, 48, 68, 100, 132, 200, 264, 330, 396, 462, 528, 594, 660, 726, 792, 858, 924, 990, 1056, 1188,
     1320, 1452, 1584, 1848, 2112, 2640, 3168, 3696, 4224,
