@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
         "plugin_cases.py",
         "plugin_start_cases.py",
         "plugin_kernel_cases.py",
+        "plugin_few_rows_cases.py",
         "plugin_layer_cases.py",
         "plugin_ahead_cases.py",
     ],

@@ -10,6 +10,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from qwen3emb_engine_plugin.ahead import ahead
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
+from qwen3emb_engine_plugin.few_rows import few_rows
 from qwen3emb_engine_plugin.gated import gated
 from qwen3emb_engine_plugin.graph_inputs import graph_inputs
 from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
@@ -109,6 +110,7 @@ PARTS = [
     ("ahead", True, ahead),
     ("full_graph", True, full_graph),
     ("graph_inputs", False, graph_inputs),
+    ("few_rows", False, few_rows),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
     ("last_layer", True, last_layer),

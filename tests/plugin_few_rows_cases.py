@@ -1,0 +1,306 @@
+"""Products of few rows: the kernel against float64, its tables, and the hooks around it.
+
+Run by the engine environment's python (see test_plugin.py). Without a GPU: TRITON_INTERPRET=1, whose products take
+bfloat16 for whole numbers, hence `widened`; programs run one after the other there.
+"""
+# ruff: noqa: PT009, PT027 - unittest: the engine environment has no pytest
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import unittest
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from qwen3emb_engine_plugin import few_rows
+from qwen3emb_engine_plugin import few_rows_kernels as kernels
+from qwen3emb_engine_plugin.few_rows_kernels import Config, choice, product
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7  # relative, the worst; the interpreter cuts off what it should round
+N, K = 256, 384
+USUAL = Config(64, 64, 2, 3, 4)
+
+
+def widened() -> AbstractContextManager[object]:
+    """The interpreter's product, of bfloat16 as the numbers they are."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def wide(x: Any) -> Any:
+        assert x.dtype.scalar == tl.bfloat16
+        return (x.data.astype(np.uint32) << 16).view(np.float32)
+
+    def dot(_: Any, a: Any, b: Any, sums: Any, *__: Any) -> Any:
+        # Not `@`, whose order of sums depends on where in the tile a number lies.
+        return TensorHandle(np.einsum("nk,km->nm", wide(a), wide(b)) + sums.data, sums.dtype.scalar)
+
+    return mock.patch.object(InterpreterBuilder, "create_dot", dot)
+
+
+@contextmanager
+def table_of(entries: list[dict[str, Any]]) -> Iterator[None]:
+    """A measured table instead of what was reckoned."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "table.json"
+        path.write_text(json.dumps({"products": entries}))
+        kernels.table.cache_clear()
+        try:
+            with mock.patch.dict(os.environ, {kernels.TABLE: str(path)}):
+                yield
+        finally:
+            kernels.table.cache_clear()
+
+
+def entry(rows: int, config: Config | None = USUAL, n: int = N, k: int = K) -> dict[str, Any]:
+    return {"n": n, "k": k, "rows": rows, "config": config and config._asdict()}
+
+
+class Products(unittest.TestCase):
+    def setUp(self) -> None:
+        torch.manual_seed(0)
+        self.enterContext(widened())
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE).bfloat16()
+
+    def right(self, x: torch.Tensor, weight: torch.Tensor, config: Config) -> torch.Tensor:
+        """The product, once it is near float64's and no program is left to be counted."""
+        found = product(x, weight, config)
+        expected = torch.nn.functional.linear(x.double(), weight.double())
+        off = (found.double() - expected).abs() - ROUNDING * expected.abs()
+        self.assertLess(off.max().item(), 1e-4 * K**0.5, (x.shape, config))
+        _, arrived = kernels.scratch(x.device, 0, 0)
+        self.assertEqual(arrived.abs().sum().item(), 0)
+        return found
+
+    def test_ragged_rows_and_all_splits(self) -> None:
+        """Tiles of one and of two kinds, full and not; parts of the same length and not; copied both ways."""
+        weight = self.random(N, K)
+        for rows in (1, 4, 16, 17, 36, 48, 50, 68, 100, 132, 144):
+            x = self.random(rows, K)
+            for split, tma in ((1, False), (1, True), (2, False), (3, True), (4, False), (5, False), (6, True)):
+                self.right(x, weight, Config(64, 64, split, 3, 8, tma))
+
+    def test_every_block(self) -> None:
+        x, weight = self.random(36, K), self.random(N, K)
+        for block_n in (64, 128, 256):
+            for block_k in (64, 128):
+                self.right(x, weight, Config(block_n, block_k, 3, 2, 8))
+
+    def test_a_row_is_the_same_whatever_lies_beside_it(self) -> None:
+        """To the bit: at another place, among others, alone; and at every call."""
+        x, weight, config = self.random(36, K), self.random(N, K), Config(64, 64, 3, 3, 4)
+        found = self.right(x, weight, config)
+        self.assertTrue(torch.equal(product(x, weight, config), found))
+        self.assertTrue(torch.equal(product(x.flip(0), weight, config), found.flip(0)))
+        other = self.random(36, K)
+        other[7] = x[30]
+        self.assertTrue(torch.equal(product(other, weight, config)[7], found[30]))
+
+    def test_rows_past_the_last_are_not_read(self) -> None:
+        """What lies behind them may be anything."""
+        memory, weight = self.random(40, K), self.random(N, K)
+        memory[36:] = float("nan")
+        self.right(memory[:36], weight, Config(64, 64, 3, 3, 4))
+
+    def test_products_that_follow_share_the_scratch(self) -> None:
+        """Of other sizes: it grows, and what a graph has seen of it stays."""
+        with mock.patch.dict(kernels._scratch, clear=True):
+            for rows, n, split in ((4, 128, 2), (36, N, 6), (4, 128, 3)):
+                self.right(self.random(rows, K), self.random(n, K), Config(64, 64, split, 3, 4))
+            (made,) = kernels._scratch.values()
+            self.assertEqual([len(partial) for partial, _ in made], [2 * 4 * 128, 6 * 36 * N])
+
+    def test_no_room_is_made_in_a_capture(self) -> None:
+        with (
+            mock.patch.dict(kernels._scratch, clear=True),
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True),
+            self.assertRaises(RuntimeError),
+        ):
+            kernels.scratch(torch.device("cuda"), 100, 4)
+
+
+class Tables(unittest.TestCase):
+    def test_the_official_shapes_have_a_guess_for_all_graphs(self) -> None:
+        """One that fits a multiprocessor; more rows and other weights are torch's."""
+        for shapes in kernels.SHAPES.values():
+            for n, k in shapes:
+                for rows in (1, 4, 8, 16, 24, 36, 48, 68, 100, 132):
+                    config = choice(n, k, rows)
+                    assert config is not None
+                    self.assertTrue(kernels.fits(n, k, rows, config))
+                    self.assertGreaterEqual(config.stages, 3)
+                self.assertIsNone(choice(n, k, 145))
+        self.assertIsNone(choice(2560, 2560, 4))
+
+    def test_candidates_are_a_few_dozen_that_fit(self) -> None:
+        for n, k in kernels.SHAPES["4b"]:
+            for rows in (4, 36, 132):
+                tried = kernels.candidates(n, k, rows)
+                self.assertTrue(10 <= len(set(tried)) <= 60, len(tried))
+                self.assertTrue(all(kernels.fits(n, k, rows, config) for config in tried))
+
+    def test_a_measured_table_takes_the_place_of_guesses(self) -> None:
+        """For rows up to those that were measured; where torch was faster, it stays."""
+        with table_of([entry(36), entry(16, None), entry(68, Config(64, 128, 3, 2, 8, True))]):
+            self.assertEqual([choice(N, K, rows) for rows in (4, 16, 69)], [None] * 3)
+            self.assertEqual({choice(N, K, rows) for rows in (17, 36)}, {Config(64, 64, 2, 3, 4)})
+            self.assertEqual(choice(N, K, 37), Config(64, 128, 3, 2, 8, True))
+            self.assertIsNone(choice(6144, 2560, 36))
+            with self.assertRaises(ValueError):
+                product(torch.zeros((4, K)), torch.zeros((N, K)))
+
+    def test_a_table_that_the_kernel_cannot_do_is_refused(self) -> None:
+        """Too many stages, a weight that is no multiple, more parts than blocks, more rows than tiles."""
+        for bad in (
+            entry(36, Config(64, 64, 2, 40, 4)), entry(36, n=100), entry(36, k=100), entry(145),
+            entry(36, Config(64, 64, 7, 3, 4)), entry(36, Config(96, 64, 1, 3, 4)),
+            entry(132, Config(128, 64, 1, 3, 4)),
+        ):  # fmt: skip
+            with table_of([bad]), self.assertRaises(ValueError):
+                kernels.table()
+
+
+class UnquantizedLinearMethod:
+    def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+
+def linear(kind: str, **changes: Any) -> Any:
+    weight = torch.randn((N, K), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3)).bfloat16()
+    given = {"weight": weight, "quant_method": UnquantizedLinearMethod(), "bias": None, "tp_size": 1}
+    return type(kind, (SimpleNamespace,), {})(**given | changes)
+
+
+class Hooks(unittest.TestCase):
+    """Products are ours in the capture of a graph that was proved, and torch's everywhere else."""
+
+    def setUp(self) -> None:
+        self.enterContext(widened())
+        self.enterContext(table_of([entry(16), entry(36), entry(68, None)]))
+        self.layers = [
+            SimpleNamespace(
+                self_attn=SimpleNamespace(qkv_proj=linear("QKVParallelLinear"), o_proj=linear("RowParallelLinear")),
+                mlp=SimpleNamespace(
+                    gate_up_proj=linear("MergedColumnParallelLinear"), down_proj=linear("RowParallelLinear")
+                ),
+            )
+            for _ in range(2)
+        ]
+        self.model = SimpleNamespace(model=SimpleNamespace(layers=self.layers))
+        self.products = few_rows.FewRows()
+        self.ours: list[int] = []
+
+        def counted(x: torch.Tensor, weight: torch.Tensor, config: Config | None = None) -> torch.Tensor:
+            self.ours.append(len(x))
+            return product(x, weight, config)
+
+        self.enterContext(mock.patch.object(kernels, "product", counted))
+
+    def call(self, one: Any, rows: int, bias: Any = None) -> torch.Tensor:
+        x = torch.randn((rows, K), device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(5)).bfloat16()
+        method = one.quant_method
+        found: torch.Tensor = self.products.apply(UnquantizedLinearMethod.apply, method, one, x, bias)
+        cosine = torch.nn.functional.cosine_similarity(found.float(), method.apply(one, x, bias).float(), dim=-1)
+        self.assertGreater(cosine.min().item(), 0.9999)
+        return found
+
+    def captured(self, size: int, rows: int | None = None, full: bool = True, **more: Any) -> list[int]:
+        """The rows of our products while a graph of `size` is captured."""
+        self.ours.clear()
+        runner = SimpleNamespace(_is_full_backend=full)
+        one = more.pop("one", self.layers[1].mlp.down_proj)
+        self.products.capture(lambda _, __: self.call(one, rows or size, **more), runner, size)
+        return list(self.ours)
+
+    def test_in_a_graph_of_few_rows(self) -> None:
+        """Of those sizes alone that the table has and the proof has seen."""
+        self.assertEqual(self.captured(36), [])
+        self.assertIsNone(self.products.prove(self.model, [4, 36, 68, 100]))
+        self.assertEqual(self.products.sizes, {4, 36})
+        for size, ours in ((36, [36]), (4, [4]), (8, []), (68, []), (100, [])):
+            self.assertEqual(self.captured(size), ours)
+        self.ours.clear()
+        self.call(self.layers[0].self_attn.o_proj, 36)  # outside
+        self.assertEqual(self.ours, [])
+
+    def test_what_else_is_captured_stays_torch_s(self) -> None:
+        """Other rows, a bias, a layer that is none of the model's, another kind of graph; an error ends it."""
+        self.assertIsNone(self.products.prove(self.model, [36]))
+        bias = torch.ones(N, device=DEVICE).bfloat16()
+        self.assertEqual(self.captured(36, rows=5), [])
+        self.assertEqual(self.captured(36, bias=bias), [])
+        self.assertEqual(self.captured(36, one=linear("RowParallelLinear")), [])
+        self.assertEqual(self.captured(36, full=False), [])
+        with self.assertRaises(ZeroDivisionError):
+            self.products.capture(lambda *_: 1 / 0, SimpleNamespace(_is_full_backend=True), 36)
+        self.ours.clear()
+        self.call(self.layers[1].mlp.down_proj, 36)
+        self.assertEqual(self.ours, [])
+
+    def test_one_that_is_wrong_or_fails_is_not_used(self) -> None:
+        """A block left out, NaN, an error of the compiler, another result each time: the reason is told."""
+        blocked = lambda x, w, *_: torch.nn.functional.linear(x[:, 64:], w[:, 64:])  # noqa: E731
+        nothing = lambda x, w, *_: torch.full((len(x), N), float("nan"), device=DEVICE)  # noqa: E731
+        flaky = iter((1.0, 1.002) * 8)
+        wandering = lambda x, w, *_: (torch.nn.functional.linear(x, w).float() * next(flaky)).bfloat16()  # noqa: E731
+        for wrong, reason in (
+            (blocked, "36 rows of 384, weight of 256"),
+            (nothing, "others than torch's"),
+            (wandering, "two results"),
+            (None, "TypeError"),
+        ):
+            with mock.patch.object(kernels, "product", wrong):
+                self.assertIn(reason, self.products.prove(self.model, [4, 36]) or "")
+            self.assertEqual(self.captured(36), [])
+
+    def test_other_layers_are_left_alone(self) -> None:
+        """In any layer: several cards, quantised, another type, a bias, an adapter's wrapper."""
+        float32 = torch.zeros((N, K), device=DEVICE)
+        for other in (
+            linear("RowParallelLinear", tp_size=2), linear("RowParallelLinear", quant_method=object()),
+            linear("RowParallelLinear", weight=float32), linear("RowParallelLinear", bias=float32[0]),
+            linear("RowParallelLinearWithLoRA"), linear("RowParallelLinear", weight=float32.bfloat16().t()),
+        ):  # fmt: skip
+            with mock.patch.object(self.layers[1].mlp, "down_proj", other):
+                self.assertIn("not the official", self.products.prove(self.model, [36]) or "")
+        self.assertIn("no product", self.products.prove(self.model, [68, 100]) or "")
+        self.assertIsNone(self.products.prove(self.model, [36]))
+
+    def test_servers_that_have_such_graphs(self) -> None:
+        """Embeddings, bfloat16, whole passes."""
+
+        def arguments(backend: str = "full", **changes: Any) -> Any:
+            prefill = SimpleNamespace(backend=backend, bs=[4, 36, 132, 200])
+            given = {"is_embedding": True, "quantization": None, "cuda_graph_config": SimpleNamespace(prefill=prefill)}
+            return SimpleNamespace(**given | changes)
+
+        self.assertEqual(few_rows.graph_sizes(arguments()), [4, 36, 132])
+        for other in (
+            arguments("breakable"), arguments(is_embedding=False), arguments(quantization="fp8"),
+            arguments(cuda_graph_config=None),
+        ):  # fmt: skip
+            self.assertEqual(few_rows.graph_sizes(other), [])
+
+    def test_the_hooks_find_this_engine(self) -> None:
+        """Their places exist in the SGLang installed here, with the parameters and lines they were written for."""
+        self.addCleanup(HookRegistry.reset)
+        with mock.patch.object(few_rows, "_no_gpu_or_version", return_value=None):
+            self.assertIsNone(few_rows.few_rows())
+        self.assertEqual(len(HookRegistry._hooks), 3)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
