@@ -40,7 +40,9 @@ SHAPES = {
 }
 PROCESSORS = 132
 SHARED, SHARED_A_PROGRAM, RESERVED = 228 * 1024, 227 * 1024, 1024  # bytes of a multiprocessor
-MOST_SUMS = 96  # float32 a thread: compiled for sm_90, tiles of 128 spill
+# Float32 a thread, of a program's own sums and of all parts' together, which are loaded at once. Compiled for sm_90,
+# 128 and 384 of them spill.
+MOST_SUMS, MOST_OF_PARTS = 96, 256
 
 
 class Config(NamedTuple):
@@ -122,17 +124,34 @@ def product(x: Any, weight: Any, config: Config | None = None) -> Any:
         raise ValueError(f"no configuration for {rows} rows of {k} and a weight of {n}")
     out = x.new_empty((rows, n))
     partial, arrived = scratch(x.device, *scratch_of(n, rows, config))
-    tiles, more = tile_rows(rows)
-    w = weight
-    if config.tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        w = TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
-    _product[(n // config.block_n, config.split)](
-        x, w, out, partial, arrived, rows, n, k, ROWS=tiles, MORE=more, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        SPLIT=config.split, TMA=config.tma, num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+    grid = (n // config.block_n, config.split)
+    _product[grid](x, _source(weight, config), out, partial, arrived, rows, n, k, **_constants(rows, config))
     return out
+
+
+def compile_only(rows: int, config: Config, device: str = "cuda") -> Any:
+    """Compile what such products launch, whatever their weights, into Triton's cache."""
+    bf16 = torch.bfloat16
+    weight = _source(torch.empty((256, 256), dtype=bf16, device=device), config) if config.tma else bf16
+    return _product.warmup(
+        bf16, weight, bf16, torch.float32, torch.int32, rows, 256, 256, grid=(1,), **_constants(rows, config)
+    )
+
+
+def _source(weight: Any, config: Config) -> Any:
+    if not config.tma:
+        return weight
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k])
+
+
+def _constants(rows: int, config: Config) -> dict[str, Any]:
+    tiles, more = tile_rows(rows)
+    return {
+        "ROWS": tiles, "MORE": more, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SPLIT": config.split,
+        "TMA": config.tma, "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
 
 
 _scratch: dict[Any, list[tuple[Any, Any]]] = {}
@@ -203,8 +222,13 @@ def fits(n: int, k: int, rows: int, config: Config) -> bool:
         and 1 <= config.split <= k // config.block_k
         and config.stages >= 2
         and shared(rows, config) <= SHARED_A_PROGRAM
-        and config.block_n * sum(tile_rows(rows)) <= MOST_SUMS * 32 * config.warps
+        and sums_a_thread(rows, config) <= MOST_SUMS
+        and (config.split == 1 or sums_a_thread(rows, config) * config.split <= MOST_OF_PARTS)
     )
+
+
+def sums_a_thread(rows: int, config: Config) -> int:
+    return config.block_n * sum(tile_rows(rows)) // (32 * config.warps)
 
 
 def shared(rows: int, config: Config) -> int:
@@ -214,8 +238,9 @@ def shared(rows: int, config: Config) -> int:
 
 def resident(rows: int, config: Config) -> int:
     """Programs that one multiprocessor has at once, by its shared memory and, about, by its registers."""
-    registers = 24 + 2.6 * config.block_n * sum(tile_rows(rows)) / (32 * config.warps)
-    return min(SHARED // (shared(rows, config) + RESERVED), int(65536 / (min(registers, 255) * 32 * config.warps)))
+    sums = sums_a_thread(rows, config)
+    registers = min(255, max(24 + 2.6 * sums, 32 + sums * config.split))
+    return min(SHARED // (shared(rows, config) + RESERVED), int(65536 / (registers * 32 * config.warps)))
 
 
 def candidates(n: int, k: int, rows: int, most: int = 60) -> list[Config]:
