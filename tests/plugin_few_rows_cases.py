@@ -12,7 +12,7 @@ import os
 import tempfile
 import unittest
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,12 +28,15 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = 2**-8 if DEVICE == "cuda" else 2**-7  # relative, the worst; the interpreter cuts off what it should round
-N, K = 256, 384
+N, K = 128, 384
 USUAL = Config(64, 64, 2, 3, 4)
 
 
+fetched: list[int] = []  # addresses that the interpreter was asked to have in the L2 cache
+
+
 def widened() -> AbstractContextManager[object]:
-    """The interpreter's product, of bfloat16 as the numbers they are."""
+    """The interpreter's product, of bfloat16 as the numbers they are, and its prefetch, which it lacks."""
     if torch.cuda.is_available():
         return nullcontext()
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -46,7 +49,17 @@ def widened() -> AbstractContextManager[object]:
         # Not `@`, whose order of sums depends on where in the tile a number lies.
         return TensorHandle(np.einsum("nk,km->nm", wide(a), wide(b)) + sums.data, sums.dtype.scalar)
 
-    return mock.patch.object(InterpreterBuilder, "create_dot", dot)
+    def fetch(asm: str, _: str, operands: list[Any], dtype: tl.dtype, is_pure: bool, pack: int) -> Any:
+        assert "prefetch.L2" in asm
+        assert not is_pure
+        addresses, wanted = (x.handle.data for x in operands)
+        fetched.extend(addresses[wanted != 0].tolist())
+        return tl.tensor(TensorHandle(np.zeros_like(wanted), dtype), tl.block_type(dtype, list(wanted.shape)))
+
+    both = ExitStack()
+    both.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
+    both.enter_context(mock.patch.object(tl, "inline_asm_elementwise", fetch))
+    return both
 
 
 @contextmanager
@@ -88,13 +101,13 @@ class Products(unittest.TestCase):
     def test_ragged_rows_and_all_splits(self) -> None:
         """Tiles of one and of two kinds, full and not; parts of the same length and not; copied both ways."""
         weight = self.random(N, K)
-        for rows in (1, 4, 16, 17, 36, 48, 50, 68, 100, 132, 144):
+        for rows in (1, 16, 17, 36, 50, 68, 100, 132, 144):
             x = self.random(rows, K)
             for split, tma in ((1, False), (1, True), (2, False), (3, True), (4, False), (5, False), (6, True)):
                 self.right(x, weight, Config(64, 64, split, 3, 8, tma))
 
     def test_every_block(self) -> None:
-        x, weight = self.random(36, K), self.random(N, K)
+        x, weight = self.random(36, K), self.random(256, K)
         for block_n in (64, 128, 256):
             for block_k in (64, 128):
                 self.right(x, weight, Config(block_n, block_k, 3, 2, 8))
@@ -115,13 +128,25 @@ class Products(unittest.TestCase):
         memory[36:] = float("nan")
         self.right(memory[:36], weight, Config(64, 64, 3, 3, 4))
 
+    def test_what_is_asked_for_ahead(self) -> None:
+        """Each kilobyte of the next weight once, up to the size or the weight's end; the product is the same."""
+        x, weight, following = self.random(20, K), self.random(N, K), self.random(N, 2 * K)
+        for config in (Config(64, 64, 3, 3, 4), Config(128, 64, 1, 3, 8)):
+            for size, kilobytes in ((0, 0), (5000, 4), (100_000, 97), (10**9, N * 2 * K * 2 // 1024)):
+                fetched.clear()
+                found = product(x, weight, config, following, size)
+                self.assertTrue(torch.equal(found, product(x, weight, config)))
+                if DEVICE == "cpu":
+                    at = [(one - following.data_ptr()) // 1024 for one in fetched]
+                    self.assertEqual(sorted(at), list(range(kilobytes)))
+
     def test_products_that_follow_share_the_scratch(self) -> None:
         """Of other sizes: it grows, and what a graph has seen of it stays."""
         with mock.patch.dict(kernels._scratch, clear=True):
-            for rows, n, split in ((4, 128, 2), (36, N, 6), (4, 128, 3)):
+            for rows, n, split in ((4, 64, 2), (36, N, 6), (4, 64, 3)):
                 self.right(self.random(rows, K), self.random(n, K), Config(64, 64, split, 3, 4))
             (made,) = kernels._scratch.values()
-            self.assertEqual([len(partial) for partial, _ in made], [2 * 4 * 128, 6 * 36 * N])
+            self.assertEqual([len(partial) for partial, _ in made], [2 * 4 * 64, 6 * 36 * N])
 
     def test_no_room_is_made_in_a_capture(self) -> None:
         with (
@@ -203,9 +228,12 @@ class Hooks(unittest.TestCase):
         self.products = few_rows.FewRows()
         self.ours: list[int] = []
 
-        def counted(x: torch.Tensor, weight: torch.Tensor, config: Config | None = None) -> torch.Tensor:
+        self.ahead: list[tuple[Any, ...]] = []
+
+        def counted(x: torch.Tensor, weight: torch.Tensor, config: Config | None = None, *ahead: Any) -> torch.Tensor:
             self.ours.append(len(x))
-            return product(x, weight, config)
+            self.ahead.append(ahead)
+            return product(x, weight, config, *ahead)
 
         self.enterContext(mock.patch.object(kernels, "product", counted))
 
@@ -236,6 +264,19 @@ class Hooks(unittest.TestCase):
         self.call(self.layers[0].self_attn.o_proj, 36)  # outside
         self.assertEqual(self.ours, [])
 
+    def test_each_asks_for_the_next_one_s_weight(self) -> None:
+        """The layer's, then the next layer's, and the last for none; without the setting nothing."""
+        self.assertIsNone(self.products.prove(self.model, [36]))
+        self.assertEqual([one._qwen3emb_ahead for one in few_rows._linears(self.layers[0])], [()] * 4)
+        self.products = few_rows.FewRows(16_000_000)
+        self.assertIsNone(self.products.prove(self.model, [36]))
+        flat = [one for layer in self.layers for one in few_rows._linears(layer)]
+        for one, following in zip(flat, [*flat[1:], None], strict=True):
+            self.captured(36, one=one)
+            expected = () if following is None else (following.weight, 16_000_000)
+            self.assertEqual(len(self.ahead[-1]), len(expected))
+            self.assertTrue(all(a is b for a, b in zip(self.ahead[-1], expected, strict=True)))
+
     def test_what_else_is_captured_stays_torch_s(self) -> None:
         """Other rows, a bias, a layer that is none of the model's, another kind of graph; an error ends it."""
         self.assertIsNone(self.products.prove(self.model, [36]))
@@ -257,7 +298,7 @@ class Hooks(unittest.TestCase):
         flaky = iter((1.0, 1.002) * 8)
         wandering = lambda x, w, *_: (torch.nn.functional.linear(x, w).float() * next(flaky)).bfloat16()  # noqa: E731
         for wrong, reason in (
-            (blocked, "36 rows of 384, weight of 256"),
+            (blocked, "36 rows of 384, weight of 128"),
             (nothing, "others than torch's"),
             (wandering, "two results"),
             (None, "TypeError"),

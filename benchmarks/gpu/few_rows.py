@@ -7,9 +7,14 @@ For each product of a shape and each number of rows: `torch` is `F.linear`, each
 with float64 and, twice, with itself, and captured in a CUDA graph over so many weights that the L2 cache holds none of
 them when its turn comes again. Microseconds are a product's, the median of replays. A first round of few replays
 leaves the best FINALISTS, which are timed again beside torch; those within CLOSE of it are torch's. Prints the best of
-each, and what a pass of the shape's layers gains. `--write` makes what QWEN3EMB_PLUGIN_FEW_ROWS_TABLE names: an engine
-started with that and QWEN3EMB_PLUGIN_FEW_ROWS=1 has it, without another word. Needs torch, Triton, a Hopper GPU, and
-the plugin (PYTHONPATH=engine_plugin where it is not installed).
+each, and what a pass of the shape's layers gains.
+
+Then whole layers, with small kernels where norms and attention are: by torch, by the best of each, and by the best with
+so many MB of the next weight asked for ahead (`--ahead`).
+
+`--write` makes what QWEN3EMB_PLUGIN_FEW_ROWS_TABLE names: an engine started with that and QWEN3EMB_PLUGIN_FEW_ROWS=1
+has it, without another word. Needs torch, Triton, a Hopper GPU, and the plugin (PYTHONPATH=engine_plugin where it is
+not installed).
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from typing import Any
 
 ROWS = "4,8,16,24,36,48,68,100,132"  # the launcher's graphs of few tokens
 NAMES = ("qkv", "o", "gate_up", "down")
+SMALL = (3, 1, 1, 1)  # small kernels after each: rotation and attention, norm, gating, norm
 LAYERS = {"0.6b": 28, "4b": 36, "8b": 36}
 BEYOND_L2 = 250e6  # bytes of the weights of one graph at least; an H200 keeps 50 MB
 LAUNCHES = 24  # of one graph at least: what starts it is little beside them
@@ -41,6 +47,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="4b", help="of 0.6b,4b,8b; each shape takes a minute or two")
     parser.add_argument("--rows", default=ROWS)
     parser.add_argument("--write", type=Path, metavar="FILE", help="the best of each as JSON")
+    parser.add_argument("--ahead", default="4,8,16,24", help="MB, as QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD has them")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="that compile")
     args = parser.parse_args()
     from qwen3emb_engine_plugin.few_rows_kernels import SHAPES, candidates
@@ -73,6 +80,9 @@ def main() -> None:
             args.write.write_text(json.dumps(found, indent=1) + "\n")
     for (name, m), us in gained.items():
         print(f"{name:5} {m:4} rows: {us * LAYERS[name] / 1e3:6.3f} ms less a pass")
+    weights.clear()
+    for name in args.shapes.split(","):
+        whole_layers(torch, name, SHAPES[name], entries, rows, [float(one) for one in args.ahead.split(",")])
     print(f"{time.monotonic() - begin:.0f} s")
 
 
@@ -151,6 +161,42 @@ def best(torch: Any, m: int, weights: list[Any], configs: list[Any]) -> dict[str
     }
 
 
+def whole_layers(torch: Any, name: str, shapes: Any, entries: list[Any], rows: list[int], ahead: list[float]) -> None:
+    """Microseconds a layer, products and small kernels in their order."""
+    from qwen3emb_engine_plugin.few_rows_kernels import Config, product
+
+    layers = max(3, math.ceil(BEYOND_L2 / sum(n * k * 2 for n, k in shapes)))
+    weights = [
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(layers) for shape in shapes
+    ]
+    for m in rows:
+        found = {(e["n"], e["k"]): e["config"] and Config(**e["config"]) for e in entries if e["rows"] == m}
+        inputs = {k: torch.randn((m, k), device="cuda").bfloat16() for _, k in shapes}
+        other = torch.randn((m, shapes[0][1]), device="cuda").bfloat16()
+
+        def run(size: float | None, found: Any = found, inputs: Any = inputs, other: Any = other) -> None:
+            for at, weight in enumerate(weights):
+                n, k = weight.shape
+                config = None if size is None else found[n, k]
+                if config is None:
+                    torch.nn.functional.linear(inputs[k], weight)
+                else:
+                    product(inputs[k], weight, config, weights[(at + 1) % len(weights)], int((size or 0) * 1e6))
+                for _ in range(SMALL[at % len(shapes)]):
+                    torch.mul(other, 0.5)
+
+        took = {}
+        for who, size in (("torch", None), ("ours", 0.0), *((f"{mb:g} MB ahead", mb) for mb in ahead)):
+            run(size)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                run(size)
+            took[who] = min(replayed(torch, graph, FINAL) for _ in range(2)) / layers
+        told = "  ".join(f"{who} {us:6.1f} us" for who, us in took.items())
+        print(f"{name:5} a layer {m:4} rows  {told}", flush=True)
+
+
 def wrongness(torch: Any, call: Callable[[], Any], exact: Any) -> str | None:
     """How the product differs from float64's by more than roundings, or from itself; or None."""
     found, again = call(), call()
@@ -177,7 +223,12 @@ def launches(weights: list[Any]) -> int:
 
 
 def timed(torch: Any, graph: Any, weights: list[Any], times: int) -> float:
-    """Microseconds of one product: the median of so many replays, after one that is not counted."""
+    """Microseconds of one product."""
+    return replayed(torch, graph, times) / launches(weights)
+
+
+def replayed(torch: Any, graph: Any, times: int) -> float:
+    """Microseconds of a graph: the median of so many replays, after one that is not counted."""
     graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     events[0].record()
@@ -185,8 +236,7 @@ def timed(torch: Any, graph: Any, weights: list[Any], times: int) -> float:
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    took = statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
-    return float(took) * 1e3 / launches(weights)
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) * 1e3
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ the kernels are compiled, before the first text comes, and they are replayed one
 scratch memory wants. Passes without a graph have torch's products.
 
 When the model is loaded, its first layer's four products are computed both ways for each of those graphs. One that
-differs by more than the rounding of bfloat16 leaves all of them to torch.
+differs by more than the rounding of bfloat16 leaves all of them to torch. With QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD=16 each
+product has the L2 cache read the first 16 MB of the next one's weight, while norms and attention run.
 
 Off unless QWEN3EMB_PLUGIN_FEW_ROWS=1: no GPU has run it yet (docs/benchmarks/notes.md).
 """
@@ -14,6 +15,8 @@ Off unless QWEN3EMB_PLUGIN_FEW_ROWS=1: no GPU has run it yet (docs/benchmarks/no
 from __future__ import annotations
 
 import logging
+import os
+from itertools import pairwise
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -25,6 +28,7 @@ from qwen3emb_engine_plugin.switches import misfit
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
 LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
+AHEAD = "QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD"  # MB
 # Both ways round to bfloat16, each from its own order of float32 sums: one step of that, and of sums that cancel a part
 # of what the row's others come to. A block of 64 products left out is some hundred times as much.
 STEP, OF_OTHERS = 2**-7, 2**-12
@@ -33,7 +37,9 @@ STEP, OF_OTHERS = 2**-7, 2**-12
 class FewRows:
     """A model's products, of which the hooks ask whether they are ours; none is before `prove`."""
 
-    def __init__(self) -> None:
+    def __init__(self, ahead: int = 0) -> None:
+        """`ahead` is how many bytes of the next weight a product asks for."""
+        self._ahead = ahead
         self.sizes: frozenset[int] = frozenset()  # graphs in which some are
         self._rows = 0  # of the graph that is being captured, 0 outside
 
@@ -46,7 +52,9 @@ class FewRows:
         from qwen3emb_engine_plugin.few_rows_kernels import choice, product
 
         config = choice(*layer.weight.shape, self._rows)
-        return original(method, layer, x, bias) if config is None else product(x, layer.weight, config)
+        if config is None:
+            return original(method, layer, x, bias)
+        return product(x, layer.weight, config, *layer._qwen3emb_ahead)
 
     def capture(self, original: Any, runner: Any, size: int) -> Any:
         """In place of `PrefillCudaGraphRunner.capture_one_shape`: two passes that compile, then the one it keeps."""
@@ -78,9 +86,11 @@ class FewRows:
             return f"{type(error).__name__}: {error}"
         if not ours:
             return "no product of the table is in a graph here"
-        for linears in layers:
-            for linear in linears:
-                linear._qwen3emb_few_rows = True
+        flat = [linear for linears in layers for linear in linears]
+        for linear, following in pairwise([*flat, None]):
+            linear._qwen3emb_few_rows = True
+            # In a tuple: a module would take another's weight for a parameter of its own.
+            linear._qwen3emb_ahead = (following.weight, self._ahead) if following is not None and self._ahead else ()
         self.sizes = frozenset(ours)
         return None
 
@@ -106,7 +116,7 @@ def few_rows() -> str | None:
     if problem:
         return problem
     table()  # one that cannot be read is told now
-    products = FewRows()
+    products = FewRows(int(float(os.environ.get(AHEAD) or 0) * 1e6))
 
     def loaded(result: Any, runner: Any, *_: Any, **__: Any) -> Any:
         sizes = graph_sizes(runner.server_args)

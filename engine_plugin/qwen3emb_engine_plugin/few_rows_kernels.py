@@ -6,7 +6,8 @@ waste little of it: 36 rows take tiles of 32 and 16. Each program reads a block 
 their length, some stages ahead; wide blocks read `x` less often, and parts make up for the programs that wide blocks
 lack. The parts' sums go to memory in float32, and the program that arrives last at a tile adds them up, always in the
 same order: the same row gives the same bits, whoever arrives last, and nobody waits for another. It sets the count of
-arrivals to 0 again, for the next product on the stream.
+arrivals to 0 again, for the next product on the stream. Between two products come small kernels, which leave the memory
+idle: a product can ask for the first of what the next one reads.
 
 The scratch memory is one for a GPU: products run one after the other, on one stream, and in graphs replayed there.
 
@@ -38,6 +39,7 @@ SHAPES = {
     "4b": ((6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)),
     "8b": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
 }
+FETCH = tl.constexpr(1024)  # bytes of a weight that a thread asks for at once, as the instruction has them too
 PROCESSORS = 132
 SHARED, SHARED_A_PROGRAM, RESERVED = 228 * 1024, 227 * 1024, 1024  # bytes of a multiprocessor
 # Float32 a thread, of a program's own sums and of all parts' together, which are loaded at once. Compiled for sm_90,
@@ -72,10 +74,23 @@ def _whole(partial, place, inside, size, SPLIT: tl.constexpr):  # type: ignore[n
     return whole
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _fetch(ahead, size, program, programs, THREADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Have the L2 cache read this program's share of what comes next. Nobody waits for that, and nothing changes."""
+    lanes = tl.arange(0, THREADS)
+    for first in tl.range(program * THREADS, size // FETCH, programs * THREADS):
+        wanted = (first + lanes < size // FETCH).to(tl.int32)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
+            "=r,l,r", [(ahead + (first + lanes) * (FETCH // 2)).to(tl.int64), wanted], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "ahead_size"])
 def _product(  # type: ignore[no-untyped-def]
-    x, w, out, partial, arrived, rows, N, K, ROWS: tl.constexpr, MORE: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr,
+    x, w, out, partial, arrived, ahead, rows, N, K, ahead_size, ROWS: tl.constexpr, MORE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, TMA: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     tile, part = tl.program_id(0), tl.program_id(1)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,6 +107,7 @@ def _product(  # type: ignore[no-untyped-def]
         sums = tl.dot(weights, _values(x, row, at, rows, K, BLOCK_K), sums)
         if MORE:
             more = tl.dot(weights, _values(x, row_more, at, rows, K, BLOCK_K), more)
+    _fetch(ahead, ahead_size, part * (N // BLOCK_N) + tile, SPLIT * (N // BLOCK_N), THREADS)
     place, place_more = row[None, :] * N + column[:, None], row_more[None, :] * N + column[:, None]
     inside, inside_more = row[None, :] < rows, row_more[None, :] < rows
     if SPLIT == 1:
@@ -116,8 +132,12 @@ def _product(  # type: ignore[no-untyped-def]
             tl.store(arrived + tile, 0)
 
 
-def product(x: Any, weight: Any, config: Config | None = None) -> Any:
-    """`x` [rows, K] times `weight` [N, K], both contiguous bfloat16: [rows, N]. ValueError where no table has it."""
+def product(x: Any, weight: Any, config: Config | None = None, ahead: Any = None, ahead_size: int = 0) -> Any:
+    """`x` [rows, K] times `weight` [N, K], both contiguous bfloat16: [rows, N]. ValueError where no table has it.
+
+    Programs that have read their share of `weight` ask for the first bytes of `ahead`, the next product's weight: the
+    memory is idle until that begins.
+    """
     (rows, k), n = x.shape, weight.shape[0]
     config = config or choice(n, k, rows)
     if config is None:
@@ -125,7 +145,9 @@ def product(x: Any, weight: Any, config: Config | None = None) -> Any:
     out = x.new_empty((rows, n))
     partial, arrived = scratch(x.device, *scratch_of(n, rows, config))
     grid = (n // config.block_n, config.split)
-    _product[grid](x, _source(weight, config), out, partial, arrived, rows, n, k, **_constants(rows, config))
+    ahead, size = (weight, 0) if ahead is None else (ahead, min(ahead_size, ahead.numel() * 2))
+    w = _source(weight, config)
+    _product[grid](x, w, out, partial, arrived, ahead, rows, n, k, size, **_constants(rows, config))
     return out
 
 
@@ -134,7 +156,7 @@ def compile_only(rows: int, config: Config, device: str = "cuda") -> Any:
     bf16 = torch.bfloat16
     weight = _source(torch.empty((256, 256), dtype=bf16, device=device), config) if config.tma else bf16
     return _product.warmup(
-        bf16, weight, bf16, torch.float32, torch.int32, rows, 256, 256, grid=(1,), **_constants(rows, config)
+        bf16, weight, bf16, torch.float32, torch.int32, bf16, rows, 256, 256, 0, grid=(1,), **_constants(rows, config)
     )
 
 
@@ -151,6 +173,7 @@ def _constants(rows: int, config: Config) -> dict[str, Any]:
     return {
         "ROWS": tiles, "MORE": more, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "SPLIT": config.split,
         "TMA": config.tma, "num_warps": config.warps, "num_stages": config.stages,
+        "THREADS": 32 * config.warps,
     }  # fmt: skip
 
 
