@@ -158,15 +158,17 @@ class Products(unittest.TestCase):
 
 
 class Tables(unittest.TestCase):
-    def test_the_official_shapes_have_a_guess_for_all_graphs(self) -> None:
-        """One that fits a multiprocessor; more rows and other weights are torch's."""
+    def test_the_official_shapes_have_a_guess_for_most_graphs(self) -> None:
+        """One that fits a multiprocessor; the widest weights with many rows, more rows, and others are torch's."""
         for shapes in kernels.SHAPES.values():
             for n, k in shapes:
                 for rows in (1, 4, 8, 16, 24, 36, 48, 68, 100, 132):
                     config = choice(n, k, rows)
-                    assert config is not None
-                    self.assertTrue(kernels.fits(n, k, rows, config))
-                    self.assertGreaterEqual(config.stages, 3)
+                    if config is None:
+                        self.assertTrue(n > 3 * k and rows >= 100, (n, k, rows))
+                    else:
+                        self.assertTrue(kernels.fits(n, k, rows, config))
+                        self.assertGreaterEqual(config.stages, 3)
                 self.assertIsNone(choice(n, k, 145))
         self.assertIsNone(choice(2560, 2560, 4))
 

@@ -31,7 +31,7 @@ LINEAR = "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod"
 AHEAD = "QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD"  # MB
 # Both ways round to bfloat16, each from its own order of float32 sums: one step of that, and of sums that cancel a part
 # of what the row's others come to. A block of 64 products left out is some hundred times as much.
-STEP, OF_OTHERS = 2**-7, 2**-12
+STEP, OF_OTHERS = 2**-7, 2**-10
 
 
 class FewRows:

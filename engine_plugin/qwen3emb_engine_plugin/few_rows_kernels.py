@@ -282,7 +282,9 @@ def candidates(n: int, k: int, rows: int, most: int = 60) -> list[Config]:
 
 
 def guess(n: int, k: int, rows: int) -> Config | None:
-    return next(iter(candidates(n, k, rows, 1)), None)
+    """The likeliest; torch where its programs are more than the card has at once, a second turn being half empty."""
+    first = next(iter(candidates(n, k, rows, 1)), None)
+    return first if first and n // first.block_n * first.split <= PROCESSORS * resident(rows, first) else None
 
 
 def reckoned(n: int, k: int, rows: int, config: Config) -> float:
