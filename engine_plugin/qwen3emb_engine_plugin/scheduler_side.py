@@ -11,6 +11,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from qwen3emb_engine_plugin.ahead import ahead
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.gated import gated
+from qwen3emb_engine_plugin.graph_attention import graph_attention
 from qwen3emb_engine_plugin.graph_inputs import graph_inputs
 from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
 from qwen3emb_engine_plugin.last_layer import last_layer
@@ -109,6 +110,7 @@ PARTS = [
     ("ahead", True, ahead),
     ("full_graph", True, full_graph),
     ("graph_inputs", False, graph_inputs),
+    ("graph_attention", False, graph_attention),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
     ("last_layer", True, last_layer),
