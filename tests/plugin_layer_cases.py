@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 from card_instructions import at_hand
-from qwen3emb_engine_plugin import attention_kernel, gated, graph_attention, last_layer, layer
+from qwen3emb_engine_plugin import attention_kernel, gated, graph_attention, graph_last_layer, last_layer, layer
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 INNER, WIDTH = 48, 32
@@ -154,6 +154,59 @@ class Pooled(unittest.TestCase):
         """Not live: the graph's output has a row a token, and the pooler picks from it."""
         self.ends_with(None)
         self.assertEqual(self.products, [(8, 5)])
+
+    def test_a_graph_ends_with_a_row_for_each_of_its_places(self) -> None:
+        """Captured for none in particular; replayed for three texts and the padding, the pooler finds theirs."""
+        offsets = torch.zeros(6, dtype=torch.int32)  # five places, the last of them the padding's
+        backend = SimpleNamespace(
+            fa_skip_kv_cache=True, full_cg_prefill_metadata=SimpleNamespace(cu_seqlens_q=offsets)
+        )  # fmt: skip
+        runner = SimpleNamespace(
+            _is_full_backend=True, model_runner=SimpleNamespace(attn_backend=backend, _qwen3emb_last=self.last)
+        )
+        graphs = graph_last_layer.Graphs()
+
+        def forward(runner: Any, batch: Any, tokens: int) -> Any:
+            hidden, left = self.layer.forward(None, self.rows, self.batch, None)
+            return hidden + left
+
+        def capture(runner: Any, size: int) -> Any:
+            return graphs.forward(forward, runner, self.batch, size)
+
+        def execute(runner: Any, batch: Any, static: Any, size: int, tokens: int) -> Any:
+            replayed = graphs.forward(forward, runner, static, size) if size not in graphs.picking else again()
+            return self.model.pooler.forward(replayed[:tokens], batch)
+
+        def again() -> Any:  # what a replay does: the same once more, with what lies in the graph's places by now
+            offsets[1:] = torch.tensor([3, 4, 7, 7, 8])
+            return graphs.capture(capture, runner, 8)
+
+        batch = SimpleNamespace(extend_seq_lens=torch.tensor([3, 1, 3]))
+        expected = graphs.replay(execute, runner, batch, None, 8, 7)
+        self.assertEqual(self.products, [(8, 5)])
+        offsets[1:] = 8
+        with mock.patch.object(graph_last_layer, "FROM", 9):
+            graphs.capture(capture, runner, 8)
+        self.assertEqual(self.products[-1], (8, 5))
+        with mock.patch.object(graph_last_layer, "FROM", 8):
+            graphs.capture(capture, runner, 8)
+            self.assertEqual(self.products[-1], (5, 5))
+            found = graphs.replay(execute, runner, batch, None, 8, 7)
+        self.assertTrue(torch.equal(found, expected))
+        self.assertIsNone(self.last.ends)
+        self.assertIsNone(self.last.picked)
+
+    def test_a_graph_stays_whole_where_the_layer_is_not_plain(self) -> None:
+        """Nothing found at load, or a server with a cache: captured as SGLang does, replayed so."""
+        kept: Any = SimpleNamespace(fa_skip_kv_cache=True)
+        for last, backend in ((None, kept), (self.last, SimpleNamespace(fa_skip_kv_cache=False))):
+            runner = SimpleNamespace(
+                _is_full_backend=True, model_runner=SimpleNamespace(attn_backend=backend, _qwen3emb_last=last)
+            )
+            graphs = graph_last_layer.Graphs()
+            self.assertEqual(graphs.capture(lambda *_: "captured", runner, 4224), "captured")
+            self.assertEqual(graphs.replay(lambda *_: "replayed", runner, None, None, 4224, 4000), "replayed")
+            self.assertFalse(graphs.picking)
 
     def test_another_batch_s_rows_are_picked_by_the_pooler(self) -> None:
         """A batch that no layer has thinned is pooled as ever, whatever went before."""
