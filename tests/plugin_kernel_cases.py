@@ -12,6 +12,7 @@ import unittest
 
 import torch
 from card_instructions import at_hand
+from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend
 from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, gate_warps, quantise
 from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, fill_inputs, norm_quantise, norm_rotate
 
@@ -157,6 +158,44 @@ class Kernels(unittest.TestCase):
                 # A difference of two larger numbers keeps their rounding.
                 self.close(one, turned, BF16_STEP, absolute=4 * BF16_STEP)
             self.assertTrue(torch.equal(qkv, before))
+
+    def test_attention_by_positions(self) -> None:
+        """Against torch's own, text by text: shorter and longer than a tile, many in one, all the official groups."""
+        # In the interpreter, products of bfloat16 are of its bits: float16 there, of the same width.
+        kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+        many = [1, 2, 3, 40, 1, 100, 7, 64, 1, 1, 31]
+        for lengths, q_heads, k_heads in (([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)):
+            rows, q_width, k_width = sum(lengths), q_heads * 128, k_heads * 128
+            qkv = torch.randn(rows, q_width + 2 * k_width, device=DEVICE).to(kind)
+            q, k, v = qkv.split([q_width, k_width, k_width], 1)
+            k, v = k.contiguous().view(rows, k_heads, 128), v.view(rows, k_heads, 128)
+            positions = torch.cat([torch.arange(length, device=DEVICE) for length in lengths])
+            expected = torch.cat(
+                [
+                    torch.nn.functional.scaled_dot_product_attention(
+                        *(text.float().transpose(0, 1) for text in texts), is_causal=True, scale=0.1, enable_gqa=True
+                    ).transpose(0, 1)
+                    for texts in zip(*(of.split(lengths) for of in (q.reshape(rows, q_heads, 128), k, v)), strict=True)
+                ]
+            ).flatten(1)
+            for way in (None, SMALL, LARGE):
+                out = torch.full((rows, q_width), torch.nan, dtype=kind, device=DEVICE)
+                attend(q.contiguous(), k, v, positions, out, 0.1, q_heads, k_heads, way)
+                self.close(out, expected, BF16_STEP, absolute=0.02)
+
+    def test_padding_does_not_reach_a_text(self) -> None:
+        """Rows after the last text: at place 0, as the runner fills them, or with what an earlier batch has left."""
+        kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+        q, k, v = (torch.randn(40, 2 * 128, device=DEVICE).to(kind) for _ in range(3))
+        found = []
+        for left in (torch.zeros(7), torch.arange(33, 40), torch.full((7,), 900)):
+            positions = torch.cat([torch.arange(33), left.long()]).to(DEVICE)
+            out = torch.empty_like(q)
+            attend(q, k.view(40, 2, 128), v.view(40, 2, 128), positions, out, 0.1, 2, 2)
+            self.assertTrue(out.isfinite().all())
+            found.append(out[:33])
+        self.assertTrue(torch.equal(found[0], found[1]))
+        self.assertTrue(torch.equal(found[0], found[2]))
 
     def test_a_graph_s_inputs(self) -> None:
         """Ids and positions with zeros to the size; ends of the texts, and the padding as the last segment."""

@@ -16,10 +16,86 @@ from unittest import mock
 
 import torch
 from card_instructions import at_hand
-from qwen3emb_engine_plugin import gated, last_layer, layer
+from qwen3emb_engine_plugin import attention_kernel, gated, graph_attention, graph_last_layer, last_layer, layer
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 INNER, WIDTH = 48, 32
+
+
+class Attention(unittest.TestCase):
+    """Our kernel while a graph is captured, FlashAttention in every other pass and for every other layer."""
+
+    def setUp(self) -> None:
+        self.metadata = object()
+        self.backend = SimpleNamespace(
+            fa_skip_kv_cache=True, full_cg_prefill_metadata=self.metadata, forward_metadata=self.metadata
+        )
+        self.layer = SimpleNamespace(
+            head_dim=128, qk_head_dim=128, v_head_dim=128, tp_q_head_num=4, tp_k_head_num=2, tp_v_head_num=2,
+            scaling=0.1, sliding_window_size=-1, logit_cap=0.0, is_cross_attention=False,
+            attn_type=SimpleNamespace(value="decoder"),
+        )  # fmt: skip
+        qkv = torch.randn(6, 8 * 128).bfloat16()
+        self.q, self.k = qkv[:, : 4 * 128].contiguous(), qkv[:, 4 * 128 : 6 * 128].contiguous().view(6, 2, 128)
+        self.v = qkv[:, 6 * 128 :].view(6, 2, 128)
+        self.batch = SimpleNamespace(positions=torch.tensor([0, 1, 2, 0, 0, 1]), extend_seq_lens_cpu=[3, 1, 2])
+        self.given: list[tuple[Any, ...]] = []
+        self.enterContext(mock.patch.object(attention_kernel, "attend", lambda *given: self.given.append(given)))
+        self.attending = graph_attention.Attending()
+
+    def attended(self, **more: Any) -> Any:
+        stock: Any = lambda *_, **__: "stock"  # noqa: E731
+        return self.attending(stock, self.backend, self.q, self.k, self.v, self.layer, self.batch, **more)
+
+    def test_a_captured_pass_is_ours(self) -> None:
+        """Into a tensor of its own, or where SGLang's operator of a captured pass wants it."""
+        out = self.attended(save_kv_cache=True)
+        self.assertEqual(out.shape, self.q.shape)
+        ((q, k, v, positions, into, *rest),) = self.given
+        self.assertTrue(torch.equal(q, self.q))
+        self.assertIs(into, out)
+        self.assertIs(positions, self.batch.positions)
+        self.assertEqual(rest, [0.1, 4, 2])
+        self.assertEqual((k.stride(0), v.stride(0)), (256, 1024))
+        self.batch._attn_output = torch.empty(6, 4, 128).bfloat16()
+        self.assertEqual(self.attended().data_ptr(), self.batch._attn_output.data_ptr())
+
+    def test_a_live_pass_and_a_cache_are_flash_attention_s(self) -> None:
+        """A live pass has brought metadata of its own; with a cache, keys are not those of this batch alone."""
+        for name, value in (
+            ("forward_metadata", object()), ("full_cg_prefill_metadata", None), ("fa_skip_kv_cache", False)
+        ):  # fmt: skip
+            with self.subTest(name), mock.patch.object(self.backend, name, value):
+                self.assertEqual(self.attended(), "stock")
+        self.assertFalse(self.attending.ours)
+
+    def test_another_layer_is_flash_attention_s(self) -> None:
+        """Windows, caps, sinks, other shapes and types: what the kernel does not know."""
+        others: list[tuple[Any, str, Any]] = [
+            (self.layer, "sliding_window_size", 511), (self.layer, "logit_cap", 30.0), (self.layer, "head_dim", 64),
+            (self.layer, "tp_q_head_num", 6), (self.layer, "is_cross_attention", True),
+            (self.layer, "attn_type", SimpleNamespace(value="encoder_only")),
+            (self.batch, "positions", torch.zeros(3, 6)), (self.batch, "positions", None),
+            (self, "q", self.q.float()), (self, "k", self.k.transpose(0, 1).contiguous().transpose(0, 1)),
+            (self, "v", self.v[:4]),
+        ]  # fmt: skip
+        for of, name, value in others:
+            with self.subTest(name), mock.patch.object(of, name, value):
+                self.assertEqual(self.attended(), "stock")
+        self.assertEqual(self.attended(sinks=torch.ones(1)), "stock")
+        self.batch._attn_output = torch.empty(3, 512).bfloat16()
+        self.assertEqual(self.attended(), "stock")
+        self.assertFalse(self.given)
+
+    def test_a_long_text_is_for_a_live_pass(self) -> None:
+        """Where graphs are ours; what cannot run as one anyway stays so."""
+        runner: Any = SimpleNamespace(_is_full_backend=True, model_runner=SimpleNamespace(attn_backend=self.backend))
+        long = SimpleNamespace(extend_seq_lens_cpu=[3, graph_attention.LONGEST + 1])
+        self.assertTrue(self.attending.short_enough(True, runner, long))
+        self.attended()
+        self.assertFalse(self.attending.short_enough(True, runner, long))
+        self.assertTrue(self.attending.short_enough(True, runner, self.batch))
+        self.assertFalse(self.attending.short_enough(False, runner, self.batch))
 
 
 class Pooled(unittest.TestCase):
@@ -78,6 +154,59 @@ class Pooled(unittest.TestCase):
         """Not live: the graph's output has a row a token, and the pooler picks from it."""
         self.ends_with(None)
         self.assertEqual(self.products, [(8, 5)])
+
+    def test_a_graph_ends_with_a_row_for_each_of_its_places(self) -> None:
+        """Captured for none in particular; replayed for three texts and the padding, the pooler finds theirs."""
+        offsets = torch.zeros(6, dtype=torch.int32)  # five places, the last of them the padding's
+        backend = SimpleNamespace(
+            fa_skip_kv_cache=True, full_cg_prefill_metadata=SimpleNamespace(cu_seqlens_q=offsets)
+        )  # fmt: skip
+        runner = SimpleNamespace(
+            _is_full_backend=True, model_runner=SimpleNamespace(attn_backend=backend, _qwen3emb_last=self.last)
+        )
+        graphs = graph_last_layer.Graphs()
+
+        def forward(runner: Any, batch: Any, tokens: int) -> Any:
+            hidden, left = self.layer.forward(None, self.rows, self.batch, None)
+            return hidden + left
+
+        def capture(runner: Any, size: int) -> Any:
+            return graphs.forward(forward, runner, self.batch, size)
+
+        def execute(runner: Any, batch: Any, static: Any, size: int, tokens: int) -> Any:
+            replayed = graphs.forward(forward, runner, static, size) if size not in graphs.picking else again()
+            return self.model.pooler.forward(replayed[:tokens], batch)
+
+        def again() -> Any:  # what a replay does: the same once more, with what lies in the graph's places by now
+            offsets[1:] = torch.tensor([3, 4, 7, 7, 8])
+            return graphs.capture(capture, runner, 8)
+
+        batch = SimpleNamespace(extend_seq_lens=torch.tensor([3, 1, 3]))
+        expected = graphs.replay(execute, runner, batch, None, 8, 7)
+        self.assertEqual(self.products, [(8, 5)])
+        offsets[1:] = 8
+        with mock.patch.object(graph_last_layer, "FROM", 9):
+            graphs.capture(capture, runner, 8)
+        self.assertEqual(self.products[-1], (8, 5))
+        with mock.patch.object(graph_last_layer, "FROM", 8):
+            graphs.capture(capture, runner, 8)
+            self.assertEqual(self.products[-1], (5, 5))
+            found = graphs.replay(execute, runner, batch, None, 8, 7)
+        self.assertTrue(torch.equal(found, expected))
+        self.assertIsNone(self.last.ends)
+        self.assertIsNone(self.last.picked)
+
+    def test_a_graph_stays_whole_where_the_layer_is_not_plain(self) -> None:
+        """Nothing found at load, or a server with a cache: captured as SGLang does, replayed so."""
+        kept: Any = SimpleNamespace(fa_skip_kv_cache=True)
+        for last, backend in ((None, kept), (self.last, SimpleNamespace(fa_skip_kv_cache=False))):
+            runner = SimpleNamespace(
+                _is_full_backend=True, model_runner=SimpleNamespace(attn_backend=backend, _qwen3emb_last=last)
+            )
+            graphs = graph_last_layer.Graphs()
+            self.assertEqual(graphs.capture(lambda *_: "captured", runner, 4224), "captured")
+            self.assertEqual(graphs.replay(lambda *_: "replayed", runner, None, None, 4224, 4000), "replayed")
+            self.assertFalse(graphs.picking)
 
     def test_another_batch_s_rows_are_picked_by_the_pooler(self) -> None:
         """A batch that no layer has thinned is pooled as ever, whatever went before."""

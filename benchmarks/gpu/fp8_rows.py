@@ -3,9 +3,11 @@
     PYTHONPATH=SITE python benchmarks/gpu/fp8_rows.py [--shapes 4b,8b]
 
 For the four products of each official shape: SGLang's `fp8_scaled_mm` and torch's row-wise `_scaled_mm`, from 1 row to
-4,224. A kernel chosen by the number of rows may sum in another order; in a network of float8 layers that comes back as
-vectors that depend on the batch. Prints, for each kernel, from how many rows on the first row is another one than
-alone, how many of its numbers, and its error to a product in float64. Needs torch, SGLang and a Hopper GPU.
+4,224. Float8 engines give a text other vectors in a batch than alone, and a kernel that sums in another order for more
+rows would do that. An H200 has none (docs/benchmarks/h200-2026-12-01/fp8_rows.txt): the cause is elsewhere. Prints, for
+each kernel, from how many rows on the first row is another one than alone, how many of its numbers, and its error to a
+product in float64; then how many numbers of that row the two kernels have otherwise, since the plugin's layer changes
+from one to the other at 100 rows (that run had no such line). Needs torch, SGLang and a Hopper GPU.
 """
 
 from __future__ import annotations
@@ -63,10 +65,14 @@ def main() -> None:
             weight, weight_scales = quantised(torch.randn(out, width, device="cuda").bfloat16() * 0.02)
             rows, scales = quantised(torch.randn(max(ROWS), width, device="cuda").bfloat16())
             exact = (rows[:1].double() * scales[:1].double()) @ (weight.double() * weight_scales.double()).t()
+            alone = {}
             for kernel, product in kernels(torch, weight, weight_scales).items():
                 found = {count: product(rows[:count], scales[:count])[0] for count in ROWS}
                 error = ((found[1].double() - exact[0]).norm() / exact.norm()).item()
                 print(f"{name:5} [{out}, {width}] {kernel:6} error alone {error:.5f}; {told(found)}", flush=True)
+                alone[kernel] = found[1]
+            others = int((alone["sglang"] != alone["torch"]).sum())
+            print(f"{name:5} [{out}, {width}] sglang and torch: {others} of {out} numbers others", flush=True)
 
 
 def quantised(values: Any) -> tuple[Any, Any]:

@@ -5,9 +5,10 @@ only; their output projection, norms and MLP are computed by the stock model and
 products, 2.3% of a pass of the 4B's 36. Here the pooled rows are picked right after the attention. A product of fewer
 rows may sum in another order, so the floats are not the stock server's to the last bit; `verify` holds them.
 
-Passes that run live only: a CUDA graph is captured with all rows, and stays so. `verify --level full` passed with it on
-an H200 in bfloat16 and float8, in bfloat16 without graphs too (docs/benchmarks). Elsewhere it is off unless
-QWEN3EMB_PLUGIN_LAST_LAYER=1: on a CPU the floats are to be the stock server's.
+Passes that run live, and graphs of `graph_last_layer`; other CUDA graphs are captured with all rows, and stay so.
+`verify --level full` passed with it on an H200 in bfloat16 and float8, in bfloat16 without graphs too
+(docs/benchmarks). Elsewhere it is off unless QWEN3EMB_PLUGIN_LAST_LAYER=1: on a CPU the floats are to be the stock
+server's.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def last_layer() -> str | None:
 class LastLayer:
     """A model's last layer and its pooler, both of which know during a live pass which rows are left.
 
+    Of a pass that is captured, `ends` holds the end of each text's rows, of as many texts as the graph has places for.
     With `fp8_layer`, a layer of float8 weights goes that part's way.
     """
 
@@ -93,15 +95,19 @@ class LastLayer:
         self.layer, pooler = model.model.layers[-1], model.pooler
         self._whole, self._pool = self.layer.forward, pooler.forward
         self.live = False
+        self.ends: Any = None
         self.picked: Any = None  # the batch whose rows have been picked
         self.layer.forward, pooler.forward = self.forward, self.pool
 
     def forward(self, positions: Any, hidden: Any, batch: Any, residual: Any, *rest: Any, **more: Any) -> Any:
-        """Hidden states and residual, each [texts, width] in a live pass."""
-        if not self.live or rest or more or hidden.shape[0] == 0:
+        """Hidden states and residual: each [texts, width] in a live pass, [places, width] with `ends`."""
+        if not (self.live or self.ends is not None) or rest or more or hidden.shape[0] == 0:
             return self._whole(positions, hidden, batch, residual, *rest, **more)
-        rows = batch.extend_seq_lens.cumsum(dim=0) - 1
-        self.picked = batch
+        if self.ends is not None:
+            rows = self.ends.long() - 1
+        else:
+            rows = batch.extend_seq_lens.cumsum(dim=0) - 1
+            self.picked = batch
         if self._fp8_layer and _plain_fp8(self.layer):
             return _fp8_forward(self.layer, positions, hidden, batch, residual, rows)
         communicator, attention = self.layer.layer_communicator, self.layer.self_attn

@@ -12,7 +12,9 @@ from qwen3emb_engine_plugin.ahead import ahead
 from qwen3emb_engine_plugin.cpu_pass import heap, norms
 from qwen3emb_engine_plugin.few_rows import few_rows
 from qwen3emb_engine_plugin.gated import gated
+from qwen3emb_engine_plugin.graph_attention import graph_attention
 from qwen3emb_engine_plugin.graph_inputs import graph_inputs
+from qwen3emb_engine_plugin.graph_last_layer import graph_last_layer
 from qwen3emb_engine_plugin.housekeeping import freeing, idle, snapshots
 from qwen3emb_engine_plugin.last_layer import last_layer
 from qwen3emb_engine_plugin.layer import attention, fp8_layer
@@ -106,14 +108,16 @@ PARTS = [
     ("idle", True, idle),
     ("snapshots", True, snapshots),
     ("freeing", True, freeing),
-    ("unsampled", False, unsampled),
+    ("unsampled", True, unsampled),
     ("ahead", True, ahead),
     ("full_graph", True, full_graph),
-    ("graph_inputs", False, graph_inputs),
+    ("graph_inputs", True, graph_inputs),
+    ("graph_attention", False, graph_attention),
     ("few_rows", False, few_rows),
     ("attention", True, attention),
     ("fp8_layer", True, fp8_layer),
     ("last_layer", True, last_layer),
+    ("graph_last_layer", False, graph_last_layer),
     ("gated", True, gated),
     ("heap", True, heap),
     ("norms", True, norms),

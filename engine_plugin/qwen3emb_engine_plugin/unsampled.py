@@ -4,8 +4,8 @@ SGLang makes four tensors of temperatures and limits for every batch, each throu
 four penalties, before the pass can be launched. The fields stay there, so that whatever filters, merges or copies a
 batch finds them.
 
-Off unless QWEN3EMB_PLUGIN_UNSAMPLED=1: on a CPU, where nothing is pinned or sent, it gives nothing, and no GPU has
-timed it yet (docs/benchmarks/notes.md).
+On a CPU, where nothing is pinned or sent, it gives nothing. What an H200 gains by it was measured together with
+`graph_inputs` alone.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Float8 noise: how far one text's vectors may lie apart where the checkpoint amplifies what float8 rounds.
 
-The likely cause (benchmarks/gpu/fp8_rows.py asks a GPU for it): a float8 product of few rows sums in another order than
-one of many, so a text alone and the same text in a batch differ in the last bits, and each such bit flips roundings to
-float8 in the layers behind it. How much of that reaches the vector is the checkpoint's own: with random weights in the
-official shapes an H200 moved vectors by 1 - cosine 1.7e-3 (0.6B), 1.3e-2 (4B) and 3.7e-2 (8B, stock SGLang as much as
-ours; 2026-11-30); trained ones are expected to be steadier. `Precision.distance` (2.0e-2) is what the official
-checkpoints are held to, and the demo's.
+A text alone and the same text in a batch differ in a last bit somewhere, and each such bit flips roundings to float8 in
+the layers behind it. Where it begins is not known: not in the float8 products, which give a row the same numbers beside
+any number of rows (benchmarks/gpu/fp8_rows.py on an H200, 2026-12-01). How much of it reaches the vector is the
+checkpoint's own: with random weights in the official shapes an H200 moved vectors by 1 - cosine 1.7e-3 (0.6B), 1.3e-2
+(4B) and 3.7e-2 (8B, SGLang's own layer as much as ours; 2026-11-30); trained ones are expected to be steadier.
+`Precision.distance` (2.0e-2) is what the official checkpoints are held to, and the demo's.
 
 A checkpoint that nobody knows may be one that amplifies, and an engine that computes right must serve it. Up to
 FP8_NOISE, twice the largest seen, such a difference is a warning. It is a fault all the same where a vector lies nearer

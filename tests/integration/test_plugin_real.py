@@ -298,11 +298,11 @@ def test_other_routes_are_untouched(pair: Pair) -> None:
 
 
 def test_the_last_layer_ends_with_the_pooled_tokens(pair: Pair, engine_python: Path, demo_model: Path) -> None:
-    """Each text's vector as ever: alone, in a batch, with fewer dims; also with the other parts that are off here."""
+    """Each text's vector as ever: alone, in a batch, with fewer dims; also where batches are merged."""
     log = pair.plugin_log.parent / "last_layer.log"
     environ = {
         "PYTHONPATH": str(log.parent / "site"), "OMP_NUM_THREADS": "1", "QWEN3EMB_PLUGIN_LAST_LAYER": "1",
-        "QWEN3EMB_PLUGIN_AHEAD": "1", "QWEN3EMB_PLUGIN_UNSAMPLED": "1",
+        "QWEN3EMB_PLUGIN_AHEAD": "1",
     }  # fmt: skip
     texts = [f"text {i} " * (1 + 7 * i % 40) for i in range(40)]
     engine = start_engine(engine_python, demo_model, log, "--disable-radix-cache", environ=environ)
