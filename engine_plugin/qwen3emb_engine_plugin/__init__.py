@@ -7,8 +7,8 @@ what it was written for; the server is then the stock one at that place.
 Environment: QWEN3EMB_PLUGIN=0 turns everything off, QWEN3EMB_PLUGIN_<PART>=0 one part (answer, route, workers; vectors,
 direct, idle, linger, snapshots, freeing, unsampled, ahead, full_graph, graph_inputs, attention, fp8_layer, last_layer,
 gated, heap, norms; of `serve`: template, tokenizer, bytecode, unused, readahead, prebuild). QWEN3EMB_PLUGIN_<PART>=1
-turns on what is off by itself (few_rows, graph_attention, graph_last_layer, graph_gated; linger on few cores; last_layer
-off Hopper). QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check.
+turns on what is off by itself (few_rows, graph_attention, graph_last_layer, graph_gated; linger on few cores;
+last_layer off Hopper). QWEN3EMB_PLUGIN_ANY_VERSION=1 skips the version check.
 `SGLANG_PLUGINS` is SGLang's own list of the plugins it loads.
 """
 
