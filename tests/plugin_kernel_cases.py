@@ -8,7 +8,12 @@ those of card_instructions.py there.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from card_instructions import at_hand
@@ -196,6 +201,27 @@ class Kernels(unittest.TestCase):
             found.append(out[:33])
         self.assertTrue(torch.equal(found[0], found[1]))
         self.assertTrue(torch.equal(found[0], found[2]))
+
+    def test_the_benchmark_sees_keys_left_out(self) -> None:
+        """Of a long text, whose answers are means of many values: 64 keys of 4,000 change them by 0.01."""
+        folder = Path(__file__).parents[1] / "benchmarks" / "gpu"
+        spec = importlib.util.spec_from_file_location("attention_benchmark", folder / "attention.py")
+        assert spec is not None
+        assert spec.loader is not None
+        benchmark = importlib.util.module_from_spec(spec)
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            spec.loader.exec_module(benchmark)
+        q, k, v = (self.random(4000, 1, 128) for _ in range(3))
+        q, k, v = q[-8:].float(), k.float(), v.float()
+
+        def attention(left_out: int) -> Any:
+            shares = (q[:, 0] @ k[left_out:, 0].T / 128**0.5).softmax(-1)
+            return lambda _: (shares.bfloat16().float() @ v[left_out:, 0]).bfloat16()
+
+        ways = {"graph": attention(0), "same": attention(0), "other": attention(64)}
+        with mock.patch.object(torch.cuda, "synchronize"):
+            said = benchmark.differing(torch, ways, benchmark.Buffers(q, k, v))
+        self.assertEqual(list(said), ["other"])
 
     def test_a_graph_s_inputs(self) -> None:
         """Ids and positions with zeros to the size; ends of the texts, and the padding as the last segment."""
