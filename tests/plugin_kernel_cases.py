@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 from card_instructions import at_hand
-from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend
+from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend, way_of
 from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, gate_warps, quantise
 from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, fill_inputs, norm_quantise, norm_rotate
 
@@ -169,7 +169,10 @@ class Kernels(unittest.TestCase):
         # In the interpreter, products of bfloat16 are of its bits: float16 there, of the same width.
         kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
         many = [1, 2, 3, 40, 1, 100, 7, 64, 1, 1, 31]
-        for lengths, q_heads, k_heads in (([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)):
+        batches = [([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)]
+        if DEVICE == "cuda":  # minutes in the interpreter; and only there are reads of keys under way at once
+            batches += [([17, 1056, 3], 32, 8), ([33] * 128, 32, 8), ([9, 2112], 16, 8), ([1] * 129, 16, 8)]
+        for lengths, q_heads, k_heads in batches:
             rows, q_width, k_width = sum(lengths), q_heads * 128, k_heads * 128
             qkv = torch.randn(rows, q_width + 2 * k_width, device=DEVICE).to(kind)
             q, k, v = qkv.split([q_width, k_width, k_width], 1)
@@ -187,6 +190,16 @@ class Kernels(unittest.TestCase):
                 out = torch.full((rows, q_width), torch.nan, dtype=kind, device=DEVICE)
                 attend(q.contiguous(), k, v, positions, out, 0.1, q_heads, k_heads, way)
                 self.close(out, expected, BF16_STEP, absolute=0.02)
+                # By their length too: answers of a long text are small, and keys left out would change them by less.
+                rows_off = (out.view(-1, 128).float() - expected.view(-1, 128)).norm(dim=-1)
+                self.assertLess((rows_off / expected.view(-1, 128).norm(dim=-1)).max().item(), 0.02)
+
+    def test_small_tiles_until_large_ones_fill_the_card(self) -> None:
+        """Of the 4B's four queries a key head to 512 rows, of the 0.6B's two to twice as many."""
+        for rows, group, expected in (
+            (33, 4, SMALL), (512, 4, SMALL), (528, 4, LARGE), (4224, 4, LARGE), (1024, 2, SMALL), (1056, 2, LARGE)
+        ):  # fmt: skip
+            self.assertEqual(way_of(rows, group, 8), expected)
 
     def test_padding_does_not_reach_a_text(self) -> None:
         """Rows after the last text: at place 0, as the runner fills them, or with what an earlier batch has left."""

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from products import replayed
 
 BATCHES = "33x1,33x4,33x16,33x64,33x128,129x16,513x1,513x4,513x8,1056x1,1056x4,2112x1,2112x2,4224x1"
-WAYS = "64-32-4-2,64-64-4-1,64-64-4-2,64-64-4-3,64-128-4-2,128-32-8-2,128-64-8-1,128-64-8-2,128-64-8-3,128-128-8-2"
+WAYS = "64-32-4-2,64-32-4-3,64-64-4-1,64-64-4-2,64-64-4-3,64-128-4-2,128-32-8-2,128-64-8-2,128-64-8-3,128-128-8-2"
 SLOTS = 129  # texts that a graph of the launcher's has places for, the padding's among them
 BEYOND_L2 = 200e6  # bytes that the buffers of one graph have together at least; an H200 keeps 60 MB
 ROOM = 400_000_000  # numbers
