@@ -8,11 +8,16 @@ those of card_instructions.py there.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import unittest
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from card_instructions import at_hand
-from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend
+from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend, way_of
 from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, gate_warps, quantise
 from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, fill_inputs, norm_quantise, norm_rotate
 
@@ -164,7 +169,10 @@ class Kernels(unittest.TestCase):
         # In the interpreter, products of bfloat16 are of its bits: float16 there, of the same width.
         kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
         many = [1, 2, 3, 40, 1, 100, 7, 64, 1, 1, 31]
-        for lengths, q_heads, k_heads in (([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)):
+        batches = [([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)]
+        if DEVICE == "cuda":  # minutes in the interpreter; and only there are reads of keys under way at once
+            batches += [([17, 1056, 3], 32, 8), ([33] * 128, 32, 8), ([9, 2112], 16, 8), ([1] * 129, 16, 8)]
+        for lengths, q_heads, k_heads in batches:
             rows, q_width, k_width = sum(lengths), q_heads * 128, k_heads * 128
             qkv = torch.randn(rows, q_width + 2 * k_width, device=DEVICE).to(kind)
             q, k, v = qkv.split([q_width, k_width, k_width], 1)
@@ -182,6 +190,16 @@ class Kernels(unittest.TestCase):
                 out = torch.full((rows, q_width), torch.nan, dtype=kind, device=DEVICE)
                 attend(q.contiguous(), k, v, positions, out, 0.1, q_heads, k_heads, way)
                 self.close(out, expected, BF16_STEP, absolute=0.02)
+                # By their length too: answers of a long text are small, and keys left out would change them by less.
+                rows_off = (out.view(-1, 128).float() - expected.view(-1, 128)).norm(dim=-1)
+                self.assertLess((rows_off / expected.view(-1, 128).norm(dim=-1)).max().item(), 0.02)
+
+    def test_small_tiles_until_large_ones_fill_the_card(self) -> None:
+        """Of the 4B's four queries a key head to 512 rows, of the 0.6B's two to twice as many."""
+        for rows, group, expected in (
+            (33, 4, SMALL), (512, 4, SMALL), (528, 4, LARGE), (4224, 4, LARGE), (1024, 2, SMALL), (1056, 2, LARGE)
+        ):  # fmt: skip
+            self.assertEqual(way_of(rows, group, 8), expected)
 
     def test_padding_does_not_reach_a_text(self) -> None:
         """Rows after the last text: at place 0, as the runner fills them, or with what an earlier batch has left."""
@@ -196,6 +214,27 @@ class Kernels(unittest.TestCase):
             found.append(out[:33])
         self.assertTrue(torch.equal(found[0], found[1]))
         self.assertTrue(torch.equal(found[0], found[2]))
+
+    def test_the_benchmark_sees_keys_left_out(self) -> None:
+        """Of a long text, whose answers are means of many values: 64 keys of 4,000 change them by 0.01."""
+        folder = Path(__file__).parents[1] / "benchmarks" / "gpu"
+        spec = importlib.util.spec_from_file_location("attention_benchmark", folder / "attention.py")
+        assert spec is not None
+        assert spec.loader is not None
+        benchmark = importlib.util.module_from_spec(spec)
+        with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+            spec.loader.exec_module(benchmark)
+        q, k, v = (self.random(4000, 1, 128) for _ in range(3))
+        q, k, v = q[-8:].float(), k.float(), v.float()
+
+        def attention(left_out: int) -> Any:
+            shares = (q[:, 0] @ k[left_out:, 0].T / 128**0.5).softmax(-1)
+            return lambda _: (shares.bfloat16().float() @ v[left_out:, 0]).bfloat16()
+
+        ways = {"graph": attention(0), "same": attention(0), "other": attention(64)}
+        with mock.patch.object(torch.cuda, "synchronize"):
+            said = benchmark.differing(torch, ways, benchmark.Buffers(q, k, v))
+        self.assertEqual(list(said), ["other"])
 
     def test_a_graph_s_inputs(self) -> None:
         """Ids and positions with zeros to the size; ends of the texts, and the padding as the last segment."""

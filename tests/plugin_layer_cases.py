@@ -80,21 +80,27 @@ class Attention(unittest.TestCase):
             (self, "v", self.v[:4]),
         ]  # fmt: skip
         for of, name, value in others:
-            with self.subTest(name), mock.patch.object(of, name, value):
-                self.assertEqual(self.attended(), "stock")
+            attending = graph_attention.Attending()  # each says once that it stands aside
+            with (
+                self.subTest(name), mock.patch.object(of, name, value), mock.patch.object(self, "attending", attending),
+                self.assertLogs(graph_attention.logger, "WARNING") as said,
+            ):  # fmt: skip
+                self.assertEqual([self.attended(), self.attended()], ["stock"] * 2)
+            self.assertEqual(len(said.output), 1)
         self.assertEqual(self.attended(sinks=torch.ones(1)), "stock")
         self.batch._attn_output = torch.empty(3, 512).bfloat16()
         self.assertEqual(self.attended(), "stock")
         self.assertFalse(self.given)
 
     def test_a_long_text_is_for_a_live_pass(self) -> None:
-        """Where graphs are ours; what cannot run as one anyway stays so."""
+        """Where graphs are ours; what cannot run as one anyway stays so, and what is computed before it is launched."""
         runner: Any = SimpleNamespace(_is_full_backend=True, model_runner=SimpleNamespace(attn_backend=self.backend))
         long = SimpleNamespace(extend_seq_lens_cpu=[3, graph_attention.LONGEST + 1])
         self.assertTrue(self.attending.short_enough(True, runner, long))
         self.attended()
         self.assertFalse(self.attending.short_enough(True, runner, long))
         self.assertTrue(self.attending.short_enough(True, runner, self.batch))
+        self.assertTrue(self.attending.short_enough(True, runner, SimpleNamespace(extend_seq_lens_cpu=[2112, 33])))
         self.assertFalse(self.attending.short_enough(False, runner, self.batch))
 
 

@@ -27,8 +27,16 @@ class Way(NamedTuple):
     stages: int
 
 
-# Guesses, until benchmarks/gpu/attention.py has run. Few rows are few tiles, which smaller ones spread over the card.
-FEW, SMALL, LARGE = 132, Way(64, 64, 4, 2), Way(128, 64, 8, 2)
+# Guesses, until benchmarks/gpu/attention.py has run. With two stages Triton asks for the next keys when this read's
+# shares are there, and waits for them at once; a third is ahead by a whole read. By ptxas (Triton 3.6) as many tiles
+# of either size are on a multiprocessor with it: two small ones, by shared memory, or a large one, by registers.
+SMALL, LARGE = Way(64, 64, 4, 3), Way(128, 64, 8, 3)
+CARD = 132  # multiprocessors of an H200
+
+
+def way_of(rows: int, group: int, k_heads: int) -> Way:
+    """Large tiles read each key half as often; where they would leave a part of the card idle, small ones."""
+    return SMALL if triton.cdiv(rows, LARGE.size // group) * k_heads < CARD else LARGE
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,7 +44,8 @@ def _attend(  # type: ignore[no-untyped-def]
     q, k, v, positions, out, rows, scale, V_ROW: tl.constexpr, K_HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    tile, key_head = tl.program_id(0), tl.program_id(1)
+    # The last rows of a long text read the most keys. They begin first, lest the card waits for a few of them.
+    tile, key_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     member = tl.arange(0, TOKENS * GROUP)
     token = tile * TOKENS + member // GROUP
     real = token < rows
@@ -78,7 +87,7 @@ def attend(
     nobody's. The number of query heads a key head is a power of two. `way`: not the one for so many rows.
     """
     rows, head, group = q.shape[0], q.shape[1] // q_heads, q_heads // k_heads
-    size, keys, warps, stages = way or (SMALL if rows <= FEW else LARGE)
+    size, keys, warps, stages = way or way_of(rows, group, k_heads)
     _attend[(triton.cdiv(rows, size // group), k_heads)](
         q, k, v, positions, out, rows, scaling * LOG2_E, V_ROW=v.stride(0), K_HEADS=k_heads, GROUP=group, HEAD=head,
         TOKENS=size // group, KEYS=keys, num_warps=warps, num_stages=stages,

@@ -21,7 +21,10 @@ from qwen3emb_engine_plugin.switches import misfit
 
 logger = logging.getLogger("qwen3emb_engine_plugin")
 
-LONGEST = 1056  # tokens of a text in a graph; a guess, until benchmarks/gpu/attention.py has run
+# Tokens of a text in a graph: a guess, until benchmarks/gpu/attention.py has run. A live pass costs the 25 to 50 ms of
+# its launching (docs/profiles.md), however small the model; 2,112 tokens of the 4B are computed in 25, with some 3 more
+# if our kernel has half of FlashAttention's rate there.
+LONGEST = 3168
 
 
 def graph_attention() -> str | None:
@@ -53,12 +56,18 @@ class Attending:
 
     def __init__(self) -> None:
         self.ours = False  # whether graphs were captured with our kernel
+        self._told = False  # that some were not
 
     def __call__(
         self, original: Any, backend: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, *rest: Any, **more: Any
     ) -> Any:
         """In place of `FlashAttentionBackend.forward_extend`: [tokens, query heads * head]."""
-        if not _of_a_graph(backend) or rest or not _plain(q, k, v, layer, batch, more):
+        if not _of_a_graph(backend):
+            return original(backend, q, k, v, layer, batch, *rest, **more)
+        if rest or not _plain(q, k, v, layer, batch, more):
+            if not self._told:
+                self._told = True
+                logger.warning("qwen3emb plugin: graph_attention stands aside: not what an official model attends over")
             return original(backend, q, k, v, layer, batch, *rest, **more)
         import torch
 
