@@ -1,7 +1,7 @@
 """Products of few rows: the kernel against float64, its tables, and the hooks around it.
 
-Run by the engine environment's python (see test_plugin.py). Without a GPU: TRITON_INTERPRET=1, whose products take
-bfloat16 for whole numbers, hence `widened`; programs run one after the other there.
+Run by the engine environment's python (see test_plugin.py). Without a GPU: TRITON_INTERPRET=1, with the products and
+instructions of card_instructions.py; programs run one after the other there.
 """
 # ruff: noqa: PT009, PT027 - unittest: the engine environment has no pytest
 
@@ -12,7 +12,7 @@ import os
 import tempfile
 import unittest
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton.language as tl
+from card_instructions import at_hand
 from qwen3emb_engine_plugin import few_rows
 from qwen3emb_engine_plugin import few_rows_kernels as kernels
 from qwen3emb_engine_plugin.few_rows_kernels import Config, choice, product
@@ -35,31 +36,15 @@ USUAL = Config(64, 64, 2, 3, 4)
 fetched: list[int] = []  # addresses that the interpreter was asked to have in the L2 cache
 
 
-def widened() -> AbstractContextManager[object]:
-    """The interpreter's product, of bfloat16 as the numbers they are, and its prefetch, which it lacks."""
-    if torch.cuda.is_available():
-        return nullcontext()
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+def fetch(asm: str, _: str, operands: list[Any], dtype: tl.dtype, is_pure: bool, pack: int) -> Any:
+    """The prefetch, which the interpreter lacks."""
+    from triton.runtime.interpreter import TensorHandle
 
-    def wide(x: Any) -> Any:
-        assert x.dtype.scalar == tl.bfloat16
-        return (x.data.astype(np.uint32) << 16).view(np.float32)
-
-    def dot(_: Any, a: Any, b: Any, sums: Any, *__: Any) -> Any:
-        # Not `@`, whose order of sums depends on where in the tile a number lies.
-        return TensorHandle(np.einsum("nk,km->nm", wide(a), wide(b)) + sums.data, sums.dtype.scalar)
-
-    def fetch(asm: str, _: str, operands: list[Any], dtype: tl.dtype, is_pure: bool, pack: int) -> Any:
-        assert "prefetch.L2" in asm
-        assert not is_pure
-        addresses, wanted = (x.handle.data for x in operands)
-        fetched.extend(addresses[wanted != 0].tolist())
-        return tl.tensor(TensorHandle(np.zeros_like(wanted), dtype), tl.block_type(dtype, list(wanted.shape)))
-
-    both = ExitStack()
-    both.enter_context(mock.patch.object(InterpreterBuilder, "create_dot", dot))
-    both.enter_context(mock.patch.object(tl, "inline_asm_elementwise", fetch))
-    return both
+    assert "prefetch.L2" in asm
+    assert not is_pure
+    addresses, wanted = (x.handle.data for x in operands)
+    fetched.extend(addresses[wanted != 0].tolist())
+    return tl.tensor(TensorHandle(np.zeros_like(wanted), dtype), tl.block_type(dtype, list(wanted.shape)))
 
 
 @contextmanager
@@ -83,7 +68,7 @@ def entry(rows: int, config: Config | None = USUAL, n: int = N, k: int = K) -> d
 class Products(unittest.TestCase):
     def setUp(self) -> None:
         torch.manual_seed(0)
-        self.enterContext(widened())
+        self.enterContext(at_hand(fetch))
 
     def random(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE).bfloat16()
@@ -215,7 +200,7 @@ class Hooks(unittest.TestCase):
     """Products are ours in the capture of a graph that was proved, and torch's everywhere else."""
 
     def setUp(self) -> None:
-        self.enterContext(widened())
+        self.enterContext(at_hand(fetch))
         self.enterContext(table_of([entry(16), entry(36), entry(68, None)]))
         self.layers = [
             SimpleNamespace(

@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 from card_instructions import at_hand
-from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, attend, way_of
+from qwen3emb_engine_plugin.attention_kernel import LARGE, SMALL, Way, attend, way_of
 from qwen3emb_engine_plugin.fp8_kernels import gate_quantise, gate_warps, quantise
-from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, fill_inputs, norm_quantise, norm_rotate
+from qwen3emb_engine_plugin.kernels import FP8, FP8_MAX, PADDING, fill_inputs, norm_quantise, norm_rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -166,15 +166,13 @@ class Kernels(unittest.TestCase):
 
     def test_attention_by_positions(self) -> None:
         """Against torch's own, text by text: shorter and longer than a tile, many in one, all the official groups."""
-        # In the interpreter, products of bfloat16 are of its bits: float16 there, of the same width.
-        kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
         many = [1, 2, 3, 40, 1, 100, 7, 64, 1, 1, 31]
         batches = [([33], 8, 2), (many, 8, 2), ([70] * 2, 16, 8), ([5] * 9 + [160], 4, 4)]
         if DEVICE == "cuda":  # minutes in the interpreter; and only there are reads of keys under way at once
             batches += [([17, 1056, 3], 32, 8), ([33] * 128, 32, 8), ([9, 2112], 16, 8), ([1] * 129, 16, 8)]
         for lengths, q_heads, k_heads in batches:
             rows, q_width, k_width = sum(lengths), q_heads * 128, k_heads * 128
-            qkv = torch.randn(rows, q_width + 2 * k_width, device=DEVICE).to(kind)
+            qkv = torch.randn(rows, q_width + 2 * k_width, device=DEVICE).bfloat16()
             q, k, v = qkv.split([q_width, k_width, k_width], 1)
             k, v = k.contiguous().view(rows, k_heads, 128), v.view(rows, k_heads, 128)
             positions = torch.cat([torch.arange(length, device=DEVICE) for length in lengths])
@@ -187,7 +185,7 @@ class Kernels(unittest.TestCase):
                 ]
             ).flatten(1)
             for way in (None, SMALL, LARGE):
-                out = torch.full((rows, q_width), torch.nan, dtype=kind, device=DEVICE)
+                out = torch.full((rows, q_width), torch.nan, dtype=torch.bfloat16, device=DEVICE)
                 attend(q.contiguous(), k, v, positions, out, 0.1, q_heads, k_heads, way)
                 self.close(out, expected, BF16_STEP, absolute=0.02)
                 # By their length too: answers of a long text are small, and keys left out would change them by less.
@@ -201,10 +199,29 @@ class Kernels(unittest.TestCase):
         ):  # fmt: skip
             self.assertEqual(way_of(rows, group, 8), expected)
 
+    def test_a_text_s_bits_are_the_same_wherever_it_lies(self) -> None:
+        """Alone and among others, at the beginning of a tile and in its middle, in small tiles and in large ones."""
+        q, k, v = (torch.randn(200, heads * 128, device=DEVICE).bfloat16() for heads in (8, 2, 2))
+        k, v = k.view(-1, 2, 128), v.view(-1, 2, 128)
+
+        def attended(rows: torch.Tensor, lengths: list[int], way: Way) -> torch.Tensor:
+            positions = torch.cat([torch.arange(length, device=DEVICE) for length in lengths])
+            out = torch.empty(q[rows].shape, device=DEVICE)  # float32: bfloat16 would hide most of what differs
+            attend(q[rows], k[rows], v[rows], positions, out, 0.1, 8, 2, way)
+            return out
+
+        for length in (33, 70):
+            text, others = torch.arange(length), torch.arange(length, 200)
+            alone = attended(text, [length], SMALL)
+            for way in (SMALL, LARGE):
+                for before in ([], [5, 1, 7], [16], [45], [59], [90]):
+                    rows = torch.cat([others[: sum(before)], text, others[-20:]])
+                    found = attended(rows, [*before, length, 3, 17], way)
+                    self.assertTrue(torch.equal(found[sum(before) :][:length], alone), f"{before} {way}")
+
     def test_padding_does_not_reach_a_text(self) -> None:
         """Rows after the last text: at place 0, as the runner fills them, or with what an earlier batch has left."""
-        kind = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-        q, k, v = (torch.randn(40, 2 * 128, device=DEVICE).to(kind) for _ in range(3))
+        q, k, v = (torch.randn(40, 2 * 128, device=DEVICE).bfloat16() for _ in range(3))
         found = []
         for left in (torch.zeros(7), torch.arange(33, 40), torch.full((7,), 900)):
             positions = torch.cat([torch.arange(33), left.long()]).to(DEVICE)
@@ -237,7 +254,7 @@ class Kernels(unittest.TestCase):
         self.assertEqual(list(said), ["other"])
 
     def test_a_graph_s_inputs(self) -> None:
-        """Ids and positions with zeros to the size; ends of the texts, and the padding as the last segment."""
+        """Ids with zeros to the size, positions with short texts; the texts' ends, and the padding as one segment."""
         for lengths, size, slots in (([3], 8, 4), ([5, 1, 7], 2112, 129), ([1200, 900], 2112, 129), ([2, 2], 4, 3)):
             for kind in (torch.int32, torch.int64):
                 tokens = sum(lengths)
@@ -248,9 +265,9 @@ class Kernels(unittest.TestCase):
                 offsets[0] = 0
                 of_texts = torch.tensor(lengths, dtype=kind, device=DEVICE)
                 fill_inputs(ids, positions, of_texts, out_ids, out_positions, offsets)
-                for found, given in ((out_ids, ids), (out_positions, positions)):
-                    self.assertTrue(torch.equal(found[:tokens], given))
-                    self.assertEqual(found[tokens:].abs().sum().item(), 0)
+                padding = torch.arange(size - tokens, device=DEVICE)
+                self.assertTrue(torch.equal(out_ids, torch.cat([ids, 0 * padding])))
+                self.assertTrue(torch.equal(out_positions, torch.cat([positions, padding % PADDING])))
                 ends = torch.tensor(lengths).cumsum(0).tolist()
                 self.assertEqual(offsets.tolist(), [0, *ends, *[tokens] * (slots - len(ends) - 1), size])
 

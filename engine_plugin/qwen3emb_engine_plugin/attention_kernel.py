@@ -6,6 +6,9 @@ three quarters of its tile empty, and a first kernel has to count the tiles. Her
 texts, with all the queries that share a key head; it reads the keys from the beginning of its first row's text to its
 own end, and each row looks at those between its text's beginning and itself. Nothing is counted, and a graph needs no
 more than the positions, which it has.
+
+A text's keys are read from its own beginning, so many at a time, and no read has those of two texts: a row's sums are
+the same to the bit, wherever its text lies and whatever lies beside it.
 """
 
 from __future__ import annotations
@@ -59,21 +62,24 @@ def _attend(  # type: ignore[no-untyped-def]
     weight = tl.zeros([TOKENS * GROUP], tl.float32)
     summed = tl.zeros([TOKENS * GROUP, HEAD], tl.float32)
     end = tl.minimum((tile + 1) * TOKENS, rows)
-    for first in range(tl.min(begins), end, KEYS):
-        key = first + tl.arange(0, KEYS)
-        there = key < end
-        keys = tl.load(k + key[None, :] * (K_HEADS * HEAD) + key_head * HEAD + places[:, None], there[None, :], 0.0)
-        scores = tl.dot(queries, keys) * scale
-        seen = (key[None, :] >= begins[:, None]) & (key[None, :] <= token[:, None])
-        scores = tl.where(seen, scores, -1e30)
-        # A row that has seen no key yet weighs what it does not see; its first own key takes that to nothing.
-        now = tl.maximum(largest, tl.max(scores, 1))
-        shares = tl.exp2(scores - now[:, None])
-        kept = tl.exp2(largest - now)
-        weight = weight * kept + tl.sum(shares, 1)
-        values = tl.load(v + key[:, None] * V_ROW + key_head * HEAD + places[None, :], there[:, None], 0.0)
-        summed = summed * kept[:, None] + tl.dot(shares.to(values.dtype), values)
-        largest = now
+    first = tl.min(begins)
+    while first < end:  # one text of the tile after the other
+        stop = tl.min(tl.where(begins > first, begins, end))
+        for read in range(first, stop, KEYS):
+            key = read + tl.arange(0, KEYS)
+            there = key < stop
+            keys = tl.load(k + key[None, :] * (K_HEADS * HEAD) + key_head * HEAD + places[:, None], there[None, :], 0.0)
+            seen = there[None, :] & (key[None, :] >= begins[:, None]) & (key[None, :] <= token[:, None])
+            scores = tl.where(seen, tl.dot(queries, keys) * scale, -1e30)
+            # A row that has seen no key yet weighs what it does not see; its first own key takes that to nothing.
+            now = tl.maximum(largest, tl.max(scores, 1))
+            shares = tl.exp2(scores - now[:, None])
+            kept = tl.exp2(largest - now)
+            weight = weight * kept + tl.sum(shares, 1)
+            values = tl.load(v + key[:, None] * V_ROW + key_head * HEAD + places[None, :], there[:, None], 0.0)
+            summed = summed * kept[:, None] + tl.dot(shares.to(values.dtype), values)
+            largest = now
+        first = stop
     tl.store(out + at, (summed / weight[:, None]).to(out.dtype.element_ty), real[:, None])
 
 

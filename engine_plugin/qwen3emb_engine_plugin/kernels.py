@@ -17,6 +17,7 @@ import triton.language as tl
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+PADDING = 64  # tokens of a text of a graph's padding
 
 
 @triton.jit
@@ -118,13 +119,13 @@ def norm_rotate(
 @triton.jit(do_not_specialize=["tokens", "size", "texts", "slots"])
 def _fill_inputs(  # type: ignore[no-untyped-def]
     ids, positions, lengths, out_ids, out_positions, offsets, tokens, size, texts, slots, SLOTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
     row = part * BLOCK + tl.arange(0, BLOCK)
     real, wanted = row < tokens, row < size
     tl.store(out_ids + row, tl.load(ids + row, real, other=0), wanted)
-    tl.store(out_positions + row, tl.load(positions + row, real, other=0), wanted)
+    tl.store(out_positions + row, tl.where(real, tl.load(positions + row, real, other=0), (row - tokens) % PAD), wanted)
     if part == 0:
         slot = tl.arange(0, SLOTS)
         ends = tl.cumsum(tl.load(lengths + slot, slot < texts, other=0).to(tl.int32), 0)
@@ -134,11 +135,12 @@ def _fill_inputs(  # type: ignore[no-untyped-def]
 def fill_inputs(ids: Any, positions: Any, lengths: Any, out_ids: Any, out_positions: Any, offsets: Any) -> None:
     """What a graph of whole passes reads, in one launch: ids, positions, and where each text begins.
 
-    `ids` and `positions` are [tokens], `lengths` [texts]. `out_ids` and `out_positions`, [size], end with zeros;
+    `ids` and `positions` are [tokens], `lengths` [texts]. `out_ids` [size] ends with zeros, `out_positions` [size] with
+    texts of PADDING tokens: `graph_attention` goes from text to text, and would have one a row of zeros.
     `offsets`, [slots + 1] with more slots than texts, holds each text's end, and the padding as the last segment.
     """
     size, slots, block = out_ids.shape[0], offsets.shape[0] - 1, 1024
     _fill_inputs[(triton.cdiv(size, block),)](
         ids, positions, lengths, out_ids, out_positions, offsets, ids.shape[0], size, lengths.shape[0], slots,
-        SLOTS=triton.next_power_of_2(slots), BLOCK=block,
+        SLOTS=triton.next_power_of_2(slots), BLOCK=block, PAD=PADDING,
     )  # fmt: skip
