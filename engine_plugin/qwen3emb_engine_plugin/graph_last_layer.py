@@ -83,9 +83,9 @@ class Graphs:
 
     def replay(self, original: Any, runner: Any, batch: Any, static: Any, size: int, tokens: int, **more: Any) -> Any:
         """In place of `PrefillCudaGraphRunner._execute_body_capture`: what comes out is a row a text already."""
-        if size not in self.picking:
+        last = getattr(runner.model_runner, "_qwen3emb_last", None)
+        if last is None or size not in self.picking:
             return original(runner, batch, static, size, tokens, **more)
-        last = runner.model_runner._qwen3emb_last
         last.picked = batch
         try:
             return original(runner, batch, static, size, tokens, **more)
