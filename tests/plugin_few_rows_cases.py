@@ -286,13 +286,26 @@ class Hooks(unittest.TestCase):
         wandering = lambda x, w, *_: (torch.nn.functional.linear(x, w).float() * next(flaky)).bfloat16()  # noqa: E731
         for wrong, reason in (
             (blocked, "36 rows of 384, weight of 128"),
-            (nothing, "others than torch's"),
+            (nothing, "not the product's"),
             (wandering, "two results"),
             (None, "TypeError"),
         ):
             with mock.patch.object(kernels, "product", wrong):
                 self.assertIn(reason, self.products.prove(self.model, [4, 36]) or "")
             self.assertEqual(self.captured(36), [])
+
+    def test_a_right_one_is_used_whatever_torch_s_rounds(self) -> None:
+        """cuBLAS may add up the parts of a long weight in bfloat16, as torch lets it unless told otherwise."""
+        linear = torch.nn.functional.linear
+
+        def parted(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+            if x.dtype != torch.bfloat16:
+                return linear(x, weight, bias)
+            half = x.shape[1] // 2
+            return linear(x[:, :half], weight[:, :half]) + linear(x[:, half:], weight[:, half:])
+
+        with mock.patch.object(torch.nn.functional, "linear", parted):
+            self.assertIsNone(self.products.prove(self.model, [4, 36]))
 
     def test_other_layers_are_left_alone(self) -> None:
         """In any layer: several cards, quantised, another type, a bias, an adapter's wrapper."""
