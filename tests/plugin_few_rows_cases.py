@@ -7,8 +7,10 @@ instructions of card_instructions.py; programs run one after the other there.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 import unittest
 from collections.abc import Iterator
@@ -183,6 +185,58 @@ class Tables(unittest.TestCase):
         ):  # fmt: skip
             with table_of([bad]), self.assertRaises(ValueError):
                 kernels.table()
+
+
+def benchmark() -> Any:
+    path = Path(__file__).resolve().parents[1] / "benchmarks/gpu/few_rows.py"
+    spec = importlib.util.spec_from_file_location("few_rows_benchmark", path)
+    assert spec
+    assert spec.loader
+    module = sys.modules["few_rows_benchmark"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Benchmark(unittest.TestCase):
+    """A kernel that goes astray spoils its process's card, and nothing else."""
+
+    def test_another_process_goes_on_without_the_one_it_died_of(self) -> None:
+        """Also of the work that comes later; what was measured is not measured again."""
+        tried = {piece: ["good", "bad", "other"] for piece in ("a", "b", "c")}
+        starts: list[list[str]] = []
+
+        def start(work: list[str], of: dict[str, list[str]]) -> Iterator[tuple[Any, Any]]:
+            starts.append(list(work))
+            for piece in list(work):
+                yield None, None
+                for config in of[piece]:
+                    yield None, config
+                    if config == "bad" and piece == "b":
+                        return
+                yield {"entry": piece}, None
+
+        found = list(benchmark().survived(start, ["a", "b", "c"], tried))
+        self.assertEqual(found, [(piece, {"entry": piece}) for piece in ("a", "b", "c")])
+        self.assertEqual(starts, [["a", "b", "c"], ["b", "c"]])
+        self.assertEqual(tried["b"], ["good", "other"])
+        self.assertEqual(tried["c"], ["good", "other"])
+
+    def test_a_card_that_fails_at_torch_s_product_ends_it(self) -> None:
+        for said in ([], [(None, None)]):
+            with self.assertRaises(SystemExit):
+                list(benchmark().survived(lambda *_, said=said: iter(said), ["a"], {"a": ["good"]}))
+
+    def test_a_process_whose_card_is_spoilt_ends(self) -> None:
+        """At once. After any other error it goes on."""
+
+        def broken() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        module = benchmark()
+        for synchronize, ends in ((broken, 1), (lambda: None, 0)):
+            with mock.patch.object(os, "_exit") as ended:
+                module.end_if_spoilt(SimpleNamespace(cuda=SimpleNamespace(synchronize=synchronize)))
+            self.assertEqual(ended.call_count, ends)
 
 
 class UnquantizedLinearMethod:

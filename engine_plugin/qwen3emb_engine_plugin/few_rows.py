@@ -6,8 +6,9 @@ the kernels are compiled, before the first text comes, and they are replayed one
 scratch memory wants. Passes without a graph have torch's products.
 
 When the model is loaded, its first layer's four products are computed for each of those graphs, and by torch in
-float32. One that differs by more than the rounding of bfloat16 leaves all of them to torch. With QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD=16 each
-product has the L2 cache read the first 16 MB of the next one's weight, while norms and attention run.
+float32. One that differs by more than the rounding of bfloat16 leaves all of them to torch. With
+QWEN3EMB_PLUGIN_FEW_ROWS_AHEAD=16 each product has the L2 cache read the first 16 MB of the next one's weight, while
+norms and attention run.
 
 Off unless QWEN3EMB_PLUGIN_FEW_ROWS=1: no GPU has run it yet (docs/benchmarks/notes.md).
 """
