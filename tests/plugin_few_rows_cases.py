@@ -362,12 +362,14 @@ class Hooks(unittest.TestCase):
             self.assertIsNone(self.products.prove(self.model, [4, 36]))
 
     def test_other_layers_are_left_alone(self) -> None:
-        """In any layer: several cards, quantised, another type, a bias, an adapter's wrapper."""
+        """In any layer: several cards, quantised, another type or place, a bias, an adapter's wrapper."""
         float32 = torch.zeros((N, K), device=DEVICE)
+        between = torch.zeros(1 + N * K, device=DEVICE).bfloat16()[1:].view(N, K)
         for other in (
             linear("RowParallelLinear", tp_size=2), linear("RowParallelLinear", quant_method=object()),
             linear("RowParallelLinear", weight=float32), linear("RowParallelLinear", bias=float32[0]),
             linear("RowParallelLinearWithLoRA"), linear("RowParallelLinear", weight=float32.bfloat16().t()),
+            linear("RowParallelLinear", weight=between),
         ):  # fmt: skip
             with mock.patch.object(self.layers[1].mlp, "down_proj", other):
                 self.assertIn("not the official", self.products.prove(self.model, [36]) or "")
@@ -385,7 +387,7 @@ class Hooks(unittest.TestCase):
         self.assertEqual(few_rows.graph_sizes(arguments()), [4, 36, 132])
         for other in (
             arguments("breakable"), arguments(is_embedding=False), arguments(quantization="fp8"),
-            arguments(cuda_graph_config=None),
+            arguments(cuda_graph_config=None), arguments(torchao_config="int8wo"),
         ):  # fmt: skip
             self.assertEqual(few_rows.graph_sizes(other), [])
 
