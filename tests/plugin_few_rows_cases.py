@@ -14,6 +14,8 @@ import sys
 import tempfile
 import unittest
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -225,6 +227,36 @@ class Benchmark(unittest.TestCase):
         for said in ([], [(None, None)]):
             with self.assertRaises(SystemExit):
                 list(benchmark().survived(lambda *_, said=said: iter(said), ["a"], {"a": ["good"]}))
+
+    def test_a_compiler_that_dies_leaves_the_others_to_be_compiled(self) -> None:
+        """Those it was beside are compiled when they are launched."""
+        module, configs = benchmark(), kernels.candidates(6144, 2560, 36)
+        pools: list[int] = []
+
+        class Pool:
+            def __init__(self, processes: int, **_: Any) -> None:
+                self.broken = False
+                pools.append(processes)
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def submit(self, _: Any, wanted: tuple[int, Config]) -> Future[str | None]:
+                future: Future[str | None] = Future()
+                self.broken = self.broken or wanted[1] == configs[5]
+                if self.broken:
+                    future.set_exception(BrokenProcessPool())
+                else:
+                    future.set_result("no" if wanted[1] == configs[9] else None)
+                return future
+
+        with mock.patch.object(module, "ProcessPoolExecutor", Pool):
+            failed = module.compile_all([(36, config) for config in configs], 2)
+        self.assertEqual(failed, {(36, configs[9])})
+        self.assertEqual(pools, [2, 2])
 
     def test_a_process_whose_card_is_spoilt_ends(self) -> None:
         """At once. After any other error it goes on."""

@@ -23,6 +23,7 @@ not installed).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -98,17 +99,22 @@ def compile_all(wanted: Iterable[tuple[int, Any]], processes: int) -> set[tuple[
     kernels: dict[tuple[tuple[int, int], Any], set[int]] = {}
     for m, config in wanted:
         kernels.setdefault((tile_rows(m), config), set()).add(m)
-    problems: list[str | None] = []
-    try:
+    each = [(min(of), config) for (_, config), of in kernels.items()]
+    problems: dict[int, str | None] = {}
+    left = list(range(len(each)))
+    while left:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            each = [(min(of), config) for (_, config), of in kernels.items()]
-            problems.extend(pool.map(compile_one, each, chunksize=4))
-    except BrokenProcessPool as error:  # a compiler that dies; the rest is compiled at its first launch
-        print(f"{len(problems)} of {len(kernels)} compiled beforehand: {error}", flush=True)
-        problems += [None] * (len(kernels) - len(problems))
+            for at, future in [(at, pool.submit(compile_one, each[at])) for at in left]:
+                with contextlib.suppress(BrokenProcessPool):
+                    problems[at] = future.result()
+        left = [at for at in left if at not in problems]
+        if left:  # one compiler died, and the pool ended the others: those it was at are compiled when launched
+            print(f"a compiler died at one of {[each[at] for at in left[:processes]]}", flush=True)
+            problems.update(dict.fromkeys(left[:processes]))
+            left = left[processes:]
     failed = set()
-    for ((tiles, config), of), problem in zip(kernels.items(), problems, strict=True):
-        if problem:
+    for at, ((tiles, config), of) in enumerate(kernels.items()):
+        if problem := problems[at]:
             print(f"tiles of {tiles}, {config}: {problem}", flush=True)
             failed |= {(m, config) for m in of}
     return failed
