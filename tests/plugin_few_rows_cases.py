@@ -7,11 +7,15 @@ instructions of card_instructions.py; programs run one after the other there.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import tempfile
 import unittest
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +189,88 @@ class Tables(unittest.TestCase):
                 kernels.table()
 
 
+def benchmark() -> Any:
+    path = Path(__file__).resolve().parents[1] / "benchmarks/gpu/few_rows.py"
+    spec = importlib.util.spec_from_file_location("few_rows_benchmark", path)
+    assert spec
+    assert spec.loader
+    module = sys.modules["few_rows_benchmark"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Benchmark(unittest.TestCase):
+    """A kernel that goes astray spoils its process's card, and nothing else."""
+
+    def test_another_process_goes_on_without_the_one_it_died_of(self) -> None:
+        """Also of the work that comes later; what was measured is not measured again."""
+        tried = {piece: ["good", "bad", "other"] for piece in ("a", "b", "c")}
+        starts: list[list[str]] = []
+
+        def start(work: list[str], of: dict[str, list[str]]) -> Iterator[tuple[Any, Any]]:
+            starts.append(list(work))
+            for piece in list(work):
+                yield None, None
+                for config in of[piece]:
+                    yield None, config
+                    if config == "bad" and piece == "b":
+                        return
+                yield {"entry": piece}, None
+
+        found = list(benchmark().survived(start, ["a", "b", "c"], tried))
+        self.assertEqual(found, [(piece, {"entry": piece}) for piece in ("a", "b", "c")])
+        self.assertEqual(starts, [["a", "b", "c"], ["b", "c"]])
+        self.assertEqual(tried["b"], ["good", "other"])
+        self.assertEqual(tried["c"], ["good", "other"])
+
+    def test_a_card_that_fails_at_torch_s_product_ends_it(self) -> None:
+        for said in ([], [(None, None)]):
+            with self.assertRaises(SystemExit):
+                list(benchmark().survived(lambda *_, said=said: iter(said), ["a"], {"a": ["good"]}))
+
+    def test_a_compiler_that_dies_leaves_the_others_to_be_compiled(self) -> None:
+        """Those it was beside are compiled when they are launched."""
+        module, configs = benchmark(), kernels.candidates(6144, 2560, 36)
+        pools: list[int] = []
+
+        class Pool:
+            def __init__(self, processes: int, **_: Any) -> None:
+                self.broken = False
+                pools.append(processes)
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def submit(self, _: Any, wanted: tuple[int, Config]) -> Future[str | None]:
+                future: Future[str | None] = Future()
+                self.broken = self.broken or wanted[1] == configs[5]
+                if self.broken:
+                    future.set_exception(BrokenProcessPool())
+                else:
+                    future.set_result("no" if wanted[1] == configs[9] else None)
+                return future
+
+        with mock.patch.object(module, "ProcessPoolExecutor", Pool):
+            failed = module.compile_all([(36, config) for config in configs], 2)
+        self.assertEqual(failed, {(36, configs[9])})
+        self.assertEqual(pools, [2, 2])
+
+    def test_a_process_whose_card_is_spoilt_ends(self) -> None:
+        """At once. After any other error it goes on."""
+
+        def broken() -> None:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        module = benchmark()
+        for synchronize, ends in ((broken, 1), (lambda: None, 0)):
+            with mock.patch.object(os, "_exit") as ended:
+                module.end_if_spoilt(SimpleNamespace(cuda=SimpleNamespace(synchronize=synchronize)))
+            self.assertEqual(ended.call_count, ends)
+
+
 class UnquantizedLinearMethod:
     def apply(self, layer: Any, x: torch.Tensor, bias: Any = None) -> torch.Tensor:
         return torch.nn.functional.linear(x, layer.weight, bias)
@@ -286,7 +372,7 @@ class Hooks(unittest.TestCase):
         wandering = lambda x, w, *_: (torch.nn.functional.linear(x, w).float() * next(flaky)).bfloat16()  # noqa: E731
         for wrong, reason in (
             (blocked, "36 rows of 384, weight of 128"),
-            (nothing, "others than torch's"),
+            (nothing, "not the product's"),
             (wandering, "two results"),
             (None, "TypeError"),
         ):
@@ -294,13 +380,28 @@ class Hooks(unittest.TestCase):
                 self.assertIn(reason, self.products.prove(self.model, [4, 36]) or "")
             self.assertEqual(self.captured(36), [])
 
+    def test_a_right_one_is_used_whatever_torch_s_rounds(self) -> None:
+        """cuBLAS may add up the parts of a long weight in bfloat16, as torch lets it unless told otherwise."""
+        linear = torch.nn.functional.linear
+
+        def parted(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+            if x.dtype != torch.bfloat16:
+                return linear(x, weight, bias)
+            half = x.shape[1] // 2
+            return linear(x[:, :half], weight[:, :half]) + linear(x[:, half:], weight[:, half:])
+
+        with mock.patch.object(torch.nn.functional, "linear", parted):
+            self.assertIsNone(self.products.prove(self.model, [4, 36]))
+
     def test_other_layers_are_left_alone(self) -> None:
-        """In any layer: several cards, quantised, another type, a bias, an adapter's wrapper."""
+        """In any layer: several cards, quantised, another type or place, a bias, an adapter's wrapper."""
         float32 = torch.zeros((N, K), device=DEVICE)
+        between = torch.zeros(1 + N * K, device=DEVICE).bfloat16()[1:].view(N, K)
         for other in (
             linear("RowParallelLinear", tp_size=2), linear("RowParallelLinear", quant_method=object()),
             linear("RowParallelLinear", weight=float32), linear("RowParallelLinear", bias=float32[0]),
             linear("RowParallelLinearWithLoRA"), linear("RowParallelLinear", weight=float32.bfloat16().t()),
+            linear("RowParallelLinear", weight=between),
         ):  # fmt: skip
             with mock.patch.object(self.layers[1].mlp, "down_proj", other):
                 self.assertIn("not the official", self.products.prove(self.model, [36]) or "")
@@ -318,7 +419,7 @@ class Hooks(unittest.TestCase):
         self.assertEqual(few_rows.graph_sizes(arguments()), [4, 36, 132])
         for other in (
             arguments("breakable"), arguments(is_embedding=False), arguments(quantization="fp8"),
-            arguments(cuda_graph_config=None),
+            arguments(cuda_graph_config=None), arguments(torchao_config="int8wo"),
         ):  # fmt: skip
             self.assertEqual(few_rows.graph_sizes(other), [])
 

@@ -9,6 +9,9 @@ them when its turn comes again. Microseconds are a product's, the median of repl
 leaves the best FINALISTS, which are timed again beside torch; those within CLOSE of it are torch's. Prints the best of
 each, and what a pass of the shape's layers gains.
 
+That is a process of its own: a candidate that reads where it must not spoils the card for all that its process does
+afterwards. Another one goes on without that candidate.
+
 Then whole layers, with small kernels where norms and attention are: by torch, by the best of each, and by the best with
 so many MB of the next weight asked for ahead (`--ahead`).
 
@@ -20,6 +23,7 @@ not installed).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -27,7 +31,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +45,7 @@ LAYERS = {"0.6b": 28, "4b": 36, "8b": 36}
 BEYOND_L2 = 250e6  # bytes of the weights of one graph at least; an H200 keeps 50 MB
 LAUNCHES = 24  # of one graph at least: what starts it is little beside them
 FIRST, FINAL, FINALISTS = 4, 25, 3  # replays
+STALLED = 60  # seconds without a word, after which a process is ended
 CLOSE = 0.99  # of torch's time: a smaller gain is within what turns differ by
 NEAR = 1e-3  # of a row's root mean square, beside the rounding to bfloat16: what float32 sums may be off
 
@@ -59,15 +66,12 @@ def main() -> None:
     tried = {one: candidates(*one[1:]) for one in work}
     failed = compile_all(((m, config) for (_, _, _, m), of in tried.items() for config in of), args.processes)
     print(f"{sum(map(len, tried.values()))} candidates compiled, {time.monotonic() - begin:.0f} s", flush=True)
-    import torch
+    for one, of in tried.items():
+        tried[one] = [config for config in of if (one[3], config) not in failed]
 
     entries, gained = [], dict.fromkeys([(name, m) for name in args.shapes.split(",") for m in rows], 0.0)
-    weights: dict[tuple[int, int], list[Any]] = {}
-    for name, n, k, m in work:
-        if (n, k) not in weights:  # one product's at a time
-            weights = {(n, k): random_weights(torch, n, k)}
-        of = [config for config in tried[name, n, k, m] if (m, config) not in failed]
-        entry = best(torch, m, weights[n, k], of)
+    for (name, n, k, m), entry in survived(in_a_process, work, tried):
+        device = entry.pop("device")
         stock, ours = entry["torch_us"], entry["us"] or math.inf
         told = f"{name:5} {NAMES[SHAPES[name].index((n, k))]:7} {m:4} rows  "
         for who, us in (("torch", stock), ("ours", ours)):
@@ -77,11 +81,11 @@ def main() -> None:
         gained[name, m] += stock - ours if entry["config"] else 0.0
         entries.append({"n": n, "k": k, "rows": m, **entry})
         if args.write:  # what stands if the time is up
-            found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "products": entries}
-            args.write.write_text(json.dumps(found, indent=1) + "\n")
+            args.write.write_text(json.dumps({**device, "products": entries}, indent=1) + "\n")
     for (name, m), us in gained.items():
         print(f"{name:5} {m:4} rows: {us * LAYERS[name] / 1e3:6.3f} ms less a pass")
-    weights.clear()
+    import torch
+
     for name in args.shapes.split(","):
         whole_layers(torch, name, SHAPES[name], entries, rows, [float(one) for one in args.ahead.split(",")])
     print(f"{time.monotonic() - begin:.0f} s")
@@ -95,11 +99,22 @@ def compile_all(wanted: Iterable[tuple[int, Any]], processes: int) -> set[tuple[
     kernels: dict[tuple[tuple[int, int], Any], set[int]] = {}
     for m, config in wanted:
         kernels.setdefault((tile_rows(m), config), set()).add(m)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        problems = pool.map(compile_one, [(min(of), config) for (_, config), of in kernels.items()], chunksize=4)
+    each = [(min(of), config) for (_, config), of in kernels.items()]
+    problems: dict[int, str | None] = {}
+    left = list(range(len(each)))
+    while left:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for at, future in [(at, pool.submit(compile_one, each[at])) for at in left]:
+                with contextlib.suppress(BrokenProcessPool):
+                    problems[at] = future.result()
+        left = [at for at in left if at not in problems]
+        if left:  # one compiler died, and the pool ended the others: those it was at are compiled when launched
+            print(f"a compiler died at one of {[each[at] for at in left[:processes]]}", flush=True)
+            problems.update(dict.fromkeys(left[:processes]))
+            left = left[processes:]
     failed = set()
-    for ((tiles, config), of), problem in zip(kernels.items(), problems, strict=True):
-        if problem:
+    for at, ((tiles, config), of) in enumerate(kernels.items()):
+        if problem := problems[at]:
             print(f"tiles of {tiles}, {config}: {problem}", flush=True)
             failed |= {(m, config) for m in of}
     return failed
@@ -116,6 +131,67 @@ def compile_one(wanted: tuple[int, Any]) -> str | None:
     return None
 
 
+def survived(
+    start: Callable[[list[Any], Any], Iterator[Any]], work: list[Any], tried: dict[Any, list[Any]]
+) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Each piece of work and its entry. A process that dies is started again without the candidate that it was at."""
+    left = list(work)
+    while left:
+        at = None
+        for entry, config in start(left, tried):
+            at = config
+            if entry is not None:
+                yield left.pop(0), entry
+        if left:
+            if at is None:
+                raise SystemExit(f"{left[0]}: measuring ended without a candidate to blame")
+            for of in tried.values():
+                if at in of:
+                    of.remove(at)
+            print(f"{left[0]}, {at}: left out, here and elsewhere: its process died", flush=True)
+
+
+def in_a_process(work: list[Any], tried: dict[Any, list[Any]]) -> Iterator[tuple[Any, Any]]:
+    """What `measure` says until its process ends."""
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=measure, args=(there, work, tried), daemon=True)
+    process.start()
+    there.close()
+    try:
+        while here.poll(STALLED):
+            yield here.recv()
+    except (EOFError, ConnectionResetError):
+        pass
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(pipe: Any, work: list[Any], tried: dict[Any, list[Any]]) -> None:
+    """Say (None, candidate) before one is touched, and (entry, None) of each piece of work."""
+    import torch
+
+    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    weights: dict[tuple[int, int], list[Any]] = {}
+    for name, n, k, m in work:
+        if (n, k) not in weights:  # one product's at a time
+            weights.clear()
+            weights[n, k] = random_weights(torch, n, k)
+        pipe.send((None, None))  # whoever dies now, dies of torch
+        entry = best(torch, m, weights[n, k], tried[name, n, k, m], lambda config: pipe.send((None, config)))
+        pipe.send(({**entry, "device": device}, None))
+
+
+def end_if_spoilt(torch: Any) -> None:
+    """After an error: a kernel that went astray makes every later call fail. No destructor is to try one."""
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(1)
+
+
 def random_weights(torch: Any, n: int, k: int) -> list[Any]:
     random = torch.Generator(device="cuda").manual_seed(0)
     return [
@@ -124,8 +200,13 @@ def random_weights(torch: Any, n: int, k: int) -> list[Any]:
     ]
 
 
-def best(torch: Any, m: int, weights: list[Any], configs: list[Any]) -> dict[str, Any]:
-    """The fastest right configuration, its microseconds and torch's; no configuration where torch is as fast."""
+def best(
+    torch: Any, m: int, weights: list[Any], configs: list[Any], touched: Callable[[Any], None] = lambda _: None
+) -> dict[str, Any]:
+    """The fastest right configuration, its microseconds and torch's; no configuration where torch is as fast.
+
+    `touched` hears of each candidate before it is launched.
+    """
     from qwen3emb_engine_plugin.few_rows_kernels import product
 
     n, k = weights[0].shape
@@ -135,21 +216,27 @@ def best(torch: Any, m: int, weights: list[Any], configs: list[Any]) -> dict[str
     stock = graph_of(torch, pool, weights, lambda w: torch.nn.functional.linear(x, w))
     graphs, wrong = {}, 0
     for config in configs:
+        touched(config)
         try:
             problem = wrongness(torch, lambda config=config: product(x, weights[0], config), exact)
             if problem is None:
                 graphs[config] = graph_of(torch, pool, weights, lambda w, config=config: product(x, w, config))
         except Exception as error:  # noqa: BLE001
             problem = f"{type(error).__name__}: {error}"
+            end_if_spoilt(torch)
         if problem:
             wrong += 1
             print(f"{m} rows of {k}, weight of {n}, {config}: left out: {problem}", flush=True)
-    first = {config: timed(torch, graph, weights, FIRST) for config, graph in graphs.items()}
+    first = {}
+    for config, graph in graphs.items():
+        touched(config)
+        first[config] = timed(torch, graph, weights, FIRST)
     found: dict[Any, list[float]] = {config: [] for config in sorted(first, key=first.__getitem__)[:FINALISTS]}
     theirs = []
     for _ in range(2):  # in turns: clocks and neighbours change
         theirs.append(timed(torch, stock, weights, FINAL))
         for config, times in found.items():
+            touched(config)
             times.append(timed(torch, graphs[config], weights, FINAL))
     took = {config: min(times) for config, times in found.items()}
     winner = min(took, key=took.__getitem__, default=None)

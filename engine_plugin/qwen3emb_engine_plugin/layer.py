@@ -9,6 +9,7 @@ layer once, and leave what they do not know to the stock code. `verify --level f
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -19,8 +20,9 @@ logger = logging.getLogger("qwen3emb_engine_plugin")
 
 MODEL = "sglang.srt.models.qwen3"
 PROVEN = ("0.5.16",)  # releases on which vectors were compared and times measured (docs/benchmarks)
-# Tokens from which torch's row-wise float8 product is the faster one on Hopper; below it is SGLang's.
-ROWWISE_FROM = 100
+# Tokens from which torch's row-wise float8 product is the faster one on Hopper; below it is SGLang's. With 0 a text has
+# one kernel alone and in any batch; whether that ends float8 noise and what it costs a single query is not measured yet.
+ROWWISE_FROM = int(os.environ.get("QWEN3EMB_PLUGIN_ROWWISE_FROM", "") or 100)
 
 
 def _no_gpu_or_version() -> str | None:
