@@ -21,7 +21,7 @@ logger = logging.getLogger("qwen3emb_engine_plugin")
 MODEL = "sglang.srt.models.qwen3"
 PROVEN = ("0.5.16",)  # releases on which vectors were compared and times measured (docs/benchmarks)
 # Tokens from which torch's row-wise float8 product is the faster one on Hopper; below it is SGLang's. With 0 a text has
-# one kernel alone and in any batch; whether that ends float8 noise and what it costs a single query is not measured yet.
+# one kernel alone and in any batch; whether that ends float8 noise, and its cost for one query, is not measured yet.
 ROWWISE_FROM = int(os.environ.get("QWEN3EMB_PLUGIN_ROWWISE_FROM", "") or 100)
 
 
