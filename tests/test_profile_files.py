@@ -221,7 +221,7 @@ def test_explain_shows_measured_figures(capsys: pytest.CaptureFixture[str]) -> N
         "versions: {sglang: 0.5.16}, date: 2026-11-22, command: qwen3emb bench}\n",
     )
     assert run(["profiles", "explain", "measured"]) == 0
-    assert "short queries: 610 texts/s on H100, 2026-11-22; measured by `qwen3emb bench`" in capsys.readouterr().out
+    assert "short queries: 610 texts/s on H100, 2026-11-22; again by `qwen3emb bench`" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("entry", profile_files.available(), ids=lambda entry: entry.name)

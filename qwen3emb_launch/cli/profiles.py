@@ -160,7 +160,7 @@ def _show_explained(console: Console, explained: Explanation) -> None:
         console.text("\nevidence:")
         for one in explained.evidence:
             figure = f"{one['what']}: {one['value']:g} {one['unit']} on {one['hardware']}, {one['date']}"
-            console.text(f"  {figure}; measured by `{one['command']}`")
+            console.text(f"  {figure}; again by `{one['command']}`")
 
 
 def _value(value: object) -> str:
