@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from products import replayed
+from replays import in_turn
 
 BATCHES = "33x1,33x4,33x16,33x64,33x128,129x16,513x1,513x4,513x8,1056x1,1056x4,2112x1,2112x2,4224x1"
 WAYS = "64-32-4-2,64-32-4-3,64-64-4-1,64-64-4-2,64-64-4-3,64-128-4-2,128-32-8-2,128-64-8-2,128-64-8-3,128-128-8-2"
 SLOTS = 129  # texts that a graph of the launcher's has places for, the padding's among them
 BEYOND_L2 = 200e6  # bytes that the buffers of one graph have together at least; an H200 keeps 60 MB
 ROOM = 400_000_000  # numbers
-SECONDS = 0.02  # of replays, for each number
 ALIKE = 0.02  # a row's distance by its length; two that round shares and answer to bfloat16 have 0.004, in torch
 
 
@@ -66,8 +65,9 @@ def main() -> None:
             length, _, texts = batch.partition("x")
             ways = attentions(torch, shape, [int(length)] * int(texts), args.ways.split(","))
             rows = int(length) * int(texts)
-            wrong = differing(torch, ways, buffers(shape, rows, arena)[0])
-            took = timed(torch, ways, buffers(shape, rows, arena))
+            inputs = buffers(shape, rows, arena)
+            wrong = differing(torch, ways, inputs[0])
+            took = {way: 1000 * ms for way, ms in in_turn(torch, ways, inputs).items()}
             for way, us in took.items():
                 said = f" {wrong[way]}" if way in wrong else ""
                 print(f"{name:5} {batch:8} {way:12} {us:8.2f} us a layer{said}", flush=True)
@@ -143,23 +143,6 @@ def differing(torch: Any, ways: dict[str, Callable[[Buffers], Any]], one: Buffer
             said[name] = f"WRONG by {far:.3f}"
     torch.cuda.synchronize()
     return said
-
-
-def timed(torch: Any, ways: dict[str, Callable[[Buffers], Any]], inputs: list[Buffers]) -> dict[str, float]:
-    """Microseconds a layer of each way, the better of two turns."""
-    graphs = {}
-    for name, way in ways.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = [way(one) for one in inputs]  # all kept until the end: each has memory of its own
-        del outputs
-        graphs[name] = graph
-    found = dict.fromkeys(graphs, math.inf)
-    for _ in range(2):
-        for name, graph in graphs.items():
-            times = max(2, min(60, int(SECONDS * 1000 / max(replayed(torch, graph, 1), 1e-3))))
-            found[name] = min(found[name], 1000 * replayed(torch, graph, times) / len(inputs))
-    return found
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def whole_layers(torch: Any, name: str, shapes: Any, entries: list[Any], rows: l
         for who, size in (("torch", None), ("ours", 0.0), *((f"{mb:g} MB ahead", mb) for mb in ahead)):
             run(size)
             graph = captured(torch, torch.cuda.graph_pool_handle(), partial(run, size))
-            took[who] = min(replayed(torch, graph, FINAL) for _ in range(2)) / layers
+            took[who] = min(microseconds(torch, graph, FINAL) for _ in range(2)) / layers
         told = "  ".join(f"{who} {us:6.1f} us" for who, us in took.items())
         print(f"{name:5} a layer {m:4} rows  {told}", flush=True)
 
@@ -329,10 +329,10 @@ def launches(weights: list[Any]) -> int:
 
 def timed(torch: Any, graph: Any, weights: list[Any], times: int) -> float:
     """Microseconds of one product."""
-    return replayed(torch, graph, times) / launches(weights)
+    return microseconds(torch, graph, times) / launches(weights)
 
 
-def replayed(torch: Any, graph: Any, times: int) -> float:
+def microseconds(torch: Any, graph: Any, times: int) -> float:
     """Microseconds of a graph: the median of so many replays, after one that is not counted."""
     graph.replay()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]

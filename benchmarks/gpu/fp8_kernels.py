@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
-from products import replayed
+from replays import in_turn
 
 ROWS = "36,132,264,528,2112,15903"  # either side of fewer and more rows than multiprocessors, and a long batch
 WARPS = (2, 4, 8, 16)
 BEYOND_L2 = 400e6  # bytes that the buffers of one graph have together at least; an H200 keeps 60 MB
-SECONDS = 0.02  # of replays, for each number
 
 
 class Shape(NamedTuple):
@@ -132,19 +131,7 @@ def timed(torch: Any, kernel: Kernel, rows: int, arena: Any) -> dict[str, float]
     room = len(arena) // size  # past the arena's end they begin anew: by then the cache has forgotten the first
     assert room > 0, f"{rows} rows of {kernel.width} do not fit the arena"
     inputs = [arena[(k % room) * size : (k % room + 1) * size].view(rows, kernel.width) for k in range(buffers)]
-    graphs = {}
-    for name, way in kernel.ways.items():
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = [way(buffer) for buffer in inputs]  # all kept until the end: each has memory of its own
-        del outputs
-        graphs[name] = graph
-    found = dict.fromkeys(graphs, math.inf)
-    for _ in range(2):
-        for name, graph in graphs.items():
-            times = max(2, min(60, int(SECONDS * 1000 / max(replayed(torch, graph, 1), 1e-3))))
-            found[name] = min(found[name], replayed(torch, graph, times) / buffers)
-    return found
+    return in_turn(torch, kernel.ways, inputs)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ For the four products of each official shape: SGLang's `fp8_scaled_mm` and torch
 rows would do that. An H200 has none (docs/benchmarks/h200-2026-12-01/fp8_rows.txt): the cause is elsewhere. Prints, for
 each kernel, from how many rows on the first row is another one than alone, how many of its numbers, and its error to a
 product in float64; then how many numbers of that row the two kernels have otherwise, since the plugin's layer changes
-from one to the other at 100 rows (that run had no such line). Needs torch, SGLang and a Hopper GPU.
+from one to the other at 100 rows (that run had no such line). Needs torch, SGLang, a Hopper GPU, and the plugin
+(PYTHONPATH=engine_plugin where it is not installed).
 """
 
 from __future__ import annotations
@@ -45,19 +46,14 @@ ROWS = (
     2112,
     4224,
 )
-# Of a layer's products, each weight as [out, in]: queries, keys and values; output; gate and up; down.
-SHAPES = {
-    "0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)),
-    "4b": ((6144, 2560), (2560, 4096), (19456, 2560), (2560, 9728)),
-    "8b": ((6144, 4096), (4096, 4096), (24576, 4096), (4096, 12288)),
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default="0.6b,4b,8b")
     args = parser.parse_args()
     import torch
+    from qwen3emb_engine_plugin.few_rows_kernels import SHAPES
 
     torch.manual_seed(0)
     for name in args.shapes.split(","):

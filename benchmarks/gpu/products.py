@@ -11,8 +11,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from replays import replayed
 
 SHAPES = {"qkv": (2560, 6144), "o": (4096, 2560), "gate_up": (2560, 19456), "down": (9728, 2560)}  # in, out
 LAYERS = 36
@@ -115,17 +120,6 @@ def milliseconds(torch: Any, product: Callable[[str, int], Any], shapes: list[st
             for shape in shapes:
                 product(shape, layer)
     return replayed(torch, graph, max(3, min(60, int(350 / max(replayed(torch, graph, 1), 1e-3)))))
-
-
-def replayed(torch: Any, graph: Any, times: int) -> float:
-    """Milliseconds that one replay of a CUDA graph takes, of so many."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(times):
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / times
 
 
 if __name__ == "__main__":
