@@ -176,26 +176,23 @@ class Pooled(unittest.TestCase):
             hidden, left = self.layer.forward(None, self.rows, self.batch, None)
             return hidden + left
 
-        def capture(runner: Any, size: int) -> Any:
-            return graphs.forward(forward, runner, self.batch, size)
-
         def execute(runner: Any, batch: Any, static: Any, size: int, tokens: int) -> Any:
-            replayed = graphs.forward(forward, runner, static, size) if size not in graphs.picking else again()
+            replayed = graphs.capture(forward, runner, static, size) if size not in graphs.picking else again()
             return self.model.pooler.forward(replayed[:tokens], batch)
 
         def again() -> Any:  # what a replay does: the same once more, with what lies in the graph's places by now
             offsets[1:] = torch.tensor([3, 4, 7, 7, 8])
-            return graphs.capture(capture, runner, 8)
+            return graphs.capture(forward, runner, self.batch, 8)
 
         batch = SimpleNamespace(extend_seq_lens=torch.tensor([3, 1, 3]))
         expected = graphs.replay(execute, runner, batch, None, 8, 7)
         self.assertEqual(self.products, [(8, 5)])
         offsets[1:] = 8
         with mock.patch.object(graph_last_layer, "FROM", 9):
-            graphs.capture(capture, runner, 8)
+            graphs.capture(forward, runner, self.batch, 8)
         self.assertEqual(self.products[-1], (8, 5))
         with mock.patch.object(graph_last_layer, "FROM", 8):
-            graphs.capture(capture, runner, 8)
+            graphs.capture(forward, runner, self.batch, 8)
             self.assertEqual(self.products[-1], (5, 5))
             found = graphs.replay(execute, runner, batch, None, 8, 7)
         self.assertTrue(torch.equal(found, expected))
@@ -210,7 +207,7 @@ class Pooled(unittest.TestCase):
                 _is_full_backend=True, model_runner=SimpleNamespace(attn_backend=backend, _qwen3emb_last=last)
             )
             graphs = graph_last_layer.Graphs()
-            self.assertEqual(graphs.capture(lambda *_: "captured", runner, 4224), "captured")
+            self.assertEqual(graphs.capture(lambda *_: "captured", runner, None, 4224), "captured")
             self.assertEqual(graphs.replay(lambda *_: "replayed", runner, None, None, 4224, 4000), "replayed")
             self.assertFalse(graphs.picking)
 

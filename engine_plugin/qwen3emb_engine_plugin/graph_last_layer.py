@@ -24,26 +24,30 @@ FROM = 528  # rows of a graph; products of 129 rows and of 264 take about as lon
 
 
 def graph_last_layer() -> str | None:
-    """Hook the capture of a graph and its replay; both act for what `last_layer` has found plain."""
+    """Hook the pass that is captured and its replay; both act for what `last_layer` has found plain."""
     problem = _no_gpu_or_version()
     if problem:
         return problem
     from sglang.srt.model_executor.runner.prefill_cuda_graph_runner import PrefillCudaGraphRunner
 
-    problem = misfit(
-        PrefillCudaGraphRunner.capture_one_shape, "self size",
-        "attn_backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)", "self._run_forward(",
-    ) or misfit(
-        PrefillCudaGraphRunner._execute_body_capture,
-        "self forward_batch static_forward_batch static_num_tokens raw_num_tokens kwargs",
-        "return hs[:raw_num_tokens] if full_path else hs",
-        "tail_batch = forward_batch if full_path else static_forward_batch",
+    problem = (
+        misfit(
+            PrefillCudaGraphRunner.capture_one_shape, "self size",
+            "attn_backend.init_forward_metadata_out_graph(forward_batch, in_capture=True)",
+            "self._run_forward(forward_batch, num_tokens)",
+        )
+        or misfit(PrefillCudaGraphRunner._run_forward, "self forward_batch num_tokens")
+        or misfit(
+            PrefillCudaGraphRunner._execute_body_capture,
+            "self forward_batch static_forward_batch static_num_tokens raw_num_tokens kwargs",
+            "return hs[:raw_num_tokens] if full_path else hs",
+            "tail_batch = forward_batch if full_path else static_forward_batch",
+        )
     )  # fmt: skip
     if problem:
         return problem
     graphs = Graphs()
-    HookRegistry.register(f"{RUNNER}.capture_one_shape", graphs.capture, HookType.AROUND)
-    HookRegistry.register(f"{RUNNER}._run_forward", graphs.forward, HookType.AROUND)
+    HookRegistry.register(f"{RUNNER}._run_forward", graphs.capture, HookType.AROUND)
     HookRegistry.register(f"{RUNNER}._execute_body_capture", graphs.replay, HookType.AROUND)
     return None
 
@@ -53,31 +57,18 @@ class Graphs:
 
     def __init__(self) -> None:
         self.picking: set[int] = set()
-        self._capturing = False
 
-    def capture(self, original: Any, runner: Any, size: int) -> Any:
-        """In place of `PrefillCudaGraphRunner.capture_one_shape`."""
+    def capture(self, original: Any, runner: Any, batch: Any, size: int) -> Any:
+        """In place of `PrefillCudaGraphRunner._run_forward`, which under the full backend warms up and is captured."""
         last = getattr(runner.model_runner, "_qwen3emb_last", None)
         if last is None or size < FROM or not _skips_cache(runner):
-            return original(runner, size)
+            return original(runner, batch, size)
         if not self.picking:
             logger.info("qwen3emb plugin: graphs of %d rows and more end with the pooled tokens", FROM)
-        self._capturing = True
-        try:
-            result = original(runner, size)
-        finally:
-            self._capturing = False
         self.picking.add(size)
-        return result
-
-    def forward(self, original: Any, runner: Any, *args: Any, **more: Any) -> Any:
-        """In place of `PrefillCudaGraphRunner._run_forward`: by then the offsets have their place."""
-        if not self._capturing:
-            return original(runner, *args, **more)
-        last = runner.model_runner._qwen3emb_last
         last.ends = runner.model_runner.attn_backend.full_cg_prefill_metadata.cu_seqlens_q[1:]
         try:
-            return original(runner, *args, **more)
+            return original(runner, batch, size)
         finally:
             last.ends = None
 
