@@ -217,6 +217,7 @@ def _live_progress(err: RichConsole, title: str) -> Iterator[Progress]:
     class Live:
         def step(self, text: str) -> None:
             task.total = None  # to `update`, None is no change
+            task.finished_time = None  # the clock of a step whose bar was full would stand still, its spinner gone
             bars.update(task.id, description=f"{title}: {text}" if text != title else text, completed=0)
 
         def update(self, done: int, total: int | None = None) -> None:

@@ -247,3 +247,25 @@ def test_progress_shows_amounts_only_where_the_whole_is_known(monkeypatch: pytes
     last = terminal.getvalue().split("starting its python")[-1]
     assert "bytes" not in last
     assert "/?" not in last
+
+
+def test_progress_goes_on_after_a_step_that_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bar was full; the next step's spinner and clock move all the same."""
+    from rich.progress import Task
+
+    made: list[Task] = []
+    create = Task.__init__
+
+    def kept(self: Task, *args: Any, **more: Any) -> None:
+        made.append(self)
+        create(self, *args, **more)
+
+    monkeypatch.setattr(Task, "__init__", kept)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Console("engine").progress("engine") as progress:
+        progress.update(10, 10)
+        (task,) = made
+        assert task.finished
+        progress.step("starting its python")
+        assert not task.finished

@@ -196,6 +196,15 @@ def test_parts_and_environment_can_be_set() -> None:
     assert plan("h100", overrides={"server.port": "8001"}, port=8002).port == 8002
 
 
+def test_a_given_share_of_the_memory_is_the_engine_s_on_a_cpu_too() -> None:
+    """It takes the place of the token count, so it has to arrive; the estimate has the pool that fills it."""
+    made = plan("demo", "demo", overrides={"mem_fraction_static": "0.1"})
+    assert said(made, "--mem-fraction-static") == ["0.1"]
+    assert said(made, "--max-total-tokens") is None
+    asked = planning.again(made, load("demo"), made.engine, engine_port=12000, ram_bytes=16 * GIB)
+    assert planning.plan(asked).memory.terms["KV pool"] == pytest.approx(1.6 * GIB, abs=2 * LOADER)
+
+
 def test_an_empty_override_gives_the_decision_back() -> None:
     """`--set mem_fraction_static=` makes the planner decide what the profile had decided."""
     made = plan("rtx4090", overrides={"mem_fraction_static": "", "kv_cache_dtype": "null"})

@@ -44,6 +44,10 @@ def size(around: Surroundings, ledger: Ledger, ram_bytes: int | None) -> MemoryE
     if free is not None:
         spare = sum(beside.values()) if pooled else None
         tokens = _fraction(ledger, weights + head, tokens, smallest, cell, free, spare)
+    elif "mem_fraction_static" in ledger.given:  # nobody else decides it on a CPU; the engine takes it of the memory
+        fraction = float(ledger.decide("mem_fraction_static", None, ""))
+        if tokens is None and ram_bytes is not None:
+            tokens = memory.pool_tokens(int(ram_bytes * fraction), weights + head, cell)
     terms = {
         "weights": weights,
         "unused lm_head": head,
